@@ -1,0 +1,215 @@
+#define _GNU_SOURCE
+#include "arena.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "mem.h"
+
+enum {
+	/* A multiple of every size of huge pages. */
+	ALIGNMENT = 1 << 30,
+	FILLER = 1 << 24
+};
+/* More than a host has; what does not fit is mapped elsewhere, and copied. */
+static const u64 RESERVED = 1ull << 40;
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+
+static int reserve(u8 *at, u64 length)
+{
+	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+
+	return mmap(at, length, PROT_NONE, flags, -1, 0) == MAP_FAILED ? -errno : 0;
+}
+
+int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy)
+{
+	*a = (struct arena){.sets = sets, .frames = frames, .set_size = (u64)frames * XN_FRAME_SIZE};
+	if (!sets)
+		return 0;
+	a->owner = calloc(sets, sizeof(*a->owner));
+	if (!a->owner)
+		return -ENOMEM;
+	if (zerocopy != XN_ZEROCOPY_OFF) {
+		u8 *start =
+			mmap(NULL, RESERVED + ALIGNMENT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+		if (start != MAP_FAILED) {
+			u64 lead = -(uintptr_t)start % ALIGNMENT;
+
+			munmap(start, lead);
+			munmap(start + lead + RESERVED, ALIGNMENT - lead);
+			a->base = start + lead;
+			a->length = RESERVED;
+			a->zerocopy = zerocopy;
+		}
+	}
+	int fixed = a->base ? MAP_FIXED : 0;
+	u8 *base = mmap(a->base, arena_private(a), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
+
+	if (base == MAP_FAILED) {
+		int r = -errno;
+
+		arena_release(a);
+		return r;
+	}
+	a->base = base;
+	if (!a->length)
+		a->length = arena_private(a);
+	return 0;
+}
+
+void arena_release(struct arena *a)
+{
+	if (a->base)
+		munmap(a->base, a->length);
+	free(a->owner);
+	free(a->windows);
+	*a = (struct arena){0};
+}
+
+bool arena_wants(const struct arena *a, bool huge)
+{
+	return a->zerocopy == XN_ZEROCOPY_ON || (a->zerocopy == XN_ZEROCOPY_AUTO && huge);
+}
+
+/* The first gap that has room; its address, and the window that it is in front of. */
+static u8 *find_gap(const struct arena *a, u64 length, u64 page, u32 *at)
+{
+	u8 *from = a->base + arena_private(a);
+
+	for (u32 i = 0;; i++) {
+		const u8 *end = i < a->windows_n ? a->windows[i]->base : a->base + a->length;
+
+		from += -(uintptr_t)from % page;
+		if (from <= end && length <= (u64)(end - from)) {
+			*at = i;
+			return from;
+		}
+		if (i == a->windows_n)
+			return NULL;
+		from = a->windows[i]->base + a->windows[i]->length;
+	}
+}
+
+int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page)
+{
+	u32 at;
+
+	if (a->windows_n == a->windows_room) {
+		u32 room = a->windows_room ? 2 * a->windows_room : 16;
+		struct mapping **more = realloc(a->windows, room * sizeof(*more));
+
+		if (!more)
+			return -ENOMEM;
+		a->windows = more;
+		a->windows_room = room;
+	}
+	u8 *base = find_gap(a, map->length, page, &at);
+
+	if (!base)
+		return -ENOSPC;
+	if (mmap(base, map->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd,
+		 (off_t)offset) == MAP_FAILED) {
+		int r = -errno;
+
+		/* A mapping that fails may have unmapped what was there. */
+		(void)reserve(base, map->length);
+		return r;
+	}
+	/* Pinning takes every page; what has not got them all (a sparse file, too few huge pages) has no place here. */
+	if (madvise(base, map->length, MADV_POPULATE_WRITE) < 0 && errno != EINVAL) {
+		(void)reserve(base, map->length);
+		return -ENOSPC;
+	}
+	memmove(&a->windows[at + 1], &a->windows[at], (a->windows_n - at) * sizeof(*a->windows));
+	a->windows[at] = map;
+	a->windows_n++;
+	map->base = base;
+	map->arena = a;
+	map->umem = ++a->changes;
+	return 0;
+}
+
+void arena_unmap(struct arena *a, struct mapping *map)
+{
+	u32 at = 0;
+
+	while (a->windows[at] != map)
+		at++;
+	a->windows_n--;
+	memmove(&a->windows[at], &a->windows[at + 1], (a->windows_n - at) * sizeof(*a->windows));
+	(void)reserve(map->base, map->length);
+	a->changes++;
+}
+
+u64 arena_umem(const struct arena *a, bool windows)
+{
+	return windows && a->windows_n ? a->changes : 0;
+}
+
+u64 arena_umem_length(const struct arena *a, u64 umem)
+{
+	const struct mapping *last = umem ? a->windows[a->windows_n - 1] : NULL;
+
+	return last ? (u64)(last->base + last->length - a->base) : arena_private(a);
+}
+
+static int fill(u8 *from, const u8 *to, int fd)
+{
+	while (from < to) {
+		u64 part = (u64)(to - from) < FILLER ? (u64)(to - from) : FILLER;
+
+		if (mmap(from, part, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED)
+			return -errno;
+		from += part;
+	}
+	return 0;
+}
+
+/* Visits every stretch between the private frames and the last window that no window covers. */
+static int each_hole(struct arena *a, int (*visit)(u8 *from, const u8 *to, int fd), int fd)
+{
+	u8 *from = a->base + arena_private(a);
+	int r = 0;
+
+	for (u32 i = 0; i < a->windows_n && !r; i++) {
+		if (from < a->windows[i]->base)
+			r = visit(from, a->windows[i]->base, fd);
+		from = a->windows[i]->base + a->windows[i]->length;
+	}
+	return r;
+}
+
+static int empty(u8 *from, const u8 *to, int fd)
+{
+	(void)fd;
+	return reserve(from, (u64)(to - from));
+}
+
+int arena_fill_holes(struct arena *a)
+{
+	int fd = memfd_create("xdpnet-filler", MFD_CLOEXEC), r = 0;
+
+	if (fd < 0)
+		return -errno;
+	if (ftruncate(fd, FILLER) < 0)
+		r = -errno;
+	if (!r)
+		r = each_hole(a, fill, fd);
+	/* What was taken away holds zeroes, and its rings are broken: it is not worth the pages. */
+	for (u32 i = 0; i < a->windows_n && !r; i++)
+		if (__atomic_load_n(a->windows[i]->lost, __ATOMIC_ACQUIRE))
+			r = fill(a->windows[i]->base, a->windows[i]->base + a->windows[i]->length, fd);
+	close(fd);
+	return r;
+}
+
+void arena_empty_holes(struct arena *a)
+{
+	(void)each_hole(a, empty, -1);
+}

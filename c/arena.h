@@ -1,0 +1,58 @@
+/*
+ * The arena: one reservation of address space that is the UMEM of the process.
+ *
+ *   base                                                                                     base + reserved
+ *   | sets of private frames | window | hole | window | ... nothing is mapped behind the last window ... |
+ *
+ * A window is the mapping of a guest's memory region, the data path's own: the UMEM address of a byte is its pointer less
+ * base. What a socket registers is a UMEM of its time: number 0 has the private frames alone, any other number stands for
+ * the windows as they were when `changes` had that value. A hole is filled for as long as a registration takes, by one
+ * small file mapped again and again. Documentation/networking/af_xdp.rst, "XDP_UMEM_REG".
+ */
+#ifndef XN_ARENA_H
+#define XN_ARENA_H
+
+#include "base.h"
+
+struct mapping;
+struct xsk;
+
+struct arena {
+	u8 *base;
+	u64 set_size; /* bytes of a set of frames */
+	u32 sets;
+	u32 frames;	    /* per set, a power of two */
+	struct xsk **owner; /* per set; NULL: free */
+	u64 length;	    /* bytes that are mapped at base, windows included */
+
+	enum xn_zerocopy zerocopy;
+	struct mapping **windows; /* by address */
+	u32 windows_n;
+	u32 windows_room;
+	u64 changes; /* made to the windows so far */
+};
+
+/* Reserves room for windows unless zerocopy is off; without that room it does with private frames. */
+int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy);
+void arena_release(struct arena *a);
+
+/* Whether memory of this kind has its place in a window. */
+bool arena_wants(const struct arena *a, bool huge);
+/* Maps the file into a window and fills base and length; -ENOSPC: no room, map it elsewhere. */
+int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page);
+void arena_unmap(struct arena *a, struct mapping *map);
+
+/* The UMEM that a socket opened now would have, with windows or without. */
+u64 arena_umem(const struct arena *a, bool windows);
+/* Its length, from base. */
+u64 arena_umem_length(const struct arena *a, u64 umem);
+/* Around the registration of a UMEM with windows: nothing in it may be without a page; and undone, for it is pinned. */
+int arena_fill_holes(struct arena *a);
+void arena_empty_holes(struct arena *a);
+
+static inline u64 arena_private(const struct arena *a)
+{
+	return a->set_size * a->sets;
+}
+
+#endif

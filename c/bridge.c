@@ -1,0 +1,493 @@
+#include "bridge.h"
+
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+/* ---- the way of a burst ---- */
+
+/* Remembers where a frame came from. False: the address is not this port's to use. */
+static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan)
+{
+	struct xn_bridge *b = w->bridge;
+
+	if (from->kind == PORT_GUEST) {
+		if (from->check_source && src != from->mac)
+			return false;
+		if (unlikely(mac_is_group(src) || !src))
+			return false;
+	} else if (mac_is_group(src) || !src) {
+		return true;
+	}
+	switch (fdb_learn(b->fdb, src, vlan, from->id, from->kind == PORT_GUEST, w->now)) {
+	case FDB_LEARNED:
+		bridge_event(b, XN_EVENT_FDB);
+		return true;
+	case FDB_FOREIGN:
+		/* Another guest's own address. On the wire that may be our own frame coming back, or the guest on its way. */
+		return from->kind != PORT_GUEST;
+	case FDB_KNOWN:
+		break;
+	}
+	return true;
+}
+
+/* No address: of those, only 48 bits are set. The address of all zeroes is one that a frame may carry. */
+#define NO_MAC UINT64_MAX
+
+static void classify(struct worker *w, const struct port *from, struct view *views, u32 n)
+{
+	struct xn_bridge *b = w->bridge;
+	u64 last_src = 0, last_dst = NO_MAC;
+	u16 last_vlan = 0, last_port = 0;
+	bool good = false;
+
+	for (u32 i = 0; i < n; i++) {
+		struct view *v = &views[i];
+
+		if (v->port == VIEW_DROPPED)
+			continue;
+		u64 src = view_src(v), dst = view_dst(v);
+		u16 vlan = view_vlan(v);
+
+		/* Bursts come in trains of one flow: look up what differs. */
+		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
+			good = learn(w, from, src, vlan);
+		if (unlikely(!good)) {
+			view_drop(v, XN_DROP_SPOOF);
+			last_dst = NO_MAC;
+			continue;
+		}
+		if (dst != last_dst || vlan != last_vlan) {
+			u32 port = mac_is_group(dst) ? FDB_NONE : fdb_lookup(b->fdb, dst, vlan, w->now);
+
+			last_port = port == FDB_NONE ? VIEW_FLOOD : (u16)port;
+		}
+		last_src = src;
+		last_dst = dst;
+		last_vlan = vlan;
+		v->port = last_port;
+		/* Back where it came from; or from one interface to another, which would close loops of the networks outside. */
+		if (unlikely(v->port == from->id || (v->port < VIEW_FLOOD && from->kind == PORT_NETDEV &&
+						     b->ports[v->port].kind == PORT_NETDEV)))
+			view_drop(v, XN_DROP_NO_PORT);
+	}
+}
+
+/* How many views, from the first, can go before one finds its netdev full. */
+static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 n)
+{
+	struct xn_bridge *b = w->bridge;
+	u32 port = VIEW_DROPPED, room = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		if (views[i].port >= VIEW_FLOOD || b->ports[views[i].port].kind != PORT_NETDEV)
+			continue;
+		if (views[i].port != port) {
+			/* A burst to several interfaces is rare; the first of them decides. */
+			if (port != VIEW_DROPPED)
+				continue;
+			port = views[i].port;
+			room = netdev_room(w, &b->ports[port], queue);
+		}
+		if (!room)
+			return i;
+		room--;
+	}
+	return n;
+}
+
+static void deliver(struct worker *w, struct port *to, u32 queue, const struct view *views, u64 mask)
+{
+	u8 which[XN_BURST];
+	u32 n = 0;
+
+	for (; mask; mask &= mask - 1)
+		which[n++] = (u8)__builtin_ctzll(mask);
+	if (likely(to->kind == PORT_GUEST))
+		guest_deliver(w, to, queue, views, which, n);
+	else
+		netdev_deliver(w, to, queue, views, which, n);
+}
+
+static bool floods_to(const struct port *from, const struct port *to)
+{
+	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV);
+}
+
+static void flood(struct worker *w, struct port *from, u32 queue, const struct view *views, u64 mask,
+		  struct xn_queue_stats *stats)
+{
+	struct xn_bridge *b = w->bridge;
+	u32 frames = (u32)__builtin_popcountll(mask), ports = 0;
+
+	for (u32 i = 0; i < b->ports_n; i++) {
+		if (!floods_to(from, &b->ports[i]))
+			continue;
+		ports++;
+		deliver(w, &b->ports[i], queue, views, mask);
+	}
+	if (ports)
+		count(&stats->copies, (u64)(ports - 1) * frames);
+	else
+		count(&stats->drops[XN_DROP_NO_PORT], frames);
+}
+
+u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
+		   struct xn_queue_stats *stats, bool may_wait)
+{
+	u64 unicast = 0, group = 0, bytes = 0;
+
+	classify(w, from, views, n);
+	if (may_wait)
+		n = with_room(w, queue, views, n);
+	if (!n)
+		return 0;
+	for (u32 i = 0; i < n; i++) {
+		bytes += views[i].len;
+		if (likely(views[i].port < VIEW_FLOOD))
+			unicast |= 1ull << i;
+		else if (views[i].port == VIEW_FLOOD)
+			group |= 1ull << i;
+		else
+			count(&stats->drops[views[i].drop], 1);
+	}
+	count(&stats->packets, n);
+	count(&stats->bytes, bytes);
+	count(&stats->bursts, 1);
+	count(&w->stats.packets, n);
+	while (unicast) {
+		u32 port = views[__builtin_ctzll(unicast)].port;
+		u64 mask = unicast;
+
+		/* Mostly the whole burst has one way. */
+		for (u64 left = unicast & (unicast - 1); left; left &= left - 1)
+			if (unlikely(views[__builtin_ctzll(left)].port != port))
+				mask &= ~(left & -left);
+		deliver(w, &w->bridge->ports[port], queue, views, mask);
+		unicast &= ~mask;
+	}
+	if (unlikely(group))
+		flood(w, from, queue, views, group, stats);
+	return n;
+}
+
+void bridge_event(struct xn_bridge *b, enum xn_event event)
+{
+	static const u64 one = 1;
+
+	if (__atomic_fetch_or(&b->events, event, __ATOMIC_ACQ_REL) & event)
+		return;
+	/* Does not block: a counter near its limit has been readable for long. */
+	if (write(b->event_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+/* ---- public: the bridge ---- */
+
+static const char *const drop_names[] = {"short",     "runt",	  "oversize", "pieces",	   "offload",
+					 "spoof",     "disabled", "no_port",  "no_buffer", "too_small",
+					 "not_ready", "broken",	  "no_frame", "bad_frame", "truncated"};
+_Static_assert(ARRAY_LEN(drop_names) == XN_DROP_COUNT, "a name for every drop reason");
+_Static_assert(ARRAY_LEN(((struct xn_queue_stats *)0)->drops) == XN_DROP_COUNT, "a counter for every drop reason");
+
+const char *xn_drop_name(uint32_t drop)
+{
+	return drop < XN_DROP_COUNT ? drop_names[drop] : NULL;
+}
+
+static const char *const broken_names[] = {"",		"avail_jump", "head",	      "next",  "loop", "addr",
+					   "direction", "indirect",   "indirect_len", "chain", "id",   "memory"};
+_Static_assert(ARRAY_LEN(broken_names) == XN_BROKEN_COUNT, "a name for every way to break");
+
+const char *xn_broken_name(uint32_t broken)
+{
+	return broken < XN_BROKEN_COUNT ? broken_names[broken] : NULL;
+}
+
+/* TSC ticks in a microsecond, measured once against the monotonic clock. */
+static u64 measure_cycles_per_us(void)
+{
+	u64 ns = monotonic_ns(), c = cycles(), passed;
+
+	do
+		passed = monotonic_ns() - ns;
+	while (passed < 2000000);
+	return (cycles() - c) * 1000 / passed;
+}
+
+struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
+{
+	u32 frames = config->frames_per_queue;
+
+	if (!config->workers || config->workers > XN_MAX_WORKERS || config->zerocopy > XN_ZEROCOPY_ON || frames < 256 ||
+	    frames > 65536 || frames & (frames - 1)) {
+		errno = EINVAL;
+		return NULL;
+	}
+	struct xn_bridge *b = calloc(1, sizeof(*b));
+
+	if (!b)
+		return NULL;
+	b->config = *config;
+	b->event_fd = -1;
+	pthread_mutex_init(&b->parking.mutex, NULL);
+	pthread_cond_init(&b->parking.changed, NULL);
+	b->cycles_per_us = measure_cycles_per_us();
+	b->spin_cycles = config->spin_us * b->cycles_per_us;
+	b->fdb = fdb_new(config->ageing_s, config->max_macs);
+	if (!b->fdb)
+		goto fail;
+	b->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (b->event_fd < 0)
+		goto fail;
+	int r = arena_init(&b->arena, config->netdev_queues, frames, config->zerocopy);
+
+	if (r < 0) {
+		errno = -r;
+		goto fail;
+	}
+	for (u32 i = 0; i < config->workers; i++) {
+		b->workers[i] = worker_new(b, i);
+		if (!b->workers[i])
+			goto fail;
+	}
+	return b;
+fail:;
+	int error = errno;
+
+	xn_bridge_free(b);
+	errno = error;
+	return NULL;
+}
+
+int xn_bridge_start(struct xn_bridge *b)
+{
+	if (b->running)
+		return -EALREADY;
+	b->running = true;
+	for (u32 i = 0; i < b->config.workers; i++) {
+		int r = worker_start(b->workers[i]);
+
+		if (r < 0) {
+			__atomic_store_n(&b->running, false, __ATOMIC_RELEASE);
+			for (u32 done = 0; done < i; done++)
+				worker_join(b->workers[done]);
+			return r;
+		}
+	}
+	return 0;
+}
+
+int xn_bridge_stop(struct xn_bridge *b)
+{
+	if (!b->running)
+		return 0;
+	__atomic_store_n(&b->running, false, __ATOMIC_RELEASE);
+	for (u32 i = 0; i < b->config.workers; i++)
+		worker_join(b->workers[i]);
+	return 0;
+}
+
+void xn_bridge_free(struct xn_bridge *b)
+{
+	if (!b)
+		return;
+	xn_bridge_stop(b);
+	for (u32 i = 0; i < b->ports_n; i++)
+		if (b->ports[i].kind != PORT_NONE)
+			xn_port_remove(b, i);
+	for (u32 i = 0; i < b->config.workers; i++)
+		worker_free(b->workers[i]);
+	arena_release(&b->arena);
+	free(b->fdb);
+	if (b->event_fd >= 0)
+		close(b->event_fd);
+	pthread_cond_destroy(&b->parking.changed);
+	pthread_mutex_destroy(&b->parking.mutex);
+	free(b);
+}
+
+int xn_bridge_event_fd(struct xn_bridge *b)
+{
+	return b->event_fd;
+}
+
+uint32_t xn_bridge_events(struct xn_bridge *b)
+{
+	u64 ignored;
+
+	/* The fd is cleared before the bits, so that a bit set in between signals it again. */
+	if (read(b->event_fd, &ignored, sizeof(ignored)) < 0 && errno != EAGAIN)
+		return 0;
+	return __atomic_exchange_n(&b->events, 0, __ATOMIC_ACQ_REL);
+}
+
+int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out)
+{
+	if (worker >= b->config.workers)
+		return -ENOENT;
+	*out = b->workers[worker]->stats;
+	return 0;
+}
+
+/* ---- public: addresses ---- */
+
+static u32 seconds(void)
+{
+	return (u32)(monotonic_ns() / 1000000000u);
+}
+
+int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max)
+{
+	return (int)fdb_dump(b->fdb, out, max, seconds());
+}
+
+int xn_fdb_flush(struct xn_bridge *b, uint32_t port)
+{
+	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)
+		return -ENOENT;
+	fdb_flush(b->fdb, port, false);
+	bridge_event(b, XN_EVENT_FDB);
+	return 0;
+}
+
+int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], int check_source)
+{
+	u64 value = 0;
+
+	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)
+		return -ENOENT;
+	memcpy(&value, mac, ETH_ALEN);
+	if (!value || mac_is_group(value))
+		return -EINVAL;
+	workers_park(b);
+	u64 old = b->ports[port].mac;
+
+	if (old && old != value)
+		fdb_flush(b->fdb, port, true);
+	int r = fdb_set_static(b->fdb, value, port);
+
+	if (r) {
+		/* Its old place is free: nobody else runs. */
+		if (old)
+			(void)fdb_set_static(b->fdb, old, port);
+	} else {
+		b->ports[port].mac = value;
+		b->ports[port].check_source = check_source;
+	}
+	guests_settle_lending(b);
+	workers_resume(b);
+	bridge_event(b, XN_EVENT_FDB);
+	return r;
+}
+
+/* ---- public: ports ---- */
+
+/* A free port id, its port cleared; -ENOSPC. Call with the workers parked. */
+static int port_new(struct xn_bridge *b, enum port_kind kind)
+{
+	for (u32 id = 0; id < XN_MAX_PORTS; id++) {
+		if (b->ports[id].kind != PORT_NONE)
+			continue;
+		b->ports[id] = (struct port){.kind = kind, .id = id, .bridge = b};
+		if (id >= b->ports_n)
+			b->ports_n = id + 1;
+		return (int)id;
+	}
+	return -ENOSPC;
+}
+
+int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs)
+{
+	if (!pairs || pairs > XN_MAX_PAIRS)
+		return -EINVAL;
+	struct virtqueue *rings = aligned_alloc(XN_CACHELINE, 2 * pairs * sizeof(*rings));
+
+	if (!rings)
+		return -ENOMEM;
+	memset(rings, 0, 2 * pairs * sizeof(*rings));
+	workers_park(b);
+	int id = port_new(b, PORT_GUEST);
+
+	if (id < 0) {
+		free(rings);
+	} else {
+		struct port *p = &b->ports[id];
+
+		p->guest.pairs = pairs;
+		p->guest.rings = rings;
+		for (u32 i = 0; i < 2 * pairs; i++) {
+			rings[i].port = p;
+			rings[i].index = i;
+			rings[i].kick_fd = rings[i].call_fd = rings[i].err_fd = -1;
+		}
+	}
+	workers_resume(b);
+	return id;
+}
+
+int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues)
+{
+	if (!queues || queues > XN_MAX_NETDEV_QUEUES)
+		return -EINVAL;
+	struct netdev_queue *queue = aligned_alloc(XN_CACHELINE, queues * sizeof(*queue));
+
+	if (!queue)
+		return -ENOMEM;
+	memset(queue, 0, queues * sizeof(*queue));
+	workers_park(b);
+	int id = port_new(b, PORT_NETDEV);
+
+	if (id < 0) {
+		free(queue);
+	} else {
+		b->ports[id].netdev.queues = queues;
+		b->ports[id].netdev.queue = queue;
+		b->ports[id].netdev.group_fd = -1;
+	}
+	workers_resume(b);
+	return id;
+}
+
+int xn_port_remove(struct xn_bridge *b, uint32_t port)
+{
+	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)
+		return -ENOENT;
+	struct port *p = &b->ports[port];
+
+	if (p->kind == PORT_GUEST) {
+		guest_park(p);
+		guest_release(p);
+	} else {
+		workers_park(b);
+		netdev_release(p);
+	}
+	fdb_flush(b->fdb, port, true);
+	p->kind = PORT_NONE;
+	guests_settle_lending(b);
+	workers_resume(b);
+	bridge_event(b, XN_EVENT_FDB | XN_EVENT_UMEM);
+	return 0;
+}
+
+int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t direction, struct xn_queue_stats *out)
+{
+	const struct xn_queue_stats *from;
+
+	if (port >= XN_MAX_PORTS || direction > XN_TX)
+		return -ENOENT;
+	const struct port *p = &b->ports[port];
+
+	if (p->kind == PORT_GUEST && queue < p->guest.pairs)
+		from = &p->guest.rings[2 * queue + direction].stats;
+	else if (p->kind == PORT_NETDEV && queue < p->netdev.queues)
+		from = direction == XN_RX ? &p->netdev.queue[queue].rx : &p->netdev.queue[queue].tx;
+	else
+		return -ENOENT;
+	const uint64_t *words = (const uint64_t *)from;
+
+	for (u32 i = 0; i < sizeof(*out) / sizeof(*words); i++)
+		((uint64_t *)out)[i] = counted(&words[i]);
+	return 0;
+}

@@ -1,0 +1,126 @@
+/*
+ * The bridge: ports, addresses, and the way of a burst from one port to others.
+ *
+ * Everything here is changed by the control thread while the workers are parked, except the counters and what the parts
+ * (vring, xsk, fdb) say of themselves.
+ */
+#ifndef XN_BRIDGE_H
+#define XN_BRIDGE_H
+
+#include "fdb.h"
+#include "vring.h"
+#include "worker.h"
+#include "xsk.h"
+
+enum port_kind { PORT_NONE, PORT_GUEST, PORT_NETDEV };
+
+struct guest {
+	u32 pairs;
+	u32 ready_n;
+	u32 ready[XN_MAX_PAIRS]; /* pairs whose receive ring takes frames */
+	bool rx_shared;		 /* several workers may deliver to one of them */
+	u64 features;
+	struct mem *mem;
+	u32 mem_lost;		 /* raised by the SIGBUS handler */
+	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
+	u64 umem;		 /* the first UMEM that has all its memory */
+	bool recalling;		 /* nothing more is lent, and what is comes back */
+	struct virtqueue *rings; /* 2 * pairs */
+};
+
+struct netdev_queue {
+	struct xsk *xsk;
+	struct xn_xsk_stats past; /* of sockets that this queue had before */
+	struct xn_queue_stats rx XN_ALIGNED;
+	struct xn_queue_stats tx XN_ALIGNED;
+};
+
+struct netdev {
+	u32 queues;
+	u32 ready_n;
+	u32 ready[XN_MAX_NETDEV_QUEUES]; /* queues with an open socket */
+	int group_fd;			 /* AF_PACKET, group-addressed frames; -1: none */
+	bool group_failed;
+	struct source group;
+	struct netdev_queue *queue;
+};
+
+struct port {
+	enum port_kind kind;
+	u32 id;
+	struct xn_bridge *bridge;
+	u64 mac; /* 0: learned */
+	bool check_source;
+	bool allocated;
+	union {
+		struct guest guest;
+		struct netdev netdev;
+	};
+};
+
+struct xn_bridge {
+	struct xn_bridge_config config;
+	struct port ports[XN_MAX_PORTS];
+	u32 ports_n; /* ids below this may be in use */
+	struct fdb *fdb;
+	struct arena arena;
+	struct worker *workers[XN_MAX_WORKERS];
+	u64 cycles_per_us;
+	u64 spin_cycles;
+	bool running;
+	struct parking parking;
+	int event_fd;
+	u32 events;
+};
+
+/* Tells the control thread. */
+void bridge_event(struct xn_bridge *b, enum xn_event event);
+/*
+ * Takes n views (at most XN_BURST) that `from` got on its queue `queue` to where they go, and counts them in `stats`.
+ * Views marked VIEW_DROPPED are counted as that. With `may_wait`, it stops at a frame that its netdev has no room for;
+ * returns how many were dealt with: the rest stays in the guest's ring.
+ */
+u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
+		   struct xn_queue_stats *stats, bool may_wait);
+
+/* The ports' half of it. Views are given by index; what is delivered or lost is counted there. */
+void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
+void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
+/* Frames that the netdev's queue takes now without loss; UINT32_MAX: it will drop, not wait. */
+u32 netdev_room(struct worker *w, struct port *p, u32 queue);
+/* Takes back what the kernel has sent. */
+void netdev_reap(struct xsk *x);
+/* A loan takes too long: copies what can be, and asks for the socket to be closed and opened again. */
+void netdev_is_stuck(struct xsk *x);
+/* While parked: ends the loans that can be ended; all of them, by closing the socket, if they may not be `patient`. */
+void netdev_recall(struct xsk *x, bool patient);
+/* Tells the kernel of frames submitted to this socket; false: it did not take them all, try again soon. */
+bool netdev_kick(struct xsk *x);
+
+/* What a started transmit ring is to its worker, by layout. */
+extern const struct source_ops split_source, packed_source;
+
+/* Hands back chains whose loans have ended; returns how many. */
+u32 guest_take_back(struct virtqueue *q, u64 now);
+/* Parks the workers, and calls back all that the port has lent. */
+void guest_park(struct port *p);
+/* While parked: what every guest may lend, after a change of memory, addresses or ports. */
+void guests_settle_lending(struct xn_bridge *b);
+void guest_release(struct port *p);
+void netdev_release(struct port *p);
+/* Recomputes what depends on which rings and sockets are up, and gives every source to its worker. */
+void guest_settle(struct port *p);
+void netdev_settle(struct port *p);
+
+static inline bool port_is_ready(const struct port *p)
+{
+	return p->kind == PORT_GUEST ? p->guest.ready_n : p->kind == PORT_NETDEV && p->netdev.ready_n;
+}
+
+/* The port with this id and kind; NULL: none. */
+static inline struct port *bridge_port(struct xn_bridge *b, u32 id, enum port_kind kind)
+{
+	return id < XN_MAX_PORTS && b->ports[id].kind == kind ? &b->ports[id] : NULL;
+}
+
+#endif

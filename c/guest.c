@@ -1,0 +1,503 @@
+/*
+ * A guest port's control: its memory, its rings, and what follows from which of them are up.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "bridge.h"
+
+enum {
+	/* How long frames that are being sent are waited for, and how often they are looked at. */
+	RECALL_NS = 1000000000,
+	RECALL_STEP_US = 100
+};
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+/* Replaces *to by a copy of `from` (-1: none). */
+static int keep_fd(int *to, int from)
+{
+	int copy = -1;
+
+	if (from >= 0) {
+		copy = fcntl(from, F_DUPFD_CLOEXEC, 0);
+		if (copy < 0)
+			return -errno;
+	}
+	close_fd(to);
+	*to = copy;
+	return 0;
+}
+
+void guest_settle(struct port *p)
+{
+	struct guest *g = &p->guest;
+	u32 workers = p->bridge->config.workers;
+	bool in_line = true;
+
+	g->ready_n = 0;
+	for (u32 i = 0; i < g->pairs; i++) {
+		const struct virtqueue *rx = &g->rings[2 * i];
+
+		if (!rx->started || !rx->enabled)
+			continue;
+		in_line &= i == g->ready_n;
+		g->ready[g->ready_n++] = i;
+	}
+	/* With as many pairs as workers (or a multiple), frames of a worker's queues only go to rings of that worker. */
+	bool shared = workers > 1 && (!in_line || g->ready_n % workers);
+
+	for (u32 i = 0; i < g->pairs; i++)
+		g->rings[2 * i].shared = shared;
+}
+
+/*
+ * Header checks bind only what is copied, so a guest whose source address is checked lends nothing. Where others have
+ * addresses of their own, which are checked too, it takes an explicit wish.
+ */
+static enum xn_zerocopy may_lend(const struct xn_bridge *b, const struct port *p)
+{
+	if (p->check_source || p->guest.recalling || p->guest.umem == UINT64_MAX)
+		return XN_ZEROCOPY_OFF;
+	if (!mem_is_huge(p->guest.mem))
+		return XN_ZEROCOPY_ON;
+	for (u32 i = 0; i < b->ports_n; i++)
+		if (&b->ports[i] != p && b->ports[i].kind == PORT_GUEST && b->ports[i].mac)
+			return XN_ZEROCOPY_ON;
+	return XN_ZEROCOPY_AUTO;
+}
+
+void guests_settle_lending(struct xn_bridge *b)
+{
+	for (u32 i = 0; i < b->ports_n; i++) {
+		struct port *p = &b->ports[i];
+
+		if (p->kind != PORT_GUEST)
+			continue;
+		p->guest.umem = mem_umem(p->guest.mem);
+		p->guest.lends = may_lend(b, p);
+	}
+}
+
+/* While parked: brings back what can be; true if nothing of the port's is lent any more. */
+static bool recall(struct port *p, bool patient)
+{
+	bool done = true;
+
+	for (u32 i = XN_TX; i < 2 * p->guest.pairs; i += 2) {
+		struct virtqueue *q = &p->guest.rings[i];
+		struct xsk *last = NULL;
+
+		if (q->loans_head == q->loans_tail)
+			continue;
+		for (u32 at = q->loans_head; at != q->loans_tail; at++) {
+			struct xsk *x = q->loans[at & q->loans_mask].borrower;
+
+			if (x && x != last)
+				netdev_recall(last = x, patient);
+		}
+		if (guest_take_back(q, cycles())) {
+			full_fence();
+			vring_notify(q);
+		}
+		done &= q->loans_head == q->loans_tail;
+	}
+	return done;
+}
+
+void guest_park(struct port *p)
+{
+	u64 start = monotonic_ns();
+
+	workers_park(p->bridge);
+	p->guest.recalling = true;
+	guests_settle_lending(p->bridge);
+	while (!recall(p, monotonic_ns() - start < RECALL_NS)) {
+		/* The kernel is at it: meanwhile the others go on. */
+		workers_resume(p->bridge);
+		usleep(RECALL_STEP_US);
+		workers_park(p->bridge);
+	}
+	p->guest.recalling = false;
+}
+
+static void stop_ring(struct virtqueue *q)
+{
+	struct xn_bridge *b = q->port->bridge;
+
+	if (q->source.worker)
+		worker_remove_source(&q->source);
+	for (u32 i = 0; i < b->config.workers; i++)
+		worker_forget_ring(b->workers[i], q);
+	q->dirty = 0;
+	q->started = false;
+	free(q->loans);
+	q->loans = NULL;
+}
+
+/* The frontend's addresses were checked; a region may begin at an odd place of its file. */
+static bool is_aligned(const void *desc, const void *avail, u32 avail_align, const void *used)
+{
+	return !((uintptr_t)desc % 16 || (uintptr_t)avail % avail_align || (uintptr_t)used % sizeof(u32));
+}
+
+/* Finds the three parts of the ring in memory; false: not all of each is there, or it is misaligned. */
+static bool translate_ring(struct virtqueue *q, const struct mem *m)
+{
+	const struct xn_ring_config *c = &q->config;
+	u64 num = c->num, event = q->event_idx ? sizeof(u16) : 0;
+
+	q->mem = m;
+	q->hint = 0;
+	if (q->is_packed) {
+		q->packed.desc = mem_user(m, c->desc_addr, num * sizeof(struct vring_packed_desc));
+		q->packed.driver = mem_user(m, c->avail_addr, sizeof(struct vring_packed_desc_event));
+		q->packed.device = mem_user(m, c->used_addr, sizeof(struct vring_packed_desc_event));
+		return q->packed.desc && q->packed.driver && q->packed.device &&
+		       is_aligned(q->packed.desc, q->packed.driver, sizeof(u32), q->packed.device);
+	}
+	/* With event index, both rings have one more entry (2.7.6, 2.7.8). */
+	q->split.desc = mem_user(m, c->desc_addr, num * sizeof(struct vring_desc));
+	q->split.avail = mem_user(m, c->avail_addr, sizeof(struct vring_avail) + num * sizeof(u16) + event);
+	q->split.used =
+		mem_user(m, c->used_addr, sizeof(struct vring_used) + num * sizeof(struct vring_used_elem) + event);
+	return q->split.desc && q->split.avail && q->split.used &&
+	       is_aligned(q->split.desc, q->split.avail, sizeof(u16), q->split.used);
+}
+
+static void layout_ring(struct virtqueue *q, u64 features)
+{
+	q->is_packed = features >> VIRTIO_F_RING_PACKED & 1;
+	q->event_idx = features >> VIRTIO_RING_F_EVENT_IDX & 1;
+	q->indirect = features >> VIRTIO_RING_F_INDIRECT_DESC & 1;
+	q->mergeable = features >> VIRTIO_NET_F_MRG_RXBUF & 1;
+	q->hdr_len = q->mergeable || features >> VIRTIO_F_VERSION_1 & 1 ? sizeof(struct virtio_net_hdr_mrg_rxbuf)
+									: sizeof(struct virtio_net_hdr);
+}
+
+/* Swaps the table; every started ring follows, or stops if it is no longer in memory. */
+static void swap_memory(struct port *p, struct mem *new)
+{
+	struct guest *g = &p->guest;
+	struct mem *old = g->mem;
+	u64 changes = p->bridge->arena.changes;
+
+	guest_park(p);
+	g->mem = new;
+	for (u32 i = 0; i < 2 * g->pairs; i++)
+		if (g->rings[i].started && !translate_ring(&g->rings[i], new))
+			stop_ring(&g->rings[i]);
+	guest_settle(p);
+	guests_settle_lending(p->bridge);
+	workers_resume(p->bridge);
+	mem_free(old);
+	if (p->bridge->arena.windows_n || changes != p->bridge->arena.changes)
+		bridge_event(p->bridge, XN_EVENT_UMEM);
+}
+
+static struct arena *arena_of(const struct port *p)
+{
+	return p->check_source ? NULL : &p->bridge->arena;
+}
+
+void guest_release(struct port *p)
+{
+	struct guest *g = &p->guest;
+
+	for (u32 i = 0; i < 2 * g->pairs; i++) {
+		struct virtqueue *q = &g->rings[i];
+
+		if (q->started)
+			stop_ring(q);
+		close_fd(&q->kick_fd);
+		close_fd(&q->call_fd);
+		close_fd(&q->err_fd);
+	}
+	mem_free(g->mem);
+	free(g->rings);
+	*g = (struct guest){0};
+}
+
+int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	if (!p)
+		return -ENOENT;
+	struct mem *m = mem_new();
+
+	if (!m)
+		return -ENOMEM;
+	for (u32 i = 0; i < n; i++) {
+		int r = mem_add(m, &regions[i], &p->guest.mem_lost, arena_of(p));
+
+		if (r < 0) {
+			mem_free(m);
+			return r;
+		}
+	}
+	workers_park(b);
+	swap_memory(p, m);
+	/* The old memory is unmapped: what was lost of it is no longer ours. What a worker loses of the new one is. */
+	__atomic_store_n(&p->guest.mem_lost, 0, __ATOMIC_RELAXED);
+	workers_resume(b);
+	return 0;
+}
+
+int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	if (!p)
+		return -ENOENT;
+	struct mem *m = mem_clone(p->guest.mem);
+
+	if (!m)
+		return -ENOMEM;
+	int r = mem_add(m, region, &p->guest.mem_lost, arena_of(p));
+
+	if (r < 0) {
+		mem_free(m);
+		return r;
+	}
+	swap_memory(p, m);
+	return 0;
+}
+
+int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	if (!p)
+		return -ENOENT;
+	struct mem *m = mem_clone(p->guest.mem);
+
+	if (!m)
+		return -ENOMEM;
+	int r = mem_remove(m, region);
+
+	if (r < 0) {
+		mem_free(m);
+		return r;
+	}
+	swap_memory(p, m);
+	return 0;
+}
+
+int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
+{
+	const u64 layout = 1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_RING_F_INDIRECT_DESC |
+			   1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_RING_PACKED;
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	if (!p)
+		return -ENOENT;
+	if ((p->guest.features ^ features) & layout)
+		for (u32 i = 0; i < 2 * p->guest.pairs; i++)
+			if (p->guest.rings[i].started)
+				return -EBUSY;
+	p->guest.features = features;
+	return 0;
+}
+
+static struct virtqueue *ring_of(struct xn_bridge *b, u32 port, u32 ring)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	return p && ring < 2 * p->guest.pairs ? &p->guest.rings[ring] : NULL;
+}
+
+/* Room for every chain of the ring to be lent, where any may be. */
+static int make_loans(struct virtqueue *q)
+{
+	u32 room = 1;
+
+	q->loans_head = q->loans_tail = 0;
+	if (q->port->bridge->arena.zerocopy == XN_ZEROCOPY_OFF || q->port->check_source)
+		return 0;
+	while (room < q->num)
+		room *= 2;
+	q->loans = calloc(room, sizeof(*q->loans));
+	q->loans_mask = room - 1;
+	return q->loans ? 0 : -ENOMEM;
+}
+
+int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struct xn_ring_config *config)
+{
+	struct virtqueue *q = ring_of(b, port, ring);
+	int r = 0;
+
+	if (!q)
+		return -ENOENT;
+	bool packed = q->port->guest.features >> VIRTIO_F_RING_PACKED & 1;
+	u32 num = config->num;
+
+	if (!num || num > XN_MAX_RING || config->desc_addr % 16 || config->used_addr % 4)
+		return -EINVAL;
+	if (packed ? (config->base & 0x7fff) >= num || config->avail_addr % 4
+		   : num & (num - 1) || config->base > UINT16_MAX || config->avail_addr % 2)
+		return -EINVAL;
+	guest_park(q->port);
+	if (q->started)
+		stop_ring(q);
+	q->config = *config;
+	q->num = config->num;
+	layout_ring(q, q->port->guest.features);
+	r = translate_ring(q, q->port->guest.mem) ? 0 : -EFAULT;
+	if (!r)
+		r = keep_fd(&q->kick_fd, config->kick_fd);
+	if (!r)
+		r = keep_fd(&q->call_fd, config->call_fd);
+	if (!r)
+		r = keep_fd(&q->err_fd, config->err_fd);
+	if (!r && ring % 2 == XN_TX)
+		r = make_loans(q);
+	if (r)
+		goto out;
+	/* What was taken was also given back, in order: used and available start at the same place. */
+	q->next = packed ? (struct cursor){config->base & 0x7fff, config->base >> 15 & 1}
+			 : (struct cursor){(u16)config->base, 0};
+	/*
+	 * So a split ring tells itself where it stands, and better than a frontend that has asked a backend restarted
+	 * meanwhile, which could only answer 0.
+	 */
+	if (!packed)
+		q->next.pos = g_load16(&q->split.used->idx);
+	q->used = q->next;
+	q->avail_idx = q->next.pos;
+	q->held = false;
+	q->unchecked = 0;
+	q->signalled_valid = false;
+	q->broken = XN_RING_OK;
+	q->started = true;
+	if (ring % 2 == XN_TX) {
+		q->source = (struct source){.ops = packed ? &packed_source : &split_source,
+					    .fd = q->kick_fd,
+					    .spins = true,
+					    .kicks = &q->stats.kicks};
+		r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source);
+		if (r)
+			stop_ring(q);
+		goto out;
+	}
+	/* Nobody waits for receive buffers. With event index, an index just passed asks for one kick in 65536. */
+	vring_disarm(q);
+	if (!packed && q->event_idx)
+		g_store16(split_avail_event_at(q), (u16)(q->next.pos - 1));
+out:
+	guest_settle(q->port);
+	guests_settle_lending(b);
+	workers_resume(b);
+	return r;
+}
+
+/* As SET_VRING_BASE has it. Packed: 15 bits of index and the wrap counter, for available below, for used above. */
+static u32 ring_base(const struct virtqueue *q)
+{
+	return q->is_packed ? (q->next.pos | (u32)q->next.wrap << 15) * 0x10001u : q->next.pos;
+}
+
+int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *base)
+{
+	struct virtqueue *q = ring_of(b, port, ring);
+
+	if (!q)
+		return -ENOENT;
+	guest_park(q->port);
+	if (q->started) {
+		stop_ring(q);
+		guest_settle(q->port);
+	}
+	guests_settle_lending(b);
+	close_fd(&q->kick_fd);
+	close_fd(&q->call_fd);
+	close_fd(&q->err_fd);
+	workers_resume(b);
+	*base = ring_base(q);
+	return 0;
+}
+
+int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enabled)
+{
+	struct virtqueue *q = ring_of(b, port, ring);
+
+	if (!q)
+		return -ENOENT;
+	workers_park(b);
+	q->enabled = enabled;
+	guest_settle(q->port);
+	workers_resume(b);
+	return 0;
+}
+
+static int set_ring_fd(struct xn_bridge *b, struct virtqueue *q, int *slot, int fd)
+{
+	if (!q)
+		return -ENOENT;
+	workers_park(b);
+	int r = keep_fd(slot, fd);
+
+	workers_resume(b);
+	return r;
+}
+
+int xn_ring_set_call(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd)
+{
+	struct virtqueue *q = ring_of(b, port, ring);
+	int r = set_ring_fd(b, q, q ? &q->call_fd : NULL, fd);
+
+	/* An interrupt sent to the old fd may be lost with it: one to the new one makes up for it. */
+	if (!r && q->started && fd >= 0) {
+		static const u64 one = 1;
+
+		if (write(q->call_fd, &one, sizeof(one)) < 0 && errno != EAGAIN)
+			return -errno;
+	}
+	return r;
+}
+
+int xn_ring_set_err(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd)
+{
+	struct virtqueue *q = ring_of(b, port, ring);
+
+	return set_ring_fd(b, q, q ? &q->err_fd : NULL, fd);
+}
+
+int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_ring_state *out)
+{
+	const struct virtqueue *q = ring_of(b, port, ring);
+
+	if (!q)
+		return -ENOENT;
+	*out = (struct xn_ring_state){
+		.worker = ring / 2 % b->config.workers, .enabled = q->enabled, .broken = q->broken};
+	out->last_avail = __atomic_load_n(&q->next.pos, __ATOMIC_RELAXED);
+	if (!q->started)
+		return 0;
+	out->started = 1;
+	out->packed = q->is_packed;
+	out->num = q->num;
+	out->used_idx = __atomic_load_n(&q->used.pos, __ATOMIC_RELAXED);
+	if (q->is_packed) {
+		const u16 offset = (1u << VRING_PACKED_EVENT_F_WRAP_CTR) - 1;
+
+		/* The guest publishes no index: what it has made available shows in the descriptors alone. */
+		out->avail_idx = out->last_avail;
+		out->avail_event = g_load16(&q->packed.device->off_wrap) & offset;
+		out->used_event = g_load16(&q->packed.driver->off_wrap) & offset;
+		return 0;
+	}
+	out->avail_idx = g_load16(&q->split.avail->idx);
+	if (q->event_idx) {
+		out->avail_event = g_load16(split_avail_event_at(q));
+		out->used_event = g_load16(split_used_event_at(q));
+	}
+	return 0;
+}

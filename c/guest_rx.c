@@ -1,0 +1,251 @@
+/*
+ * Frames into a guest: its receive rings.
+ *
+ * A burst is placed first (chains taken and translated, destinations prefetched), then copied, then published once. What
+ * differs little from frame to frame is not written again.
+ */
+#include "bridge.h"
+
+/* Where one frame will go: pieces and chains in the worker's scratch. */
+struct place {
+	const struct view *view;
+	struct piece *pieces;
+	u32 chain; /* first of chains_n */
+	u32 chains_n;
+};
+
+/*
+ * Whether a buffer starts with the header of a frame in n buffers: all zero but for that. Most do, from their last use,
+ * and what is not written again stays shared with the guest, which has just read it.
+ */
+static always_inline bool has_header(const u8 *to, u32 len, u16 buffers)
+{
+	u64 first;
+	u32 rest;
+
+	memcpy(&first, to, sizeof(first));
+	if (likely(len == sizeof(struct virtio_net_hdr_mrg_rxbuf))) {
+		memcpy(&rest, to + sizeof(first), sizeof(rest));
+		return !first && le32toh(rest) == (u32)buffers << 16;
+	}
+	return !first && !to[8] && !to[9];
+}
+
+/* Copies n bytes to where the cursor (piece, offset) stands, and moves it on. */
+static void scatter(struct piece **at, u32 *offset, const u8 *from, u32 n)
+{
+	while (n) {
+		u32 part = min_u32((*at)->len - *offset, n);
+
+		g_copy_to((*at)->ptr + *offset, from, part);
+		from += part;
+		n -= part;
+		*offset += part;
+		if (*offset == (*at)->len) {
+			(*at)++;
+			*offset = 0;
+		}
+	}
+}
+
+/* Header and frame into any chains. */
+static __attribute__((noinline)) void fill_any_place(const struct virtqueue *q, const struct place *p)
+{
+	const struct view *v = p->view;
+	struct virtio_net_hdr_mrg_rxbuf hdr = {.num_buffers = (u16)p->chains_n};
+	struct piece *at = p->pieces;
+	u32 offset = 0, skip = min_u32(v->len, VIEW_HEAD);
+
+	scatter(&at, &offset, (const u8 *)&hdr, q->hdr_len);
+	scatter(&at, &offset, v->head, skip);
+	for (u32 i = 0; i < v->n; i++) {
+		u32 len = v->pieces[i].len;
+
+		if (skip >= len) {
+			skip -= len;
+			continue;
+		}
+		scatter(&at, &offset, v->pieces[i].ptr + skip, len - skip);
+		skip = 0;
+	}
+}
+
+/* Copies what has been placed and pushes its chains. */
+static always_inline void commit(struct worker *w, struct virtqueue *q, const struct place *places, u32 n, bool packed)
+{
+	const u32 hdr_len = q->hdr_len;
+	u64 bytes = 0;
+	u32 chains = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		const struct place *p = &places[i];
+		const struct view *v = p->view;
+		u32 left = hdr_len + v->len;
+		u8 *to = p->pieces->ptr;
+
+		bytes += v->len;
+		chains += p->chains_n;
+		/* One piece to one piece, and the header is there already: nearly all of them. */
+		if (likely(p->pieces->len >= left && v->n == 1 && v->len >= VIEW_HEAD && has_header(to, hdr_len, 1))) {
+			memcpy(to + hdr_len, v->head, VIEW_HEAD);
+			copy_bytes(to + hdr_len + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
+			vring_push(q, w->chains[p->chain].chain, left, packed);
+			continue;
+		}
+		fill_any_place(q, p);
+		for (u32 c = 0; c < p->chains_n; c++) {
+			u32 written = min_u32(w->chains[p->chain + c].capacity, left);
+
+			vring_push(q, w->chains[p->chain + c].chain, written, packed);
+			left -= written;
+		}
+	}
+	count(&q->stats.packets, n);
+	count(&q->stats.bytes, bytes);
+	count(&q->stats.chains, chains);
+}
+
+/* Scratch in use by the frames placed so far. */
+struct scratch {
+	u32 pieces;
+	u32 chains;
+};
+
+enum placing { PLACED, PLACE_LATER, PLACE_NEVER };
+
+/*
+ * Takes chains for one frame. PLACE_LATER: commit what is placed and come again. PLACE_NEVER: the frame is dropped for
+ * *why; its chains stay in the ring, unless one of them is unfit for any frame like it.
+ */
+static __attribute__((noinline)) enum placing place_any(struct worker *w, struct virtqueue *q, const struct view *v,
+							struct scratch *s, struct place *p, enum xn_drop *why,
+							bool packed)
+{
+	u64 need = (u64)q->hdr_len + v->len, have = 0;
+	const struct scratch start = *s;
+	struct cursor at = q->next;
+
+	*p = (struct place){.view = v, .pieces = &w->to_pieces[s->pieces], .chain = s->chains};
+	do {
+		chain_t chain;
+		u64 capacity;
+
+		if (unlikely(WORKER_PIECES - s->pieces < VRING_MAX_PIECES || s->chains == WORKER_CHAINS)) {
+			*s = start;
+			*why = XN_DROP_TOO_SMALL;
+			return start.chains ? PLACE_LATER : PLACE_NEVER;
+		}
+		if (unlikely(!vring_peek(q, at, packed))) {
+			*s = start;
+			*why = q->broken ? XN_DROP_BROKEN : XN_DROP_NO_BUFFER;
+			return PLACE_NEVER;
+		}
+		int n = vring_pop(q, &at, true, &w->to_pieces[s->pieces], VRING_MAX_PIECES, &capacity, &chain, packed);
+
+		if (unlikely(n == -EIO)) {
+			*s = start;
+			*why = XN_DROP_BROKEN;
+			return PLACE_NEVER;
+		}
+		w->chains[s->chains].chain = chain;
+		w->chains[s->chains].capacity = (u32)(capacity > UINT32_MAX ? UINT32_MAX : capacity);
+		s->chains++;
+		p->chains_n++;
+		/* A chain of more pieces than we gather, or of no bytes, can never take a frame. */
+		if (unlikely(n <= 0 || !capacity || (!q->mergeable && capacity < need))) {
+			*s = start;
+			*why = n == -EMSGSIZE ? XN_DROP_PIECES : XN_DROP_TOO_SMALL;
+			if (start.chains)
+				return PLACE_LATER;
+			/* Nothing is before it: hand all of it back with nothing in it, or no frame would ever pass. */
+			for (u32 i = 0; i < p->chains_n; i++)
+				vring_push(q, w->chains[i].chain, 0, packed);
+			q->next = at;
+			count(&q->stats.chains, p->chains_n);
+			return PLACE_NEVER;
+		}
+		s->pieces += (u32)n;
+		have += capacity;
+	} while (unlikely(have < need));
+	q->next = at;
+	return PLACED;
+}
+
+/* The same for a frame that fits into one chain of one piece, which nearly all do; else place_any looks anew. */
+static always_inline enum placing place(struct worker *w, struct virtqueue *q, const struct view *v, struct scratch *s,
+					struct place *p, enum xn_drop *why, bool packed)
+{
+	struct piece *piece = &w->to_pieces[s->pieces];
+	u64 capacity;
+
+	if (unlikely(!vring_peek(q, q->next, packed) ||
+		     !pop_single(q, q->next, true, piece, &capacity, &w->chains[s->chains].chain, packed) ||
+		     capacity < q->hdr_len + v->len))
+		return place_any(w, q, v, s, p, why, packed);
+	/* The header is only read, most of the time: that line is better not taken away from the guest. */
+	prefetch(piece->ptr);
+	prefetch_write(piece->ptr + q->hdr_len);
+	w->chains[s->chains].capacity = piece->len;
+	*p = (struct place){v, piece, s->chains, 1};
+	s->pieces++;
+	s->chains++;
+	cursor_advance(q, &q->next, 1, packed);
+	return PLACED;
+}
+
+static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q, const struct view *views,
+					  const u8 *which, u32 n, bool packed)
+{
+	struct place places[XN_BURST];
+	struct scratch scratch = {0};
+	struct cursor before = q->used;
+	u32 placed = 0;
+
+	if (vring_peek(q, q->next, packed))
+		vring_prefetch(q, n, packed);
+	for (u32 i = 0; i < n;) {
+		enum xn_drop why;
+		enum placing r = place(w, q, &views[which[i]], &scratch, &places[placed], &why, packed);
+
+		if (likely(r == PLACED)) {
+			placed++;
+			i++;
+			continue;
+		}
+		if (r == PLACE_NEVER) {
+			count(&q->stats.drops[why], 1);
+			i++;
+			continue;
+		}
+		commit(w, q, places, placed, packed);
+		placed = 0;
+		scratch = (struct scratch){0};
+	}
+	commit(w, q, places, placed, packed);
+	count(&q->stats.bursts, 1);
+	if (q->used.pos == before.pos && q->used.wrap == before.wrap)
+		return;
+	vring_publish(q, packed);
+	worker_owes(w, q);
+}
+
+void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
+{
+	struct guest *g = &p->guest;
+
+	if (unlikely(!g->ready_n)) {
+		/* No ring, no owner: several workers may count here. */
+		__atomic_fetch_add(&g->rings[0].stats.drops[XN_DROP_NOT_READY], n, __ATOMIC_RELAXED);
+		return;
+	}
+	struct virtqueue *q = &g->rings[2 * g->ready[queue % g->ready_n]];
+
+	vring_lock(q);
+	if (unlikely(__atomic_load_n(&g->mem_lost, __ATOMIC_RELAXED)))
+		vring_break(q, XN_BROKEN_MEMORY);
+	if (q->is_packed)
+		deliver_to_ring(w, q, views, which, n, true);
+	else
+		deliver_to_ring(w, q, views, which, n, false);
+	vring_unlock(q);
+}

@@ -1,0 +1,272 @@
+/*
+ * Frames out of a guest: its transmit rings.
+ *
+ * A burst goes through stages, each of which prefetches for the next: heads, descriptors, headers; then the bridge takes
+ * the views to where they go, and the chains are handed back in the order in which they came.
+ */
+#include "bridge.h"
+
+/* A loan that takes longer is no more waited for: the socket is taken to be stuck. */
+enum { LOAN_US = 1000000 };
+
+/* What a header may not ask for, as its first two bytes: flags and gso_type. */
+static inline bool asks_offload(const u8 *hdr)
+{
+	return hdr[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM || hdr[1] != VIRTIO_NET_HDR_GSO_NONE;
+}
+
+/* Reads the header off the front of the pieces, across as many as it is spread over; returns how many are left. */
+static u32 gather_header(u8 *raw, u32 hdr_len, struct piece **pieces, u32 n)
+{
+	struct piece *p = *pieces;
+
+	for (u32 got = 0; got < hdr_len;) {
+		u32 part = min_u32(p->len, hdr_len - got);
+
+		g_copy_from(raw + got, p->ptr, part);
+		got += part;
+		p->ptr += part;
+		p->len -= part;
+		if (!p->len) {
+			p++;
+			n--;
+		}
+	}
+	*pieces = p;
+	return n;
+}
+
+static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, struct view *v, u64 total)
+{
+	struct piece *pieces = (struct piece *)v->pieces;
+	u8 hdr[sizeof(struct virtio_net_hdr_mrg_rxbuf)];
+
+	v->len = 0;
+	if (total <= q->hdr_len) {
+		view_drop(v, XN_DROP_SHORT);
+		return;
+	}
+	v->n = gather_header(hdr, q->hdr_len, &pieces, v->n);
+	v->pieces = pieces;
+	if (total - q->hdr_len > XN_MAX_FRAME) {
+		view_drop(v, XN_DROP_OVERSIZE);
+		return;
+	}
+	v->len = (u32)(total - q->hdr_len);
+	if (v->len < ETH_HLEN)
+		view_drop(v, XN_DROP_RUNT);
+	else if (asks_offload(hdr))
+		view_drop(v, XN_DROP_OFFLOAD);
+	else
+		view_snapshot(v);
+}
+
+/* Makes a frame of a translated chain: takes the virtio_net_hdr off it, once, and judges it. */
+static always_inline void open_chain(const struct virtqueue *q, struct view *v, u64 total)
+{
+	struct piece *piece = (struct piece *)v->pieces;
+	u8 hdr[2];
+
+	/* One piece, and room in it for header and snapshot: nearly all of them. */
+	if (unlikely(v->n != 1 || piece->len < (u32)q->hdr_len + VIEW_HEAD || piece->len > XN_MAX_FRAME)) {
+		open_any_chain(q, v, total);
+		return;
+	}
+	g_copy_from(hdr, piece->ptr, sizeof(hdr));
+	piece->ptr += q->hdr_len;
+	piece->len -= q->hdr_len;
+	v->len = piece->len;
+	if (unlikely(asks_offload(hdr)))
+		view_drop(v, XN_DROP_OFFLOAD);
+	else
+		g_copy_from(v->head, piece->ptr, VIEW_HEAD);
+}
+
+/* What came with each view of a burst. */
+struct burst {
+	struct cursor after; /* where the ring stands when it is done with */
+	chain_t chain;
+	u64 total; /* bytes, header included */
+};
+
+/* Takes up to `most` chains apart into views; returns how many, up to the first that breaks the ring. */
+static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct burst *burst, u32 most, bool packed)
+{
+	struct cursor at = q->next;
+	u32 n = 0, used = 0;
+
+	if (!vring_peek(q, at, packed))
+		return 0;
+	vring_prefetch(q, most, packed);
+	for (; n < most && vring_peek(q, at, packed); n++) {
+		struct view *v = &w->views[n];
+		int pieces;
+
+		/* Every chain may have as many pieces as the core gathers: what does not fit now waits for the next turn. */
+		if (unlikely(WORKER_PIECES - used < VRING_MAX_PIECES))
+			break;
+		v->port = VIEW_FLOOD;
+		v->pieces = &w->pieces[used];
+		pieces = vring_pop(q, &at, false, &w->pieces[used], VRING_MAX_PIECES, &burst[n].total, &burst[n].chain,
+				   packed);
+		burst[n].after = at;
+		if (unlikely(pieces == -EIO))
+			break;
+		if (unlikely(pieces == -EMSGSIZE)) {
+			v->len = 0;
+			view_drop(v, XN_DROP_PIECES);
+			continue;
+		}
+		v->n = (u32)pieces;
+		used += (u32)pieces;
+		if (likely(pieces)) {
+			/* Drivers put the header right before the frame, often at the end of another line. */
+			prefetch(v->pieces->ptr);
+			prefetch(v->pieces->ptr + q->hdr_len);
+		}
+	}
+	for (u32 i = 0; i < n; i++) {
+		struct view *v = &w->views[i];
+
+		if (likely(v->port != VIEW_DROPPED))
+			open_chain(q, v, burst[i].total);
+	}
+	return n;
+}
+
+/* Hands back what is not lent, up to the first chain that is; returns how many. */
+static always_inline u32 take_back(struct virtqueue *q, bool packed)
+{
+	const struct xsk *looked = NULL;
+	u32 n = 0;
+
+	while (q->loans_head != q->loans_tail) {
+		const struct loan *loan = &q->loans[q->loans_head & q->loans_mask];
+		/* Acquire: the kernel is done with the frame before the guest has it again. */
+		struct xsk *x = __atomic_load_n(&loan->borrower, __ATOMIC_ACQUIRE);
+
+		if (x && x != looked) {
+			netdev_reap(x);
+			looked = x;
+			x = __atomic_load_n(&loan->borrower, __ATOMIC_ACQUIRE);
+		}
+		if (x)
+			break;
+		vring_push(q, loan->chain, 0, packed);
+		q->loans_head++;
+		n++;
+	}
+	if (n)
+		vring_publish(q, packed);
+	return n;
+}
+
+u32 guest_take_back(struct virtqueue *q, u64 now)
+{
+	u32 n = q->is_packed ? take_back(q, true) : take_back(q, false);
+
+	if (n || q->loans_head == q->loans_tail) {
+		q->loans_since = now;
+		return n;
+	}
+	/* Signed: it may have become the oldest in this very turn. */
+	if (unlikely((int64_t)(now - q->loans_since) > (int64_t)(q->port->bridge->cycles_per_us * LOAN_US))) {
+		struct xsk *x = __atomic_load_n(&q->loans[q->loans_head & q->loans_mask].borrower, __ATOMIC_ACQUIRE);
+
+		if (x)
+			netdev_is_stuck(x);
+		q->loans_since = now;
+	}
+	return n;
+}
+
+/* Queues a burst of which something is lent, or that comes behind what is. */
+static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct burst *burst, u32 n)
+{
+	if (q->loans_head == q->loans_tail) {
+		q->loans_since = cycles();
+		worker_waits(w, q);
+	}
+	for (u32 i = 0; i < n; i++) {
+		struct loan *loan = &q->loans[(q->loans_tail + i) & q->loans_mask];
+
+		loan->chain = burst[i].chain;
+		/* What is lent may be returned already, by another worker. */
+		if (!(w->lent >> i & 1))
+			loan->borrower = NULL;
+	}
+	q->loans_tail += n;
+}
+
+static always_inline u32 poll_ring(struct worker *w, struct source *s, bool packed)
+{
+	struct virtqueue *q = container_of(s, struct virtqueue, source);
+	struct guest *g = &q->port->guest;
+	struct burst burst[XN_BURST];
+	u32 most = XN_BURST;
+
+	if (unlikely(__atomic_load_n(&g->mem_lost, __ATOMIC_RELAXED)))
+		vring_break(q, XN_BROKEN_MEMORY);
+	/* A guest may make the same chain available again and again: no more than its ring has are out at once. */
+	if (unlikely(q->loans_head != q->loans_tail))
+		most = min_u32(most, q->loans_mask + 1 - (q->loans_tail - q->loans_head));
+	u32 n = fetch(w, q, burst, most, packed);
+
+	s->dead = q->broken;
+	if (!n)
+		return 0;
+	/* Started but disabled: transmit is processed and thrown away (vhost-user, "Ring states"). */
+	if (unlikely(!q->enabled))
+		for (u32 i = 0; i < n; i++)
+			view_drop(&w->views[i], XN_DROP_DISABLED);
+	w->lender = q->loans && g->lends != XN_ZEROCOPY_OFF ? q : NULL;
+	w->lent = 0;
+	n = bridge_forward(w, q->port, q->index / 2, w->views, n, &q->stats, true);
+	if (!n)
+		return 0;
+	if (!s->woken)
+		count(&q->stats.kicks_saved, 1);
+	s->woken = false;
+	q->next = burst[n - 1].after;
+	count(&q->stats.chains, n);
+	if (unlikely(w->lent || q->loans_head != q->loans_tail)) {
+		wait_for_loans(w, q, burst, n);
+		return n;
+	}
+	for (u32 i = 0; i < n; i++)
+		vring_push(q, burst[i].chain, 0, packed);
+	vring_publish(q, packed);
+	worker_owes(w, q);
+	return n;
+}
+
+static u32 poll_split(struct worker *w, struct source *s)
+{
+	return poll_ring(w, s, false);
+}
+
+static u32 poll_packed(struct worker *w, struct source *s)
+{
+	return poll_ring(w, s, true);
+}
+
+static bool guest_arm(struct source *s)
+{
+	struct virtqueue *q = container_of(s, struct virtqueue, source);
+
+	if (q->broken || !vring_arm(q))
+		return false;
+	vring_disarm(q);
+	return true;
+}
+
+static void guest_disarm(struct source *s)
+{
+	struct virtqueue *q = container_of(s, struct virtqueue, source);
+
+	if (!q->broken)
+		vring_disarm(q);
+}
+
+const struct source_ops split_source = {poll_split, guest_arm, guest_disarm};
+const struct source_ops packed_source = {poll_packed, guest_arm, guest_disarm};

@@ -1,0 +1,276 @@
+#define _GNU_SOURCE
+#include "mem.h"
+
+#include <linux/magic.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+
+/*
+ * Every live mapping, for the SIGBUS handler. The control thread fills and empties slots; a handler on another thread
+ * reads them. A slot is valid while base is set: length and lost are written before base, base is cleared first.
+ */
+enum { GUARDS = XN_MAX_PORTS * XN_MAX_REGIONS };
+static struct guard {
+	u8 *base;
+	size_t length;
+	u32 *lost;
+} guards[GUARDS];
+static u32 guards_used;
+static struct sigaction previous_sigbus;
+static pthread_once_t sigbus_once = PTHREAD_ONCE_INIT;
+
+static void on_sigbus(int sig, siginfo_t *info, void *context)
+{
+	u8 *fault = info->si_addr;
+	u32 used = __atomic_load_n(&guards_used, __ATOMIC_ACQUIRE);
+
+	for (u32 i = 0; i < used; i++) {
+		u8 *base = __atomic_load_n(&guards[i].base, __ATOMIC_ACQUIRE);
+
+		if (!base || fault < base || fault >= base + guards[i].length)
+			continue;
+		/* The whole mapping, not a page: huge pages cannot be split, and the next page would fault as well. */
+		if (mmap(base, guards[i].length, PROT_READ | PROT_WRITE,
+			 MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) == MAP_FAILED)
+			break;
+		__atomic_store_n(guards[i].lost, 1, __ATOMIC_RELEASE);
+		return;
+	}
+	/* Not guest memory: as if we were not here. */
+	if (previous_sigbus.sa_flags & SA_SIGINFO) {
+		previous_sigbus.sa_sigaction(sig, info, context);
+		return;
+	}
+	sigaction(SIGBUS, &previous_sigbus, NULL);
+}
+
+static void install_sigbus(void)
+{
+	struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+
+	sigemptyset(&action.sa_mask);
+	sigaction(SIGBUS, &action, &previous_sigbus);
+}
+
+static int guard_add(u8 *base, size_t length, u32 *lost)
+{
+	for (u32 i = 0; i < GUARDS; i++) {
+		if (guards[i].base)
+			continue;
+		guards[i].length = length;
+		guards[i].lost = lost;
+		__atomic_store_n(&guards[i].base, base, __ATOMIC_RELEASE);
+		if (i >= guards_used)
+			__atomic_store_n(&guards_used, i + 1, __ATOMIC_RELEASE);
+		return 0;
+	}
+	return -ENOSPC;
+}
+
+static void guard_remove(const u8 *base)
+{
+	for (u32 i = 0; i < guards_used; i++)
+		if (guards[i].base == base)
+			__atomic_store_n(&guards[i].base, NULL, __ATOMIC_RELEASE);
+}
+
+static int map_file(struct mapping *map, int fd, u64 start, u64 page, struct arena *arena)
+{
+	if (arena && arena_wants(arena, map->huge)) {
+		int r = arena_map(arena, map, fd, start, page);
+
+		if (r != -ENOSPC)
+			return r;
+	}
+	map->base = mmap(NULL, map->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)start);
+	return map->base == MAP_FAILED ? -errno : 0;
+}
+
+static void unmap_file(struct mapping *map)
+{
+	if (map->arena)
+		arena_unmap(map->arena, map);
+	else
+		munmap(map->base, map->length);
+}
+
+static int mapping_new(struct mapping **out, const struct xn_region *region, u8 **host, u32 *lost, struct arena *arena)
+{
+	struct stat st;
+	struct statfs fs;
+
+	if (fstat(region->fd, &st) < 0 || fstatfs(region->fd, &fs) < 0)
+		return -errno;
+	/* hugetlbfs maps whole huge pages only, and reports their size as its block size. */
+	u64 page = st.st_blksize > 4096 ? (u64)st.st_blksize : 4096;
+	u64 start = region->offset / page * page;
+	u64 lead = region->offset - start;
+
+	if (region->size > UINT64_MAX / 2 || region->offset > UINT64_MAX / 2 ||
+	    region->offset + region->size > (u64)st.st_size)
+		return -EINVAL;
+	struct mapping *map = calloc(1, sizeof(*map));
+
+	if (!map)
+		return -ENOMEM;
+	map->length = (lead + region->size + page - 1) / page * page;
+	map->lost = lost;
+	map->refs = 1;
+	map->huge = fs.f_type == HUGETLBFS_MAGIC;
+	int r = map_file(map, region->fd, start, page, arena);
+
+	if (r < 0)
+		goto no_map;
+	/* A core dump is not the place for a guest's memory. Only advice: a refusal changes nothing else. */
+	(void)madvise(map->base, map->length, MADV_DONTDUMP);
+	r = guard_add(map->base, map->length, lost);
+	if (r < 0)
+		goto no_guard;
+	*host = map->base + lead;
+	*out = map;
+	return 0;
+no_guard:
+	unmap_file(map);
+no_map:
+	free(map);
+	return r;
+}
+
+static void mapping_put(struct mapping *map)
+{
+	if (--map->refs)
+		return;
+	guard_remove(map->base);
+	unmap_file(map);
+	free(map);
+}
+
+struct mem *mem_new(void)
+{
+	pthread_once(&sigbus_once, install_sigbus);
+	return calloc(1, sizeof(struct mem));
+}
+
+struct mem *mem_clone(const struct mem *old)
+{
+	struct mem *m = mem_new();
+
+	if (m && old) {
+		*m = *old;
+		for (u32 i = 0; i < m->n; i++)
+			m->regions[i].mapping->refs++;
+	}
+	return m;
+}
+
+void mem_free(struct mem *m)
+{
+	if (!m)
+		return;
+	for (u32 i = 0; i < m->n; i++)
+		mapping_put(m->regions[i].mapping);
+	free(m);
+}
+
+static bool overlap(u64 a, u64 a_size, u64 b, u64 b_size)
+{
+	return a < b + b_size && b < a + a_size;
+}
+
+int mem_add(struct mem *m, const struct xn_region *region, u32 *lost, struct arena *arena)
+{
+	if (m->n == XN_MAX_REGIONS)
+		return -ENOSPC;
+	if (!region->size || region->guest_addr + region->size < region->guest_addr ||
+	    region->user_addr + region->size < region->user_addr)
+		return -EINVAL;
+	for (u32 i = 0; i < m->n; i++)
+		if (overlap(region->guest_addr, region->size, m->regions[i].guest_addr, m->regions[i].size) ||
+		    overlap(region->user_addr, region->size, m->regions[i].user_addr, m->regions[i].size))
+			return -EEXIST;
+	struct region *r = &m->regions[m->n];
+
+	int error = mapping_new(&r->mapping, region, &r->host, lost, arena);
+
+	if (error < 0)
+		return error;
+	r->guest_addr = region->guest_addr;
+	r->size = region->size;
+	r->user_addr = region->user_addr;
+	m->n++;
+	return 0;
+}
+
+int mem_remove(struct mem *m, const struct xn_region *region)
+{
+	for (u32 i = 0; i < m->n; i++) {
+		struct region *r = &m->regions[i];
+
+		if (r->guest_addr != region->guest_addr || r->size != region->size || r->user_addr != region->user_addr)
+			continue;
+		mapping_put(r->mapping);
+		memmove(r, r + 1, (m->n - i - 1) * sizeof(*r));
+		m->n--;
+		return 0;
+	}
+	return -ENOENT;
+}
+
+void *mem_user(const struct mem *m, u64 user_addr, u64 len)
+{
+	for (u32 i = 0; m && i < m->n; i++) {
+		u64 offset = user_addr - m->regions[i].user_addr;
+
+		if (offset < m->regions[i].size && len <= m->regions[i].size - offset)
+			return m->regions[i].host + offset;
+	}
+	return NULL;
+}
+
+u64 mem_umem(const struct mem *m)
+{
+	u64 umem = 0;
+
+	if (!m || !m->n)
+		return UINT64_MAX;
+	for (u32 i = 0; i < m->n; i++) {
+		const struct mapping *map = m->regions[i].mapping;
+
+		if (!map->arena)
+			return UINT64_MAX;
+		if (map->umem > umem)
+			umem = map->umem;
+	}
+	return umem;
+}
+
+bool mem_is_huge(const struct mem *m)
+{
+	for (u32 i = 0; m && i < m->n; i++)
+		if (!m->regions[i].mapping->huge)
+			return false;
+	return m;
+}
+
+bool mem_read(const struct mem *m, u64 addr, void *buf, u32 len)
+{
+	u32 hint = 0;
+	u8 *to = buf;
+
+	while (len) {
+		u64 n = len;
+		const u8 *from = mem_at(m, &hint, addr, &n);
+
+		if (!from)
+			return false;
+		g_copy_from(to, from, n);
+		to += n;
+		addr += n;
+		len -= (u32)n;
+	}
+	return true;
+}

@@ -1,0 +1,132 @@
+/*
+ * Guest memory: the one door to guest bytes.
+ *
+ * A table is immutable once built; changes build a new one and swap it while the workers are parked. Guest bytes change
+ * at any moment, so they are read through the g_ accessors, once, into locals. A range is translated whole, or piece by
+ * piece at the borders of regions; nothing else in the core makes a pointer from a guest's number.
+ *
+ * The file behind a region can be truncated under us: a SIGBUS handler then maps zeroes over the region and raises the
+ * table's lost flag, upon which the worker breaks the port's rings.
+ */
+#ifndef XN_MEM_H
+#define XN_MEM_H
+
+#include "arena.h"
+
+/* One mmap of a region's file, shared by every table that holds the region. */
+struct mapping {
+	u8 *base;
+	size_t length;
+	u32 refs;
+	u32 *lost;
+	bool huge;	     /* on hugetlbfs: its pages are there to stay */
+	struct arena *arena; /* that it is a window of; NULL: of none */
+	u64 umem;	     /* the first UMEM that has it */
+};
+
+struct region {
+	u64 guest_addr;
+	u64 size;
+	u64 user_addr;
+	u8 *host;
+	struct mapping *mapping;
+};
+
+struct mem {
+	u32 n;
+	struct region regions[XN_MAX_REGIONS];
+};
+
+/* A stretch of guest memory as the host sees it. */
+struct piece {
+	u8 *ptr;
+	u32 len;
+};
+
+struct mem *mem_new(void);
+/* A copy of `old` (NULL: empty) that shares its mappings. */
+struct mem *mem_clone(const struct mem *old);
+void mem_free(struct mem *m);
+/* Into a window of the arena, if that wants it; NULL: it shall not. */
+int mem_add(struct mem *m, const struct xn_region *region, u32 *lost, struct arena *arena);
+int mem_remove(struct mem *m, const struct xn_region *region);
+/* Host address of [user_addr, user_addr + len) of the frontend's own addresses; NULL if it is not in one region. */
+void *mem_user(const struct mem *m, u64 user_addr, u64 len);
+/* The first UMEM that has all of it; UINT64_MAX: none will. */
+u64 mem_umem(const struct mem *m);
+bool mem_is_huge(const struct mem *m);
+/* Copies [addr, addr + len) into buf across regions; false if any of it is outside. */
+bool mem_read(const struct mem *m, u64 addr, void *buf, u32 len);
+
+/* Host address of guest physical `addr`, *len cut to what is contiguous there; NULL if outside. `hint`: last region hit. */
+static inline u8 *mem_at(const struct mem *m, u32 *hint, u64 addr, u64 *len)
+{
+	u32 i = *hint;
+
+	if (unlikely(i >= m->n || addr - m->regions[i].guest_addr >= m->regions[i].size)) {
+		for (i = 0; i < m->n; i++)
+			if (addr - m->regions[i].guest_addr < m->regions[i].size)
+				break;
+		if (i == m->n)
+			return NULL;
+		*hint = i;
+	}
+	u64 offset = addr - m->regions[i].guest_addr;
+	u64 left = m->regions[i].size - offset;
+
+	if (*len > left)
+		*len = left;
+	return m->regions[i].host + offset;
+}
+
+static inline u16 g_load16(const void *p)
+{
+	return __atomic_load_n((const u16 *)p, __ATOMIC_RELAXED);
+}
+
+static inline u16 g_load16_acquire(const void *p)
+{
+	return __atomic_load_n((const u16 *)p, __ATOMIC_ACQUIRE);
+}
+
+static inline u64 g_load64(const void *p)
+{
+	return __atomic_load_n((const u64 *)p, __ATOMIC_RELAXED);
+}
+
+/* One snapshot of a descriptor's 16 bytes, of either layout: the guest may rewrite it at any moment. */
+static inline void g_load_desc(void *to, const void *guest)
+{
+	const u64 words[2] = {g_load64(guest), g_load64((const u8 *)guest + 8)};
+
+	memcpy(to, words, sizeof(words));
+}
+
+static inline void g_store16(void *p, u16 v)
+{
+	__atomic_store_n((u16 *)p, v, __ATOMIC_RELAXED);
+}
+
+static inline void g_store16_release(void *p, u16 v)
+{
+	__atomic_store_n((u16 *)p, v, __ATOMIC_RELEASE);
+}
+
+static inline void g_store32(void *p, u32 v)
+{
+	__atomic_store_n((u32 *)p, v, __ATOMIC_RELAXED);
+}
+
+/* The barrier makes the copy the only read: the compiler may not go back to guest memory for a byte of it. */
+static inline void g_copy_from(void *to, const void *guest, size_t n)
+{
+	memcpy(to, guest, n);
+	__asm__ volatile("" ::: "memory");
+}
+
+static inline void g_copy_to(void *guest, const void *from, size_t n)
+{
+	memcpy(guest, from, n);
+}
+
+#endif

@@ -1,0 +1,39 @@
+/*
+ * A source: something that a worker takes frames from (a transmit ring, an AF_XDP socket, a group socket).
+ *
+ * An active source is polled on every turn. One that has brought nothing for the spin time is armed (it says where it
+ * wants to be woken) and sleeps in the worker's epoll set; while other sources keep the worker busy, that set is looked at
+ * now and then, so idle sources cost a busy one nothing.
+ */
+#ifndef XN_SOURCE_H
+#define XN_SOURCE_H
+
+#include "base.h"
+
+struct worker;
+struct source;
+
+struct source_ops {
+	/* Moves one burst; the number of frames or chains taken. */
+	u32 (*poll)(struct worker *w, struct source *s);
+	/* Asks to be woken. True: there is work after all. NULL: the fd alone tells. */
+	bool (*arm)(struct source *s);
+	/* Woken: stop asking. NULL: nothing to do. */
+	void (*disarm)(struct source *s);
+};
+
+struct source {
+	const struct source_ops *ops;
+	struct worker *worker;
+	u32 slot; /* in the worker's list of sources */
+	int fd;	  /* what wakes it; -1: it is polled for ever */
+	bool active;
+	bool spins;	 /* polled for a time after its last frame; else until it is empty */
+	bool dead;	 /* brings nothing until it is added anew: not even without an fd is it polled for ever */
+	bool woken;	 /* by its fd, since it last brought something */
+	u64 last_work;	 /* cycles */
+	u64 spin;	 /* cycles that it is polled after its last frame; follows what its traffic is like */
+	uint64_t *kicks; /* counts wake-ups by the fd; NULL: nobody asks */
+};
+
+#endif

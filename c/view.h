@@ -1,0 +1,133 @@
+/*
+ * A view: one frame as the bridge sees it. The bytes lie in memory that its source owns until the burst is delivered.
+ *
+ * The first bytes are a snapshot. Decisions (addresses, VLAN) rest on it, and it is what is delivered in their place: a
+ * guest that rewrites its buffer meanwhile changes nothing that was checked.
+ */
+#ifndef XN_VIEW_H
+#define XN_VIEW_H
+
+#include <endian.h>
+#include <linux/if_ether.h>
+
+#include "mem.h"
+
+/* Ethernet header, one VLAN tag and a start of what follows; a multiple of the vector registers' 16 bytes. */
+enum { VIEW_HEAD = 32 };
+
+struct view {
+	u8 head[VIEW_HEAD];
+	const struct piece *pieces; /* of the whole frame, from its first byte */
+	u32 n;
+	u32 len;  /* bytes of the frame */
+	u16 port; /* where it goes: a port, VIEW_FLOOD or VIEW_DROPPED */
+	u16 drop; /* enum xn_drop, with VIEW_DROPPED */
+};
+
+enum { VIEW_FLOOD = XN_MAX_PORTS, VIEW_DROPPED };
+
+static inline void view_drop(struct view *v, enum xn_drop why)
+{
+	v->port = VIEW_DROPPED;
+	v->drop = (u16)why;
+}
+
+/* Six bytes of the snapshot as a number, the first on the wire lowest; one load, as there are more bytes behind. */
+static inline u64 mac_at(const u8 *p)
+{
+	u64 v;
+
+	memcpy(&v, p, sizeof(v));
+	return le64toh(v) & 0xffffffffffffull;
+}
+
+static inline u64 view_dst(const struct view *v)
+{
+	return mac_at(v->head);
+}
+
+static inline u64 view_src(const struct view *v)
+{
+	return mac_at(v->head + ETH_ALEN);
+}
+
+/* The group bit of an address as view_dst and view_src give it. */
+static inline bool mac_is_group(u64 mac)
+{
+	return mac & 1;
+}
+
+/* The VLAN of a tagged frame, 0 if it has no tag. */
+static inline u16 view_vlan(const struct view *v)
+{
+	u16 type = (u16)(v->head[12] << 8 | v->head[13]);
+
+	if (likely(type != ETH_P_8021Q && type != ETH_P_8021AD))
+		return 0;
+	return (u16)(v->head[14] << 8 | v->head[15]) & 0xfff;
+}
+
+/* Takes the snapshot; needs pieces, n and len, with len at least ETH_HLEN. */
+static inline void view_snapshot(struct view *v)
+{
+	if (likely(v->pieces->len >= VIEW_HEAD)) {
+		g_copy_from(v->head, v->pieces->ptr, VIEW_HEAD);
+		return;
+	}
+	memset(v->head, 0, sizeof(v->head));
+	for (u32 i = 0, done = 0; i < v->n && done < VIEW_HEAD; i++) {
+		u32 part = min_u32(v->pieces[i].len, VIEW_HEAD - done);
+
+		g_copy_from(v->head + done, v->pieces[i].ptr, part);
+		done += part;
+	}
+}
+
+/* memcpy of a guest's bytes, of which small frames have too few to be worth the call. */
+static inline void copy_bytes(u8 *to, const u8 *from, u32 n)
+{
+	if (n > 2 * 16) {
+		memcpy(to, from, n);
+	} else if (n >= 16) {
+		u8 a[16], b[16];
+
+		/* Two blocks that may overlap. */
+		memcpy(a, from, 16);
+		memcpy(b, from + n - 16, 16);
+		memcpy(to, a, 16);
+		memcpy(to + n - 16, b, 16);
+	} else {
+		for (u32 i = 0; i < n; i++)
+			to[i] = from[i];
+	}
+	__asm__ volatile("" ::: "memory");
+}
+
+/* Copies the frame into `to`, which has room for v->len bytes. */
+static inline void view_copy(u8 *to, const struct view *v)
+{
+	if (likely(v->len >= VIEW_HEAD)) {
+		memcpy(to, v->head, VIEW_HEAD);
+		if (likely(v->n == 1)) {
+			copy_bytes(to + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
+			return;
+		}
+	} else {
+		memcpy(to, v->head, v->len);
+	}
+	u32 skip = min_u32(v->len, VIEW_HEAD), done = skip;
+
+	for (u32 i = 0; i < v->n; i++) {
+		u32 part = v->pieces[i].len;
+
+		if (skip >= part) {
+			skip -= part;
+			continue;
+		}
+		g_copy_from(to + done, v->pieces[i].ptr + skip, part - skip);
+		done += part - skip;
+		skip = 0;
+	}
+}
+
+#endif

@@ -1,0 +1,130 @@
+#include "vring.h"
+
+#include <unistd.h>
+
+#include "bridge.h"
+
+static void signal_fd(int fd)
+{
+	static const u64 one = 1;
+
+	/* The fd does not block; EAGAIN means that it is signalled already, and there is nobody to tell of more. */
+	if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+void vring_break(struct virtqueue *q, enum xn_broken why)
+{
+	if (q->broken)
+		return;
+	/* Zeroes in place of lost memory make no sense as a ring: that is not the guest's fault. */
+	if (__atomic_load_n(&q->port->guest.mem_lost, __ATOMIC_RELAXED))
+		why = XN_BROKEN_MEMORY;
+	q->broken = (u8)why;
+	count(&q->stats.breaks, 1);
+	signal_fd(q->err_fd);
+	bridge_event(q->port->bridge, why == XN_BROKEN_MEMORY ? XN_EVENT_MEMORY : XN_EVENT_BROKEN);
+}
+
+int vring_fail(struct virtqueue *q, enum xn_broken why)
+{
+	vring_break(q, why);
+	return -EIO;
+}
+
+int vring_open_indirect(struct virtqueue *q, u64 addr, u32 len, struct indirect *in)
+{
+	const u32 size = sizeof(struct vring_desc);
+	u64 whole = len;
+
+	*in = (struct indirect){.addr = addr, .entries = len / size};
+	if (unlikely(!len || len % size || in->entries > 16 * q->num || in->entries > 65536))
+		return vring_fail(q, XN_BROKEN_INDIRECT_LEN);
+	in->table = mem_at(q->mem, &q->hint, addr, &whole);
+	if (whole < len || (uintptr_t)in->table % sizeof(u64))
+		in->table = NULL;
+	return 0;
+}
+
+int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc)
+{
+	const u32 size = sizeof(struct vring_desc);
+
+	if (likely(in->table))
+		g_load_desc(desc, in->table + (u64)i * size);
+	else if (!mem_read(q->mem, in->addr + (u64)i * size, desc, size))
+		return vring_fail(q, XN_BROKEN_ADDR);
+	return 0;
+}
+
+int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room)
+{
+	u32 n = 0;
+
+	while (len) {
+		u64 part = len;
+		u8 *ptr = mem_at(q->mem, &q->hint, addr, &part);
+
+		if (unlikely(!ptr))
+			return vring_fail(q, XN_BROKEN_ADDR);
+		if (unlikely(n == room))
+			return -EMSGSIZE;
+		out[n++] = (struct piece){ptr, (u32)part};
+		addr += part;
+		len -= (u32)part;
+		/* Past the last address there is nothing; an addr of 0 would be other memory than the guest meant. */
+		if (unlikely(!addr && len))
+			return vring_fail(q, XN_BROKEN_ADDR);
+	}
+	return (int)n;
+}
+
+static bool split_wants_call(const struct virtqueue *q, struct cursor old)
+{
+	if (!q->event_idx)
+		return !(g_load16(&q->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+	return !q->signalled_valid || vring_need_event(g_load16(split_used_event_at(q)), q->used.pos, old.pos);
+}
+
+static bool packed_wants_call(const struct virtqueue *q, struct cursor old)
+{
+	u16 flags = g_load16(&q->packed.driver->flags);
+
+	if (flags == VRING_PACKED_EVENT_FLAG_DISABLE)
+		return false;
+	/* What we cannot make sense of (a reserved value, DESC without the feature) costs an interrupt, no hang. */
+	if (flags != VRING_PACKED_EVENT_FLAG_DESC || !q->event_idx || !q->signalled_valid)
+		return true;
+	u16 off_wrap = g_load16(&q->packed.driver->off_wrap);
+	u32 event = off_wrap & ((1u << VRING_PACKED_EVENT_F_WRAP_CTR) - 1);
+	u32 new = q->used.pos, from = old.pos;
+
+	/* On one line with `used` as its end: what lies in the lap before is below zero, modulo 2^16. */
+	if (off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR != q->used.wrap)
+		event -= q->num;
+	if (old.wrap != q->used.wrap)
+		from -= q->num;
+	return vring_need_event((u16)event, (u16) new, (u16)from);
+}
+
+void vring_notify(struct virtqueue *q)
+{
+	struct cursor old = q->signalled;
+	bool wanted;
+
+	/* Past a lap, where `used` stood and where it stands no longer tell how far it went. */
+	if (q->unchecked > q->num)
+		q->signalled_valid = false;
+	q->unchecked = 0;
+	if (q->signalled_valid && old.pos == q->used.pos && old.wrap == q->used.wrap)
+		return;
+	wanted = q->is_packed ? packed_wants_call(q, old) : split_wants_call(q, old);
+	q->signalled = q->used;
+	q->signalled_valid = true;
+	if (!wanted || q->call_fd < 0) {
+		count(&q->stats.calls_saved, 1);
+		return;
+	}
+	count(&q->stats.calls, 1);
+	signal_fd(q->call_fd);
+}

@@ -1,0 +1,361 @@
+/*
+ * One virtqueue as the device sees it, and its verbs, the same for both layouts:
+ *
+ *   peek     is there a chain at the cursor                pop      take it, as pieces; the cursor moves behind it
+ *   push     hand a chain back                             publish  make what was pushed visible
+ *   arm      ask for a kick at the next chain              notify   interrupt the guest, if it asked for it
+ *
+ * The cursor is the caller's: chains are taken for good when it is stored in `next`, and what is not simply stays in the
+ * ring. The core keeps its own copy of every index that it writes and never reads those back. A fault in what the guest
+ * wrote latches the ring broken: it reads as empty until it is started anew.
+ *
+ * `packed` is a constant wherever these verbs are used: the layout is chosen once per ring, by which poll or deliver
+ * function the ring has. virtio 1.3, sections 2.7 (split), 2.8 (packed) and 5.1.6 (net).
+ */
+#ifndef XN_VRING_H
+#define XN_VRING_H
+
+#include <linux/virtio_config.h>
+#include <linux/virtio_net.h>
+#include <linux/virtio_ring.h>
+
+#include "loan.h"
+#include "mem.h"
+#include "source.h"
+
+struct port;
+
+/* Most pieces that one chain may have; frames have at most 64 KiB, and drivers far fewer pieces than this. */
+enum { VRING_MAX_PIECES = 1024 };
+/* A frame of 64 KiB with its Ethernet header and two tags. */
+enum { XN_MAX_FRAME = 65535 + 14 + 8 };
+
+#define always_inline inline __attribute__((always_inline))
+
+/* A place in a ring. Split: a free-running index. Packed: below the ring's size, with the wrap counter (0 or 1). */
+struct cursor {
+	u16 pos;
+	u16 wrap;
+};
+
+struct virtqueue {
+	/* Written by the control thread, while the workers are parked. */
+	union {
+		struct {
+			struct vring_desc *desc;
+			struct vring_avail *avail;
+			struct vring_used *used;
+		} split;
+		struct {
+			struct vring_packed_desc *desc;
+			const struct vring_packed_desc_event *driver;
+			struct vring_packed_desc_event *device;
+		} packed;
+	};
+	const struct mem *mem;
+	u32 num;
+	u8 hdr_len;
+	bool is_packed;
+	bool event_idx;
+	bool indirect;
+	bool mergeable;
+	bool started;
+	bool enabled;
+	bool shared; /* several workers use it: the lock holds */
+	int kick_fd;
+	int call_fd;
+	int err_fd;
+	struct port *port;
+	u32 index; /* 2p: receive ring of pair p, 2p + 1: transmit */
+	struct xn_ring_config config;
+
+	/* Written by the owner. */
+	struct spinlock lock XN_ALIGNED;
+	struct cursor next;	 /* to take from */
+	struct cursor used;	 /* to push to */
+	struct cursor signalled; /* `used` at the last notification check */
+	u16 avail_idx;		 /* split: the guest's index, as last read */
+	u16 held_flags;		 /* packed: of the first element since the last publish, which makes them all visible */
+	u16 held_pos;
+	u32 unchecked; /* packed: descriptors published since the last notification check; may be more than a lap */
+	bool held;
+	bool signalled_valid;
+	u8 broken; /* enum xn_broken */
+	u32 hint;  /* memory region of the last translation */
+	u32 dirty; /* workers that owe a notification check, one bit each */
+	struct source source;
+
+	/* A transmit ring's chains between pop and push, oldest first, if one of them is lent; free-running indices. */
+	struct loan *loans; /* a power of two, at least num; NULL: nothing is ever lent */
+	u32 loans_mask;
+	u32 loans_head;
+	u32 loans_tail;
+	u64 loans_since; /* cycles, when the oldest became the oldest */
+
+	struct xn_queue_stats stats XN_ALIGNED;
+};
+
+/* Latches the ring broken, tells the frontend through its err eventfd and the control thread through an event. */
+void vring_break(struct virtqueue *q, enum xn_broken why);
+
+/* Interrupts the guest if an index that it published asks for it. The caller has put a full fence after vring_publish. */
+void vring_notify(struct virtqueue *q);
+
+/*
+ * Takes the pieces of a chain: at most `room`, their bytes added up in *total. Returns how many; -EMSGSIZE if there are
+ * more; -EIO if the chain broke the ring. *chain is what push needs.
+ */
+int split_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
+	       chain_t *chain);
+int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
+		chain_t *chain);
+/* An indirect table; it lies in guest memory and may cross regions. */
+struct indirect {
+	const u8 *table; /* NULL: not in one piece, or at an odd address; it is read a descriptor at a time */
+	u64 addr;
+	u32 entries;
+};
+
+/* 0, or -EIO: a table of no, partial or too many descriptors broke the ring. */
+int vring_open_indirect(struct virtqueue *q, u64 addr, u32 len, struct indirect *in);
+/* A snapshot of descriptor i, 16 bytes; 0, or -EIO: it is outside of guest memory. */
+int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc);
+/* For both: translates one descriptor's range; a range that crosses regions gives a piece for each. */
+int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room);
+/* Breaks the ring; for a return statement. */
+int vring_fail(struct virtqueue *q, enum xn_broken why);
+
+static inline void cursor_advance(const struct virtqueue *q, struct cursor *c, u16 n, bool packed)
+{
+	c->pos = (u16)(c->pos + n);
+	if (packed && c->pos >= q->num) {
+		c->pos = (u16)(c->pos - q->num);
+		c->wrap ^= 1;
+	}
+}
+
+/* ---- split ---- */
+
+/* The index at which the device wants a kick, behind the used ring (2.7.10). */
+static inline u16 *split_avail_event_at(const struct virtqueue *q)
+{
+	return (u16 *)&q->split.used->ring[q->num];
+}
+
+/* The index at which the driver wants an interrupt, behind the available ring. */
+static inline u16 *split_used_event_at(const struct virtqueue *q)
+{
+	return &q->split.avail->ring[q->num];
+}
+
+/* Reads the guest's index; false if it is nonsense. */
+static inline bool split_refresh(struct virtqueue *q)
+{
+	/* Acquire: the ring's entries and descriptors are read after the index that publishes them. */
+	u16 idx = g_load16_acquire(&q->split.avail->idx);
+
+	if (unlikely((u16)(idx - q->next.pos) > q->num)) {
+		vring_break(q, XN_BROKEN_AVAIL_JUMP);
+		return false;
+	}
+	q->avail_idx = idx;
+	return true;
+}
+
+/* The head of the chain at a cursor; not yet checked against the table. */
+static inline u16 split_head(const struct virtqueue *q, u16 pos)
+{
+	return g_load16(&q->split.avail->ring[pos & (q->num - 1)]);
+}
+
+/* ---- packed ---- */
+
+/* Flags that make a descriptor available, or used, in the lap with this wrap counter (2.8.1). */
+static inline u16 packed_avail_flags(u16 wrap)
+{
+	return wrap ? 1u << VRING_PACKED_DESC_F_AVAIL : 1u << VRING_PACKED_DESC_F_USED;
+}
+
+static inline u16 packed_used_flags(u16 wrap)
+{
+	return wrap ? 1u << VRING_PACKED_DESC_F_AVAIL | 1u << VRING_PACKED_DESC_F_USED : 0;
+}
+
+static inline bool packed_is_available(u16 flags, u16 wrap)
+{
+	const u16 both = 1u << VRING_PACKED_DESC_F_AVAIL | 1u << VRING_PACKED_DESC_F_USED;
+
+	return (flags & both) == packed_avail_flags(wrap);
+}
+
+/* ---- both ---- */
+
+static always_inline bool vring_peek(struct virtqueue *q, struct cursor at, bool packed)
+{
+	if (unlikely(q->broken))
+		return false;
+	if (packed) {
+		/* Acquire: the rest of the descriptor is read after the flags that hand it over. */
+		return packed_is_available(g_load16_acquire(&q->packed.desc[at.pos].flags), at.wrap);
+	}
+	if (at.pos != q->avail_idx)
+		return true;
+	return split_refresh(q) && at.pos != q->avail_idx;
+}
+
+/*
+ * A chain of one direct descriptor in one region, which nearly all are; 0: it is another, look again, as if for the
+ * first time. One snapshot of 16 bytes: the guest may rewrite the descriptor at any moment.
+ */
+static always_inline int pop_single(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u64 *total,
+				    chain_t *chain, bool packed)
+{
+	const u16 special = VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE;
+	u16 id = packed ? 0 : split_head(q, at.pos), flags;
+	const u8 *desc;
+	u64 addr, rest;
+
+	if (!packed && unlikely(id >= q->num))
+		return 0;
+	desc = packed ? (const u8 *)&q->packed.desc[at.pos] : (const u8 *)&q->split.desc[id];
+	addr = g_load64(desc);
+	rest = g_load64(desc + 8);
+	flags = (u16)(rest >> (packed ? 48 : 32));
+	if (packed)
+		id = (u16)(rest >> 32);
+	if (unlikely((flags & special) != (writable ? VRING_DESC_F_WRITE : 0)))
+		return 0;
+	if (packed && unlikely(id >= q->num || !packed_is_available(flags, at.wrap)))
+		return 0;
+	u64 len = (u32)rest;
+	u8 *ptr = mem_at(q->mem, &q->hint, addr, &len);
+
+	if (unlikely(!ptr || len != (u32)rest || !len))
+		return 0;
+	*out = (struct piece){ptr, (u32)len};
+	*total = len;
+	*chain = chain_of(id, 1);
+	return 1;
+}
+
+/* Needs a peek that said yes. The cursor moves unless the ring broke. */
+static always_inline int vring_pop(struct virtqueue *q, struct cursor *at, bool writable, struct piece *out, u32 room,
+				   u64 *total, chain_t *chain, bool packed)
+{
+	if (likely(pop_single(q, *at, writable, out, total, chain, packed))) {
+		cursor_advance(q, at, 1, packed);
+		return 1;
+	}
+	int n = packed ? packed_walk(q, *at, writable, out, room, total, chain)
+		       : split_walk(q, *at, writable, out, room, total, chain);
+
+	if (likely(n != -EIO))
+		cursor_advance(q, at, packed ? chain_descs(*chain) : 1, packed);
+	return n;
+}
+
+static always_inline void vring_push(struct virtqueue *q, chain_t chain, u32 written, bool packed)
+{
+	if (packed) {
+		struct vring_packed_desc *d = &q->packed.desc[q->used.pos];
+		u16 flags = packed_used_flags(q->used.wrap);
+
+		/* The WRITE flag says that the length means something (2.8.4); so it does here even where it is 0. */
+		flags |= written ? VRING_DESC_F_WRITE : 0;
+		g_store32(&d->len, written);
+		g_store16(&d->id, chain_id(chain));
+		if (!q->held) {
+			q->held = true;
+			q->held_pos = q->used.pos;
+			q->held_flags = flags;
+		} else {
+			/* Release: length and id are visible before the flags; the first element's flags come last of all. */
+			g_store16_release(&d->flags, flags);
+		}
+		cursor_advance(q, &q->used, chain_descs(chain), true);
+		return;
+	}
+	const struct vring_used_elem element = {.id = chain_id(chain), .len = written};
+
+	g_copy_to(&q->split.used->ring[q->used.pos & (q->num - 1)], &element, sizeof(element));
+	q->used.pos++;
+}
+
+static always_inline void vring_publish(struct virtqueue *q, bool packed)
+{
+	if (!packed) {
+		/* Release: the buffers and used elements are visible before the index that announces them. */
+		g_store16_release(&q->split.used->idx, q->used.pos);
+	} else if (q->held) {
+		g_store16_release(&q->packed.desc[q->held_pos].flags, q->held_flags);
+		q->unchecked += q->used.pos - q->held_pos + (q->used.pos > q->held_pos ? 0 : q->num);
+		q->held = false;
+	}
+}
+
+/*
+ * Has the descriptors of the next n chains, and where n will be handed back, on their way into the cache. Both were last
+ * touched by the guest; in a split ring, descriptors lie in no order that the hardware could guess.
+ */
+static always_inline void vring_prefetch(struct virtqueue *q, u32 n, bool packed)
+{
+	if (packed) {
+		/* A ring of descriptors in order, used where they were taken: the hardware follows, once started. */
+		prefetch_write(&q->packed.desc[q->next.pos]);
+		return;
+	}
+	u32 known = min_u32((u16)(q->avail_idx - q->next.pos), n);
+
+	for (u32 i = 0; i < known; i++) {
+		u16 head = split_head(q, (u16)(q->next.pos + i));
+
+		if (likely(head < q->num))
+			prefetch(&q->split.desc[head]);
+	}
+	const u32 line = XN_CACHELINE / sizeof(struct vring_used_elem);
+
+	for (u32 i = 0; i < n + line; i += line)
+		prefetch_write(&q->split.used->ring[(q->used.pos + i) & (q->num - 1)]);
+}
+
+/* Stops asking for kicks. Split with event index: a stale index in the past does that by itself. */
+static inline void vring_disarm(struct virtqueue *q)
+{
+	if (q->is_packed)
+		g_store16(&q->packed.device->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
+	else if (!q->event_idx)
+		g_store16(&q->split.used->flags, VRING_USED_F_NO_NOTIFY);
+}
+
+/* Asks for a kick at the next chain. True if one arrived meanwhile: the caller goes on instead of sleeping. */
+static inline bool vring_arm(struct virtqueue *q)
+{
+	if (q->is_packed) {
+		u16 flags = q->event_idx ? VRING_PACKED_EVENT_FLAG_DESC : VRING_PACKED_EVENT_FLAG_ENABLE;
+
+		g_store16(&q->packed.device->off_wrap,
+			  (u16)(q->next.pos | q->next.wrap << VRING_PACKED_EVENT_F_WRAP_CTR));
+		g_store16_release(&q->packed.device->flags, flags);
+	} else if (q->event_idx) {
+		g_store16(split_avail_event_at(q), q->next.pos);
+	} else {
+		g_store16(&q->split.used->flags, 0);
+	}
+	/* The guest makes a chain available and then reads what we published; we publish and then look at the ring. */
+	full_fence();
+	return vring_peek(q, q->next, q->is_packed);
+}
+
+static inline void vring_lock(struct virtqueue *q)
+{
+	if (q->shared)
+		spin_lock(&q->lock);
+}
+
+static inline void vring_unlock(struct virtqueue *q)
+{
+	if (q->shared)
+		spin_unlock(&q->lock);
+}
+
+#endif

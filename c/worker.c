@@ -1,0 +1,392 @@
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "bridge.h"
+
+enum {
+	/* A busy worker looks at its sleeping sources this often: a fifth of what waking a sleeper costs. */
+	EVENTS_EVERY_US = 20,
+	/* A system call is worth so many frames; for more to come they wait at most so many turns that bring something. */
+	KICK_FRAMES = XN_BURST,
+	KICK_TURNS = 8,
+	/* A source whose frames come in less than so many spin times is polled from one to the next. */
+	SPIN_STRETCH = 4,
+	/* Longest sleep: a lost kick, an interface that was down or a wedged queue is looked at again after this. */
+	SLEEP_MS = 100,
+	/* Sleep with frames that the kernel did not take: a full queue below empties in about this time. */
+	RETRY_MS = 1,
+	EVENTS = 64
+};
+
+/* ---- sources ---- */
+
+static void activate(struct worker *w, struct source *s)
+{
+	if (s->active)
+		return;
+	s->active = true;
+	s->last_work = cycles();
+	w->active[w->active_n++] = s;
+	if (s->ops->disarm)
+		s->ops->disarm(s);
+}
+
+int worker_add_source(struct worker *w, struct source *s)
+{
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = s};
+
+	if (w->sources_n == WORKER_SOURCES)
+		return -ENOSPC;
+	/* Edge-triggered: nobody reads the eventfd, so a kick costs the worker no system call. */
+	if (s->fd >= 0 && epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, s->fd, &event) < 0)
+		return -errno;
+	s->worker = w;
+	s->spin = w->bridge->spin_cycles;
+	s->slot = w->sources_n;
+	w->sources[w->sources_n++] = s;
+	activate(w, s);
+	return 0;
+}
+
+void worker_remove_source(struct source *s)
+{
+	struct worker *w = s->worker;
+
+	if (s->fd >= 0)
+		(void)epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, s->fd, NULL);
+	for (u32 i = 0; i < w->active_n; i++)
+		if (w->active[i] == s) {
+			w->active[i] = w->active[--w->active_n];
+			break;
+		}
+	w->sources[s->slot] = w->sources[--w->sources_n];
+	w->sources[s->slot]->slot = s->slot;
+	s->worker = NULL;
+}
+
+void worker_forget_ring(struct worker *w, const struct virtqueue *q)
+{
+	u32 kept = 0;
+
+	for (u32 i = 0; i < w->notify_n; i++)
+		if (w->notify[i] != q)
+			w->notify[kept++] = w->notify[i];
+	w->notify_n = kept;
+	kept = 0;
+	for (u32 i = 0; i < w->lenders_n; i++)
+		if (w->lenders[i] != q)
+			w->lenders[kept++] = w->lenders[i];
+	w->lenders_n = kept;
+}
+
+void worker_forget_xsk(struct worker *w, const struct xsk *x)
+{
+	u32 kept = 0;
+
+	for (u32 i = 0; i < w->kick_n; i++)
+		if (w->kick[i] != x)
+			w->kick[kept++] = w->kick[i];
+	w->kick_n = kept;
+}
+
+/* ---- a turn ---- */
+
+/*
+ * A source was woken. If it had slept only shortly, polling on would have been cheaper, and the answer sooner: as long as
+ * its frames come at that pace (the turns of a conversation do) it is polled until the next one. Else it is as before.
+ */
+static void learn_spin(struct worker *w, struct source *s, u64 now)
+{
+	u64 spin = w->bridge->spin_cycles, gap = now - s->last_work;
+
+	s->spin = gap < SPIN_STRETCH * spin ? gap + spin : spin;
+}
+
+/* Polls every active source once; the number of frames moved. */
+static u32 poll_sources(struct worker *w, u64 now)
+{
+	u32 moved = 0;
+
+	for (u32 i = 0; i < w->active_n;) {
+		struct source *s = w->active[i];
+		u32 n = s->ops->poll(w, s);
+
+		moved += n;
+		if (n) {
+			s->last_work = now;
+			i++;
+			continue;
+		}
+		/* Without an fd to wake it, it stays. */
+		if ((s->fd < 0 && !s->dead) || (s->spins && now - s->last_work < s->spin) ||
+		    (s->ops->arm && s->ops->arm(s))) {
+			i++;
+			continue;
+		}
+		s->active = false;
+		w->active[i] = w->active[--w->active_n];
+	}
+	return moved;
+}
+
+/* Kicks the sockets that were given frames; keeps those that did not take them all. How long to wait for those, in ms. */
+static int kick_sockets(struct worker *w)
+{
+	int wait = SLEEP_MS;
+	u32 kept = 0;
+
+	w->kick_frames = w->kick_turns = 0;
+	for (u32 i = 0; i < w->kick_n; i++) {
+		struct xsk *x = w->kick[i];
+
+		if (netdev_kick(x))
+			continue;
+		w->kick[kept++] = x;
+		/* One that is down comes back in seconds, if at all. */
+		if (!x->down)
+			wait = RETRY_MS;
+	}
+	w->kick_n = kept;
+	return wait;
+}
+
+/* Hands back chains whose loans have ended; keeps the rings that wait on. */
+static void end_loans(struct worker *w, u64 now)
+{
+	u32 kept = 0;
+
+	for (u32 i = 0; i < w->lenders_n; i++) {
+		struct virtqueue *q = w->lenders[i];
+
+		if (guest_take_back(q, now)) {
+			worker_owes(w, q);
+			w->lenders_wait = 1;
+		}
+		if (q->loans_head != q->loans_tail)
+			w->lenders[kept++] = q;
+	}
+	w->lenders_n = kept;
+}
+
+static void notify_guests(struct worker *w)
+{
+	if (!w->notify_n)
+		return;
+	/* The used indices of the whole turn are visible before any of the guests' event indices is read. */
+	full_fence();
+	for (u32 i = 0; i < w->notify_n; i++) {
+		struct virtqueue *q = w->notify[i];
+
+		vring_lock(q);
+		q->dirty &= ~(1u << w->id);
+		vring_notify(q);
+		vring_unlock(q);
+	}
+	w->notify_n = 0;
+}
+
+/* Sources that sleep are looked at without their asking: nothing may stay stuck on a kick that never came. */
+static void look_at_all(struct worker *w)
+{
+	for (u32 i = 0; i < w->sources_n; i++)
+		activate(w, w->sources[i]);
+}
+
+static void wait_for_events(struct worker *w, int timeout)
+{
+	struct epoll_event events[EVENTS];
+	int n = epoll_wait(w->epoll_fd, events, EVENTS, timeout);
+
+	w->now = (u32)(monotonic_ns() / 1000000000u);
+	if (timeout)
+		count(&w->stats.sleeps, 1);
+	if (!n && timeout == SLEEP_MS)
+		look_at_all(w);
+	for (int i = 0; i < n; i++) {
+		struct source *s = events[i].data.ptr;
+		u64 ignored;
+
+		if (!s) {
+			/* Only to be level again; what it asks for is in parking.wanted. */
+			if (read(w->wake_fd, &ignored, sizeof(ignored)) < 0)
+				continue;
+			continue;
+		}
+		if (s->kicks)
+			count(s->kicks, 1);
+		s->woken = true;
+		if (!s->active)
+			learn_spin(w, s, cycles());
+		activate(w, s);
+	}
+}
+
+static void park(struct worker *w)
+{
+	struct parking *p = &w->bridge->parking;
+
+	pthread_mutex_lock(&p->mutex);
+	while (p->wanted) {
+		p->parked++;
+		pthread_cond_broadcast(&p->changed);
+		pthread_cond_wait(&p->changed, &p->mutex);
+		p->parked--;
+	}
+	pthread_mutex_unlock(&p->mutex);
+}
+
+/* The kernel does not tell when a loan ends: it is looked at, seldomer as time goes by. */
+static int sleep_ms(struct worker *w, int most)
+{
+	if (!w->lenders_n)
+		return most;
+	u32 wait = min_u32(w->lenders_wait, (u32)most);
+
+	w->lenders_wait = 2 * wait;
+	return (int)wait;
+}
+
+static void *run(void *argument)
+{
+	struct worker *w = argument;
+	struct xn_bridge *b = w->bridge;
+	u64 events_every = EVENTS_EVERY_US * b->cycles_per_us, last_events = 0;
+
+	w->stats.tid = gettid();
+	w->now = (u32)(monotonic_ns() / 1000000000u);
+	while (__atomic_load_n(&b->running, __ATOMIC_ACQUIRE)) {
+		u64 now = cycles();
+		u32 moved = poll_sources(w, now);
+
+		int wait = SLEEP_MS;
+
+		if (w->kick_n && (!moved || w->kick_frames >= KICK_FRAMES || ++w->kick_turns >= KICK_TURNS))
+			wait = kick_sockets(w);
+		if (unlikely(w->lenders_n))
+			end_loans(w, now);
+		notify_guests(w);
+		count(&w->stats.loops, 1);
+		if (moved)
+			count(&w->stats.busy_cycles, cycles() - now);
+		if (unlikely(__atomic_load_n(&b->parking.wanted, __ATOMIC_ACQUIRE))) {
+			park(w);
+			continue;
+		}
+		if (!w->active_n) {
+			wait_for_events(w, sleep_ms(w, wait));
+			last_events = cycles();
+		} else if (now - last_events > events_every) {
+			wait_for_events(w, 0);
+			last_events = now;
+		}
+	}
+	return NULL;
+}
+
+/* ---- life ---- */
+
+struct worker *worker_new(struct xn_bridge *b, u32 id)
+{
+	struct worker *w = aligned_alloc(XN_CACHELINE, (sizeof(*w) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
+	struct epoll_event event = {.events = EPOLLIN};
+
+	if (!w)
+		return NULL;
+	memset(w, 0, sizeof(*w));
+	w->bridge = b;
+	w->id = id;
+	w->stats.cpu = b->config.cpus[id];
+	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0) {
+		worker_free(w);
+		return NULL;
+	}
+	return w;
+}
+
+void worker_free(struct worker *w)
+{
+	if (!w)
+		return;
+	if (w->epoll_fd >= 0)
+		close(w->epoll_fd);
+	if (w->wake_fd >= 0)
+		close(w->wake_fd);
+	free(w->group_frames);
+	free(w);
+}
+
+static void wake(struct worker *w)
+{
+	static const u64 one = 1;
+
+	if (write(w->wake_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+int worker_start(struct worker *w)
+{
+	pthread_attr_t attributes;
+	sigset_t all, before;
+	int r;
+
+	pthread_attr_init(&attributes);
+	if (w->stats.cpu >= 0) {
+		cpu_set_t cpus;
+
+		CPU_ZERO(&cpus);
+		CPU_SET(w->stats.cpu, &cpus);
+		pthread_attr_setaffinity_np(&attributes, sizeof(cpus), &cpus);
+	}
+	/* Signals are the control thread's, but for what a thread raises itself: blocked, a fault kills at once. */
+	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
+	sigdelset(&all, SIGSEGV);
+	sigdelset(&all, SIGFPE);
+	sigdelset(&all, SIGILL);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	r = pthread_create(&w->thread, &attributes, run, w);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	pthread_attr_destroy(&attributes);
+	return -r;
+}
+
+void worker_join(struct worker *w)
+{
+	wake(w);
+	pthread_join(w->thread, NULL);
+}
+
+void workers_park(struct xn_bridge *b)
+{
+	struct parking *p = &b->parking;
+
+	pthread_mutex_lock(&p->mutex);
+	__atomic_store_n(&p->wanted, p->wanted + 1, __ATOMIC_RELEASE);
+	if (b->running && p->wanted == 1) {
+		for (u32 i = 0; i < b->config.workers; i++)
+			wake(b->workers[i]);
+		while (p->parked < b->config.workers)
+			pthread_cond_wait(&p->changed, &p->mutex);
+	}
+	pthread_mutex_unlock(&p->mutex);
+}
+
+void workers_resume(struct xn_bridge *b)
+{
+	struct parking *p = &b->parking;
+
+	pthread_mutex_lock(&p->mutex);
+	__atomic_store_n(&p->wanted, p->wanted - 1, __ATOMIC_RELEASE);
+	if (!p->wanted)
+		pthread_cond_broadcast(&p->changed);
+	pthread_mutex_unlock(&p->mutex);
+}

@@ -1,0 +1,121 @@
+/*
+ * A worker: one thread, the only one to take from the sources it owns.
+ *
+ * Its turn: poll every active source, kick the sockets that were given frames, one fence, then the notification checks
+ * that the turn has left. With nothing active it sleeps in epoll. The control thread parks all workers at the end of a
+ * turn before it changes anything that they use.
+ */
+#ifndef XN_WORKER_H
+#define XN_WORKER_H
+
+#include <pthread.h>
+
+#include "source.h"
+#include "view.h"
+#include "vring.h"
+#include "xsk.h"
+
+struct xn_bridge;
+
+enum {
+	WORKER_SOURCES = XN_MAX_PORTS * XN_MAX_PAIRS,
+	WORKER_PIECES = 4 * VRING_MAX_PIECES,
+	WORKER_CHAINS = 2 * VRING_MAX_PIECES,
+	GROUP_BATCH = 16,
+	GROUP_FRAME = 9216
+};
+
+struct parking {
+	pthread_mutex_t mutex;
+	pthread_cond_t changed;
+	u32 wanted; /* nesting depth, of the control thread's requests; read by workers without the mutex */
+	u32 parked;
+};
+
+struct worker {
+	struct xn_bridge *bridge;
+	u32 id;
+	pthread_t thread;
+	int epoll_fd;
+	int wake_fd; /* eventfd: look at parking.wanted */
+	u32 now;     /* seconds, monotonic; refreshed at least every turn of the epoll set */
+
+	struct source *sources[WORKER_SOURCES]; /* owned; written while parked */
+	u32 sources_n;
+	struct source *active[WORKER_SOURCES];
+	u32 active_n;
+
+	struct virtqueue *notify[2 * WORKER_SOURCES]; /* rings that owe a notification check */
+	u32 notify_n;
+	struct xsk *kick[XN_MAX_PORTS * XN_MAX_NETDEV_QUEUES]; /* sockets with frames that the kernel has not taken */
+	u32 kick_n;
+	u32 kick_frames;			   /* given to them since the last kick */
+	u32 kick_turns;				   /* that these have waited for */
+	struct virtqueue *lenders[WORKER_SOURCES]; /* rings with chains that wait for a loan to end */
+	u32 lenders_n;
+	u32 lenders_wait; /* ms to sleep for them, the longer the longer it takes */
+
+	/* Of the burst that is forwarded. */
+	struct virtqueue *lender; /* where it comes from, if its chains may be lent; else NULL */
+	u64 lent;		  /* views that were */
+
+	struct xn_worker_stats stats XN_ALIGNED;
+
+	/* Scratch of one burst. Source pieces and delivery pieces are apart: both live at once. */
+	struct view views[XN_BURST];
+	struct piece pieces[WORKER_PIECES];
+	/* Delivery: a burst of plain frames has room behind what the others take. */
+	struct piece to_pieces[WORKER_PIECES + XN_BURST];
+	struct {
+		chain_t chain;
+		u32 capacity;
+	} chains[WORKER_CHAINS + XN_BURST];
+	u8 (*group_frames)[GROUP_FRAME]; /* GROUP_BATCH of them, for the worker that owns group sockets */
+};
+
+struct worker *worker_new(struct xn_bridge *b, u32 id);
+void worker_free(struct worker *w);
+int worker_start(struct worker *w);
+void worker_join(struct worker *w);
+
+/* Parks every running worker; nests. Control thread only. */
+void workers_park(struct xn_bridge *b);
+void workers_resume(struct xn_bridge *b);
+
+/* While parked: gives a source to a worker (it is polled at least once, whatever its fd says), or takes it away. */
+int worker_add_source(struct worker *w, struct source *s);
+void worker_remove_source(struct source *s);
+/* While parked: forgets what the worker owes this ring or socket. */
+void worker_forget_ring(struct worker *w, const struct virtqueue *q);
+void worker_forget_xsk(struct worker *w, const struct xsk *x);
+
+/* The ring owes a notification check at the end of the turn; under the ring's lock, if it is shared. */
+static inline void worker_owes(struct worker *w, struct virtqueue *q)
+{
+	if (q->dirty & 1u << w->id)
+		return;
+	q->dirty |= 1u << w->id;
+	w->notify[w->notify_n++] = q;
+}
+
+/* The ring has chains that wait for a loan to end. */
+static inline void worker_waits(struct worker *w, struct virtqueue *q)
+{
+	w->lenders[w->lenders_n++] = q;
+	w->lenders_wait = 1;
+}
+
+/* The socket has frames that the kernel has not been told of; under the socket's lock, if it is shared. */
+static inline void worker_owes_kick(struct worker *w, struct xsk *x, u32 frames)
+{
+	w->kick_frames += frames;
+	if (w->kick_n && w->kick[w->kick_n - 1] == x)
+		return;
+	for (u32 i = 0; i < w->kick_n; i++)
+		if (w->kick[i] == x)
+			return;
+	x->pending = true;
+	w->kick[w->kick_n++] = x;
+}
+
+#endif

@@ -1,0 +1,253 @@
+/*
+ * xdpnet core: the whole public API of the data path.
+ *
+ * Plain declarations only: C reads them through base.h, Python reads the same bytes through cffi's cdef.
+ *
+ * A bridge joins ports. A guest port is one vhost-user device: up to XN_MAX_PAIRS pairs of virtqueues in the guest's
+ * memory; ring 2p is the receive ring of pair p, ring 2p + 1 its transmit ring. A netdev port is one network interface:
+ * AF_XDP sockets, one a queue, and an AF_PACKET socket for group-addressed frames. rx and tx are the guest's view.
+ *
+ * Threads: one control thread calls these functions; workers are threads of the core. A call that changes what workers
+ * use parks them all at a loop boundary first, so when it returns no worker uses what it replaced.
+ *
+ * Every function that can fail returns 0 (or a count, an id, a file descriptor) or a negative errno.
+ * File descriptors stay the caller's; the core duplicates those that it keeps.
+ */
+
+enum xn_limit {
+	XN_MAX_PORTS = 128,
+	XN_MAX_PAIRS = 16,
+	XN_MAX_NETDEV_QUEUES = 16,
+	XN_MAX_WORKERS = 16,
+	XN_MAX_REGIONS = 64,
+	XN_MAX_RING = 32768,
+	XN_FRAME_SIZE = 4096
+};
+
+enum xn_direction { XN_RX, XN_TX };
+
+/* Why a frame was lost; every lost frame is in exactly one of these, on the queue where it was lost. */
+enum xn_drop {
+	XN_DROP_SHORT,	   /* a chain with no frame behind its virtio_net_hdr */
+	XN_DROP_RUNT,	   /* a frame shorter than an Ethernet header */
+	XN_DROP_OVERSIZE,  /* a frame longer than 64 KiB, or than the interface carries */
+	XN_DROP_PIECES,	   /* a chain of more pieces than the core gathers */
+	XN_DROP_OFFLOAD,   /* a virtio_net_hdr that asks for what was not negotiated */
+	XN_DROP_SPOOF,	   /* a source address that is not the guest's own */
+	XN_DROP_DISABLED,  /* transmitted on a ring that is started but disabled */
+	XN_DROP_NO_PORT,   /* the destination is the port it came from, or there is no other */
+	XN_DROP_NO_BUFFER, /* the guest has posted too few receive buffers */
+	XN_DROP_TOO_SMALL, /* the guest's receive buffer is smaller than the frame */
+	XN_DROP_NOT_READY, /* the port has no ring or socket that is up */
+	XN_DROP_BROKEN,	   /* the guest's ring broke before the frame was handed over */
+	XN_DROP_NO_FRAME,  /* the kernel has yet to give back frames of the interface */
+	XN_DROP_BAD_FRAME, /* the kernel delivered a descriptor that is not ours */
+	XN_DROP_TRUNCATED, /* a group-addressed frame longer than the core reads */
+	XN_DROP_COUNT
+};
+
+/* Why a ring is latched broken. */
+enum xn_broken {
+	XN_RING_OK,
+	XN_BROKEN_AVAIL_JUMP,	/* the available index ran ahead by more than the ring's size */
+	XN_BROKEN_HEAD,		/* a head outside the descriptor table */
+	XN_BROKEN_NEXT,		/* a next field outside the descriptor table */
+	XN_BROKEN_LOOP,		/* a chain of more descriptors than its table has */
+	XN_BROKEN_ADDR,		/* a descriptor outside the guest's memory */
+	XN_BROKEN_DIRECTION,	/* a device-writable transmit or a device-readable receive descriptor */
+	XN_BROKEN_INDIRECT,	/* an indirect descriptor not negotiated, nested, or with NEXT */
+	XN_BROKEN_INDIRECT_LEN, /* an indirect table of no, partial or too many descriptors */
+	XN_BROKEN_CHAIN,	/* packed: a chain that runs into a descriptor which is not available */
+	XN_BROKEN_ID,		/* packed: a buffer id outside the ring */
+	XN_BROKEN_MEMORY,	/* the memory under the ring was taken away (SIGBUS) */
+	XN_BROKEN_COUNT
+};
+
+/* What xn_bridge_events reports. */
+enum xn_event {
+	XN_EVENT_FDB = 1,    /* a guest's address was learned, moved or forgotten */
+	XN_EVENT_BROKEN = 2, /* a ring broke for another reason */
+	XN_EVENT_MEMORY = 4, /* a ring broke because guest memory was taken away under us */
+	XN_EVENT_SOCKET = 8, /* an AF_XDP or AF_PACKET socket reported an error */
+	XN_EVENT_UMEM = 16   /* xn_netdev_is_stale may have another answer now */
+};
+
+/*
+ * Whether frames of guests are sent from where they lie. AUTO: of guests that nothing is decided for by a frame's header,
+ * from memory in huge pages. ON: of every guest whose source address is not checked.
+ */
+enum xn_zerocopy { XN_ZEROCOPY_OFF, XN_ZEROCOPY_AUTO, XN_ZEROCOPY_ON };
+
+struct xn_bridge;
+
+struct xn_bridge_config {
+	uint32_t workers;	   /* 1 .. XN_MAX_WORKERS */
+	int32_t cpus[16];	   /* the CPU of each worker; -1: not pinned */
+	uint32_t spin_us;	   /* how long a ring is polled after its last frame */
+	uint32_t ageing_s;	   /* how long a learned address lives; 0: for ever */
+	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
+	uint32_t frames_per_queue; /* power of two, 256 .. 65536; half of them for receive */
+	uint32_t max_macs;	   /* addresses that one port may teach the bridge */
+	uint32_t zerocopy;	   /* enum xn_zerocopy, the most that any of its netdevs will use */
+	uint32_t copybreak;	   /* shorter frames are always copied, bytes */
+};
+
+struct xn_region {
+	uint64_t guest_addr; /* guest physical address */
+	uint64_t size;	     /* bytes */
+	uint64_t user_addr;  /* the frontend's own address of it */
+	uint64_t offset;     /* of the region in its file, bytes */
+	int32_t fd;
+	int32_t pad;
+};
+
+struct xn_ring_config {
+	uint32_t num;	     /* entries, 1 .. XN_MAX_RING; split: a power of two */
+	uint32_t base;	     /* where to start, as SET_VRING_BASE has it */
+	uint64_t desc_addr;  /* frontend addresses, aligned to 16, 2 and 4; packed: 16, 4 and 4 */
+	uint64_t avail_addr; /* packed: the driver's event suppression structure */
+	uint64_t used_addr;  /* packed: the device's */
+	int32_t kick_fd;     /* -1: none, the ring is polled */
+	int32_t call_fd;     /* -1: none, the guest polls */
+	int32_t err_fd;	     /* -1: none */
+	int32_t pad;
+};
+
+struct xn_queue_stats {
+	uint64_t packets;
+	uint64_t bytes;		 /* of Ethernet frames, without virtio_net_hdr */
+	uint64_t drops[15];	 /* by enum xn_drop */
+	uint64_t copies;	 /* more ports than one that a frame of this queue was flooded to */
+	uint64_t bursts;	 /* polls that found something */
+	uint64_t kicks;		 /* guest rings: kicks taken. netdev tx: sendto() calls */
+	uint64_t kicks_saved;	 /* guest rings: buffers found without a kick. netdev tx: bursts that needed none */
+	uint64_t calls;		 /* guest rings: interrupts sent */
+	uint64_t calls_saved;	 /* guest rings: used buffers published that the guest asked no interrupt for */
+	uint64_t chains;	 /* guest rings: descriptor chains taken */
+	uint64_t csum_completed; /* netdev rx: partial checksums completed */
+	uint64_t in_place;	 /* netdev tx: packets that were sent from guest memory; the others were copied */
+	uint64_t breaks;	 /* times this ring broke */
+};
+
+/* State of a guest's ring; indices as they stand in the ring, zero unless started. */
+struct xn_ring_state {
+	uint32_t num;
+	uint32_t started;
+	uint32_t enabled;
+	uint32_t broken; /* enum xn_broken */
+	uint32_t packed;
+	uint32_t worker;
+	uint32_t last_avail;  /* next entry the core will take */
+	uint32_t avail_idx;   /* published by the guest */
+	uint32_t used_idx;    /* published by the core */
+	uint32_t avail_event; /* the index at which the core wants a kick */
+	uint32_t used_event;  /* the index at which the guest wants an interrupt */
+};
+
+/* XDP_STATISTICS of a queue's sockets, summed over every socket it has had, and its ring fill. */
+struct xn_xsk_stats {
+	uint64_t rx_dropped;
+	uint64_t rx_invalid_descs;
+	uint64_t tx_invalid_descs;
+	uint64_t rx_ring_full;
+	uint64_t rx_fill_ring_empty_descs;
+	uint64_t tx_ring_empty_descs;
+	uint64_t frames_free; /* frames in the core's hand now */
+	uint64_t frames_fill; /* frames lent to the kernel for receive, or received and not yet read */
+	uint64_t frames_tx;   /* frames lent to the kernel for transmit */
+	uint64_t in_flight;   /* of these, such that stand for a frame in guest memory */
+	uint64_t umem;	      /* bytes of the UMEM, guest memory included */
+	uint32_t open;
+	uint32_t zerocopy; /* as XDP_OPTIONS reports it: the driver's */
+};
+
+struct xn_worker_stats {
+	uint64_t loops;	      /* turns of the loop */
+	uint64_t sleeps;      /* times it went to sleep */
+	uint64_t busy_cycles; /* TSC cycles of turns that moved something */
+	uint64_t packets;     /* frames taken from any port */
+	int32_t cpu;
+	int32_t tid;
+};
+
+struct xn_fdb_entry {
+	uint8_t mac[6];
+	uint16_t vlan; /* 0: untagged; 0xffff: any (static entries) */
+	uint32_t port;
+	uint32_t is_static;
+	uint32_t age_s; /* since last seen */
+};
+
+const char *xn_drop_name(uint32_t drop);     /* "no_buffer"; NULL past the last */
+const char *xn_broken_name(uint32_t broken); /* "avail_jump"; NULL past the last */
+
+/* ---- bridge and workers ---- */
+
+struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config); /* NULL: errno */
+int xn_bridge_start(struct xn_bridge *b);				/* start the workers */
+int xn_bridge_stop(struct xn_bridge *b);				/* join them; idempotent */
+void xn_bridge_free(struct xn_bridge *b);				/* stop, close and unmap all */
+int xn_bridge_event_fd(struct xn_bridge *b);				/* readable when xn_bridge_events has news */
+uint32_t xn_bridge_events(struct xn_bridge *b); /* enum xn_event bits since the last call; clears the fd */
+int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out);
+
+/* ---- addresses ---- */
+
+int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max); /* live entries, at most max */
+int xn_fdb_flush(struct xn_bridge *b, uint32_t port);			      /* forget what this port taught */
+
+/* ---- ports ---- */
+
+int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs);   /* port id */
+int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues); /* port id */
+int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], int check_source);
+int xn_port_remove(struct xn_bridge *b, uint32_t port);
+/* queue: pair (guest) or socket (netdev) number */
+int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t direction, struct xn_queue_stats *out);
+
+/* ---- guest ports ---- */
+
+/* Replaces the memory table (n may be 0). Started rings are translated anew; one that no longer lies in memory is stopped. */
+int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n);
+int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);
+/* Matched by guest_addr, user_addr and size. */
+int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);
+/* The negotiated virtio feature bits; -EBUSY if this would change the layout under a started ring. */
+int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features);
+/* -EFAULT: a part of the ring lies outside the memory table; -EINVAL: size or alignment. */
+int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struct xn_ring_config *config);
+/*
+ * Stops the ring, if it is started: nothing touches it afterwards. *base: where to go on, as SET_VRING_BASE has it.
+ * Frames that are being sent in place are waited for, for a second; then the sockets that have them are closed. The same
+ * goes for whatever takes memory or a port away.
+ */
+int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *base);
+int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enabled);
+int xn_ring_set_call(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd);
+int xn_ring_set_err(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd);
+int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_ring_state *out);
+
+/* ---- netdev ports ---- */
+
+/*
+ * Opens and binds the AF_XDP socket of a queue; frames flow once its fd is in the XSKMAP. -EBUSY: try again for a second.
+ * copies_at_once: by the time a sendto() returns the driver has a copy of what it took, unless it has zero copy; then the
+ * guest has its buffers back, and need not wait until the frame has been received.
+ */
+int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
+			 uint32_t zerocopy, int copies_at_once);
+/* 1: the sockets have not the guest memory that they would have if they were closed and opened again. */
+int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy);
+int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue);
+int xn_netdev_queue_fd(struct xn_bridge *b, uint32_t port, uint32_t queue); /* still the core's */
+/* An AF_PACKET socket bound to the interface, filtered to group-addressed frames; -1 takes it away. */
+int xn_netdev_set_group_fd(struct xn_bridge *b, uint32_t port, int fd);
+int xn_netdev_xsk_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, struct xn_xsk_stats *out);
+
+/* ---- bpf(2), as far as steering needs it ---- */
+
+int xn_bpf_map_update(int map_fd, const void *key, const void *value);
+int xn_bpf_map_delete(int map_fd, const void *key);
+int xn_bpf_map_lookup(int map_fd, const void *key, void *value);
+int xn_bpf_xdp_link(int prog_fd, uint32_t ifindex, uint32_t flags); /* BPF_LINK_CREATE: a link fd */
+int xn_bpf_link_ifindex(int link_fd);				    /* 0: the interface is gone */

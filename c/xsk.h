@@ -1,0 +1,173 @@
+/*
+ * AF_XDP: the four rings of a socket, and the socket itself, on the kernel's uapi.
+ *
+ * The arena's private frames are cut into sets, one per socket: half of a set circulates through fill and rx ring, the
+ * other half through tx and completion ring, so a frame never changes owner and closing a socket loses none. The first
+ * socket registers a UMEM, later ones share it (XDP_SHARED_UMEM).
+ *
+ * A chain of a guest may be lent to the kernel: its frame is sent from where it lies. Such a descriptor holds a private
+ * frame all the same, as its token. In unaligned mode an address is a base and, in its upper 16 bits, an offset: the
+ * offset is the token's number plus one (private frames have none), so the address that comes back names the token.
+ * Documentation/networking/af_xdp.rst, net/xdp/xsk_queue.h.
+ */
+#ifndef XN_XSK_H
+#define XN_XSK_H
+
+#include <linux/if_xdp.h>
+
+#include "arena.h"
+#include "loan.h"
+#include "source.h"
+#include "view.h"
+
+struct port;
+
+struct xsk_ring {
+	u32 *producer;
+	u32 *consumer;
+	u32 *flags;
+	void *entries;
+	u32 cached_producer; /* on a ring that we produce: next entry to write */
+	u32 cached_consumer; /* on a ring that we consume: next entry to read */
+	u32 mask;
+	void *map;
+	size_t map_len;
+};
+
+struct xsk {
+	struct xsk_ring fill, completion, rx, tx;
+	struct arena *arena;
+	u64 first; /* address of the set's first frame in the arena */
+	u64 *free; /* stack of free tx frames */
+	u32 free_n;
+	u32 set;
+	u32 max_frame; /* longest frame that the interface carries */
+	int fd;
+	u64 umem;     /* number of its UMEM; 0: no window is in it, nothing can be lent to it */
+	u64 umem_len; /* bytes */
+	enum xn_zerocopy policy;
+	struct loan **lent; /* by token */
+	u32 lent_n;
+	bool copies;	   /* a loan ends as soon as the kernel has taken the descriptor: it has a copy by then */
+	u32 taken;	   /* with it: descriptors that we know it has taken, free-running */
+	bool stuck;	   /* did not return a loan in time */
+	bool zerocopy;	   /* the driver's */
+	bool shared;	   /* several workers transmit on it */
+	bool locked;	   /* several workers may touch it, if only to look for their loans: the lock holds */
+	bool pending;	   /* frames in the tx ring that the kernel has not been told of, or did not take */
+	bool down;	   /* ENETDOWN: frames are dropped until it is up again */
+	bool gone;	   /* ENXIO: for ever */
+	u64 blocked_since; /* cycles; 0: the kernel takes what it gets */
+	struct spinlock lock XN_ALIGNED;
+	struct source source;
+	struct port *port;
+	u32 queue;
+};
+
+int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
+	     bool copies);
+/* Whatever is lent is returned: the kernel has let go of it, sent or not. */
+void xsk_close(struct xsk *x);
+/* A returned address that is no private frame's: ends its loan and gives back the token; UINT64_MAX: not ours. */
+u64 xsk_return(struct xsk *x, u64 addr);
+/* Ends the loans of the descriptors that the kernel has taken. */
+void xsk_end_taken(struct xsk *x);
+/* Copies what is lent, and not yet begun with, into the tokens; in copy mode, where only our own calls begin with it. */
+void xsk_recall(struct xsk *x);
+int xsk_statistics(const struct xsk *x, struct xn_xsk_stats *sum);
+
+/* ---- rings that we produce: reserve, write, submit ---- */
+
+static inline u32 xsk_room(struct xsk_ring *r)
+{
+	/* Acquire: what the kernel consumed is done with before we write over it. */
+	return r->mask + 1 - (r->cached_producer - __atomic_load_n(r->consumer, __ATOMIC_ACQUIRE));
+}
+
+/* Room in the tx ring; what the kernel has taken is looked at before it is written over. */
+static inline u32 xsk_tx_room(struct xsk *x)
+{
+	return unlikely(x->copies) ? x->tx.mask + 1 - (x->tx.cached_producer - x->taken) : xsk_room(&x->tx);
+}
+
+static inline void xsk_submit(struct xsk_ring *r)
+{
+	/* Release: the entries are written before the index that hands them over. */
+	__atomic_store_n(r->producer, r->cached_producer, __ATOMIC_RELEASE);
+}
+
+static inline u64 *xsk_addr_at(const struct xsk_ring *r, u32 i)
+{
+	return (u64 *)r->entries + (i & r->mask);
+}
+
+static inline struct xdp_desc *xsk_desc_at(const struct xsk_ring *r, u32 i)
+{
+	return (struct xdp_desc *)r->entries + (i & r->mask);
+}
+
+/* ---- rings that we consume: peek, read, release ---- */
+
+static inline u32 xsk_peek(const struct xsk_ring *r, u32 wanted)
+{
+	/* Acquire: entries and frames are read after the index that hands them over. */
+	return min_u32(__atomic_load_n(r->producer, __ATOMIC_ACQUIRE) - r->cached_consumer, wanted);
+}
+
+static inline void xsk_release(struct xsk_ring *r, u32 n)
+{
+	r->cached_consumer += n;
+	__atomic_store_n(r->consumer, r->cached_consumer, __ATOMIC_RELEASE);
+}
+
+enum { XSK_OFFSET_SHIFT = 48 };
+
+/* Where an address points: in aligned mode the offset is zero. */
+static inline u64 xsk_place(u64 addr)
+{
+	return (addr & ((1ull << XSK_OFFSET_SHIFT) - 1)) + (addr >> XSK_OFFSET_SHIFT);
+}
+
+/* Takes back what the kernel has sent. */
+static inline void xsk_reap(struct xsk *x)
+{
+	u32 n = xsk_peek(&x->completion, x->arena->frames);
+
+	if (unlikely(x->copies))
+		xsk_end_taken(x);
+	for (u32 i = 0; i < n; i++) {
+		u64 addr = *xsk_addr_at(&x->completion, x->completion.cached_consumer + i);
+
+		if (unlikely(addr - x->first >= x->arena->set_size))
+			addr = xsk_return(x, addr);
+		/* More than we lent, or not ours: the kernel's fault, and no reason to overrun the stack. */
+		if (likely(addr - x->first < x->arena->set_size && x->free_n < x->arena->frames / 2))
+			x->free[x->free_n++] = addr / XN_FRAME_SIZE * XN_FRAME_SIZE;
+	}
+	if (n)
+		xsk_release(&x->completion, n);
+}
+
+/* A descriptor for bytes of a window, that takes a token; the loan ends in xsk_reap. */
+static inline struct xdp_desc xsk_lend(struct xsk *x, struct loan *loan, const u8 *bytes, u32 len)
+{
+	u32 token = (u32)((x->free[--x->free_n] - x->first) / XN_FRAME_SIZE) - x->arena->frames / 2;
+	u64 offset = token + 1;
+
+	x->lent[token] = loan;
+	x->lent_n++;
+	loan->borrower = x;
+	return (struct xdp_desc){.addr = ((u64)(bytes - x->arena->base) - offset) | offset << XSK_OFFSET_SHIFT,
+				 .len = len};
+}
+
+/* Gives a received frame back to the kernel; the fill ring holds every receive frame, so there is always room. */
+static inline void xsk_refill(struct xsk *x, u64 addr)
+{
+	*xsk_addr_at(&x->fill, x->fill.cached_producer++) = xsk_place(addr) / XN_FRAME_SIZE * XN_FRAME_SIZE;
+}
+
+/* Tells the kernel of submitted frames; notices a device that is down or gone. False: not all were taken, try again. */
+bool xsk_kick(struct xsk *x, uint64_t *kicks);
+
+#endif

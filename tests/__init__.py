@@ -1,0 +1,1 @@
+"""Tests of xdpnet; deploy/bootstrap.sh test runs them all."""

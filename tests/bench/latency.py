@@ -1,0 +1,169 @@
+"""A Linux guest in QEMU: how long a TCP ping-pong takes, what an idle guest costs, how soon a restarted daemon serves.
+
+The guest runs on CPU 1, the backend's worker on CPU 0; sockperf's server at the far end runs where the kernel puts it.
+sockperf gives half of the round trip. "tap" is QEMU's own virtio device on a tap that is bridged to the veth pair.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench.lab import BACKENDS, CLIENT_CPU, MAC, WARM_UP_S, Contender, Lab, Row, Served, Values
+from tests.waiting import until
+from xdpnet.demo import await_listener, initramfs, process, topology
+from xdpnet.demo.backend import Backend
+from xdpnet.demo.guest import Card, Guest
+
+ADDRESS = topology.GUEST_ADDRESSES[0]
+PORT = 11111
+IDLE_S = 10.0
+MIB = 1 << 20
+TAP = "xdpntap0"
+
+
+@dataclass
+class PinnedGuest(Guest):
+    """On the clients' CPU, entering a namespace first, with more of a command line."""
+
+    enter: Sequence[str] = ()
+    more: Sequence[str] = ()
+
+    def command(self) -> list[str]:
+        return [*self.enter, "taskset", "-c", str(CLIENT_CPU), *super().command(), *self.more]
+
+
+@contextmanager
+def linux_guest(
+    lab: Lab, net: topology.Topology, cards: Sequence[Card], enter: Sequence[str] = (), more: Sequence[str] = ()
+) -> Iterator[Guest]:
+    """Up, with an address, and reachable from the far end."""
+    kernel = initramfs.find_kernel()
+    initrd = initramfs.build(kernel, lab.directory / "initramfs", (*initramfs.PROGRAMS, "sockperf"))
+    guest = PinnedGuest(lab.directory, kernel, initrd, cards, name="xdpn-bench", enter=enter, more=more)
+    with closing(guest.start()):
+        guest.configure(ADDRESS, topology.PREFIX)
+        until(lambda: answers(net))
+        yield guest
+
+
+def answers(net: topology.Topology) -> bool:
+    try:
+        net.far.run("busybox", "ping", "-c", "1", "-W", "1", ADDRESS)
+    except topology.CommandError:
+        return False
+    return True
+
+
+@contextmanager
+def served_guest(lab: Lab, contender: Contender) -> Iterator[tuple[topology.Topology, Served, Guest]]:
+    with topology.topology() as net:
+        # Complete checksums, for DPDK passes partial ones on as they are.
+        net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
+        with (
+            contender(net, lab, [MAC], True) as served,
+            linux_guest(lab, net, [Card(served.sockets[0], MAC)]) as guest,
+        ):
+            yield net, served, guest
+
+
+@contextmanager
+def tapped_guest(lab: Lab) -> Iterator[tuple[topology.Topology, Guest]]:
+    with topology.topology() as net:
+        net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
+        net.host.run("ip", "tuntap", "add", TAP, "mode", "tap")
+        net.host.run("ip", "link", "add", "bridge", "type", "bridge")
+        for interface in (TAP, topology.HOST_IF):
+            net.host.run("ip", "link", "set", interface, "up", "master", "bridge")
+        net.host.run("ip", "link", "set", "bridge", "up")
+        tap = f"tap,id=tap,ifname={TAP},script=no,downscript=no,vhost=off"
+        card = ["-netdev", tap, "-device", f"virtio-net-pci,netdev=tap,mac={MAC},romfile=,vectors=0"]
+        with linux_guest(lab, net, [], net.host.command(), card) as guest:
+            yield net, guest
+
+
+def ping_pong(lab: Lab, net: topology.Topology, guest: Guest) -> Values:
+    server = net.far.spawn(
+        ["sockperf", "server", "--tcp", "-i", topology.FAR_ADDRESS, "-p", str(PORT)], lab.directory / "sockperf.log"
+    )
+    try:
+        await_listener(net.far, PORT)
+        seconds = max(1, round(lab.seconds))
+        said = guest.check(f"sockperf ping-pong --tcp -i {topology.FAR_ADDRESS} -p {PORT} -t {seconds}")
+    finally:
+        process.end(server)
+    percentiles = {int(p): float(us) for p, us in re.findall(r"percentile (\d+)\.000\s*=\s*([\d.]+)", said)}
+    return {"p50": percentiles[50], "p99": percentiles[99]}
+
+
+def ping_pong_served(contender: Contender) -> Callable[[Lab], Values]:
+    def measure(lab: Lab) -> Values:
+        with served_guest(lab, contender) as (net, served, guest):
+            before, started = process.cpu_seconds(served.pid), time.monotonic()
+            values = ping_pong(lab, net, guest)
+            used = process.cpu_seconds(served.pid) - before
+            return values | {"cpu": used / (time.monotonic() - started) * 100}
+
+    return measure
+
+
+def ping_pong_tap(lab: Lab) -> Values:
+    with tapped_guest(lab) as (net, guest):
+        return ping_pong(lab, net, guest)
+
+
+def idle_cpu(contender: Contender) -> Callable[[Lab], Values]:
+    def measure(lab: Lab) -> Values:
+        with served_guest(lab, contender) as (_, served, _):
+            time.sleep(WARM_UP_S)
+            before = process.cpu_seconds(served.pid)
+            time.sleep(IDLE_S)
+            return {"cpu": (process.cpu_seconds(served.pid) - before) / IDLE_S * 100}
+
+    return measure
+
+
+def resident(lab: Lab) -> Values:
+    with served_guest(lab, BACKENDS["xdpnet"]) as (_, served, _):
+        return {"memory": process.resident_bytes(served.pid) / MIB}
+
+
+def restart(lab: Lab) -> Values:
+    """From the start of a daemon, its predecessor killed, to the guest's first answer."""
+    with topology.topology() as net:
+        socket = lab.directory / "guest.socket"
+        arguments = ["--netdev", topology.HOST_IF, "--guest", f"guest,socket={socket},mac={MAC},client=true"]
+        backend = Backend(net.host, lab.directory, arguments).start()
+        try:
+            with linux_guest(lab, net, [Card(Path(socket), MAC, server=True)]):
+                backend.kill()
+                started = time.monotonic()
+                backend.start()
+                return {"time": until(lambda: answers(net)) - started}
+        finally:
+            backend.stop()
+
+
+ROWS = [
+    Row(
+        "ping-pong",
+        "sockperf TCP ping-pong of a Linux guest",
+        {"p50": "us, median", "p99": "us, 99th percentile", "cpu": "% of a core, backend"},
+        {name: ping_pong_served(contender) for name, contender in BACKENDS.items()} | {"tap": ping_pong_tap},
+    ),
+    Row(
+        "idle-cpu",
+        "backend of an idle Linux guest",
+        {"cpu": "% of a core"},
+        {name: idle_cpu(contender) for name, contender in BACKENDS.items()},
+    ),
+    Row(
+        "resident",
+        "resident memory with a Linux guest, without the guest's own",
+        {"memory": "MiB"},
+        {"xdpnet": resident},
+    ),
+    Row("restart", "kill -9 and restart to the guest's first answer", {"time": "s"}, {"xdpnet": restart}),
+]

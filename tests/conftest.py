@@ -1,0 +1,152 @@
+"""Options of the test run: which C core, which skips are expected, and whether traces on the machine are an error."""
+
+import contextlib
+import fnmatch
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import traces
+
+if TYPE_CHECKING:
+    from tests.backend import Backend, ControlThread
+    from xdpnet.core import Bridge
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--core", type=Path, metavar="PATH", help="load this build of the C core as xdpnet._core")
+    parser.addoption("--expected-skips", type=Path, metavar="FILE", help="fail on a skip that FILE does not list")
+    parser.addoption("--nothing-left", action="store_true", help="fail if interfaces, processes or files remain")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--core"):
+        load_core(path)
+    if path := config.getoption("--expected-skips"):
+        config.pluginmanager.register(SkipPolice(path))
+
+
+def load_core(path: Path) -> None:
+    import xdpnet
+
+    loader = importlib.machinery.ExtensionFileLoader("xdpnet._core", str(path))
+    spec = importlib.util.spec_from_file_location("xdpnet._core", path, loader=loader)
+    if spec is None:
+        raise pytest.UsageError(f"--core {path}: not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules["xdpnet._core"] = module
+    xdpnet._core = module  # type: ignore[attr-defined]
+
+
+class SkipPolice:
+    """Turns a skip that nobody expects into a failed run. The file's lines are `TEST-PATTERN: REASON-PATTERN`."""
+
+    def __init__(self, path: Path) -> None:
+        lines = (line.strip() for line in path.read_text().splitlines())
+        self._expected = [line for line in lines if line and not line.startswith("#")]
+        self._surprises: list[str] = []
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        line = f"{report.nodeid}: {re.sub('^Skipped: ', '', reason)}"
+        if not any(fnmatch.fnmatchcase(line, pattern) for pattern in self._expected):
+            self._surprises.append(line)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._surprises and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for line in self._surprises:
+            terminalreporter.write_line(f"UNEXPECTED SKIP {line}", red=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the machine had before the first test is what it has after the last."""
+    if not request.config.getoption("--nothing-left"):
+        yield
+        return
+    before = traces.take()
+    yield
+    left = traces.settle(before)
+    if left:
+        pytest.fail("left behind: " + ", ".join(left), pytrace=False)
+
+
+def _open_fds() -> dict[str, str]:
+    links = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
+            links[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return links
+
+
+@pytest.fixture
+def fds_unchanged() -> Iterator[None]:
+    """The test closes every file descriptor that it, or what it tests, has opened."""
+    before = _open_fds()
+    yield
+    assert _open_fds() == before
+
+
+# The fixtures below import late: --core has its say first.
+
+
+@pytest.fixture(scope="session")
+def control() -> Iterator["ControlThread"]:
+    """The thread of the control loop."""
+    from tests.backend import ControlThread
+
+    thread = ControlThread()
+    yield thread
+    thread.close()
+
+
+@pytest.fixture(scope="module")
+def bridge(control: "ControlThread") -> Iterator["Bridge"]:
+    """A bridge of one worker, running; only the control thread may touch it."""
+    from xdpnet.core import Bridge
+
+    made = control.call(lambda: Bridge(workers=1))
+    control.call(made.start)
+    yield made
+    control.call(made.close)
+
+
+@pytest.fixture
+def make_backend(control: "ControlThread", bridge: "Bridge", fds_unchanged: None) -> Iterator[Callable[..., "Backend"]]:
+    """Makes guest ports, each behind a vhost-user socket of its own."""
+    from tests.backend import Backend
+
+    made: list[Backend] = []
+
+    def make(pairs: int = 1, mtu: int | None = None) -> Backend:
+        made.append(Backend(control, bridge, pairs, mtu))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend.close()
+
+
+@pytest.fixture
+def backend(make_backend: Callable[..., "Backend"]) -> "Backend":
+    """A guest port of one queue pair."""
+    return make_backend()

@@ -1,0 +1,33 @@
+"""What a test needs of the machine; without it the test is skipped, and the skip says what is missing."""
+
+import os
+import shutil
+
+import pytest
+
+from tests import dpdk
+from xdpnet.demo import initramfs
+from xdpnet.errors import SetupError
+
+
+def _missing_guest() -> str | None:
+    try:
+        initramfs.program("qemu-system-x86_64")
+        initramfs.program("busybox")
+        initramfs.find_kernel()
+    except SetupError as error:
+        return str(error)
+    return None
+
+
+def _skip(reason: str | None) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+root = _skip(None if os.geteuid() == 0 else "needs root")
+guest = _skip(_missing_guest())
+testpmd = _skip(dpdk.missing())
+
+
+def program(name: str, package: str) -> pytest.MarkDecorator:
+    return _skip(None if shutil.which(name) else f"{name}: not found (Debian's {package})")

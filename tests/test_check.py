@@ -1,0 +1,144 @@
+"""check.py: each line says what is there, or what is missing and the remedy."""
+
+import os
+import resource
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.netns import Veth, command, needs_root, veth
+from xdpnet import check, netdev
+from xdpnet.check import Check, run_checks
+from xdpnet.errors import SetupError
+from xdpnet.link import xdp_features
+
+
+def by_name(checks: list[Check]) -> dict[str, Check]:
+    return {line.name: line for line in checks}
+
+
+@needs_root
+def test_a_machine_that_can_run_xdpnet_passes_all_that_is_required() -> None:
+    checks = run_checks()
+    assert [line for line in checks if line.required and not line.ok] == []
+    assert {"kernel", "AF_XDP", "capabilities", "bcc", "kernel headers", "locked memory"} <= by_name(checks).keys()
+
+
+def test_every_line_that_fails_names_its_remedy() -> None:
+    for line in run_checks(["xdpn-no-such-if"]):
+        assert line.ok or line.remedy, line
+
+
+def test_nothing_is_left_open() -> None:
+    run_checks()
+    before = sorted(os.listdir("/proc/self/fd"))
+    run_checks()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("release", "ok"), [("5.9.0", True), ("5.8.18-amd64", False), ("10.0.1-rc1", True)])
+def test_the_kernel_must_have_xdp_links(monkeypatch: pytest.MonkeyPatch, release: str, ok: bool) -> None:
+    uname = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result((uname[0], uname[1], release, uname[3], uname[4])))
+    assert check._check("kernel", check._kernel).ok is ok
+
+
+def test_a_kernel_without_af_xdp_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "AF_XDP", 0xFFF)  # a family that no kernel has
+    line = check._check("AF_XDP", check._af_xdp)
+    assert not line.ok
+    assert "CONFIG_XDP_SOCKETS" in line.remedy
+
+
+@pytest.mark.parametrize(
+    ("bits", "missing"),
+    [
+        ([12, 13, 14, 39], ""),
+        ([12, 13, 14, 21], ""),
+        ([13, 14, 39], "CAP_NET_ADMIN missing"),
+        ([12, 14, 39], "CAP_NET_RAW missing"),
+        ([12, 13, 39], "CAP_IPC_LOCK missing"),
+        ([12, 13, 14], "CAP_BPF missing"),
+        ([], "CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_IPC_LOCK missing"),
+    ],
+)
+def test_missing_capabilities_are_named(bits: list[int], missing: str) -> None:
+    effective = sum(1 << bit for bit in bits)
+    if not missing:
+        assert "NET_ADMIN" in check._capabilities(effective)
+        return
+    with pytest.raises(SetupError) as failure:
+        check._capabilities(effective)
+    assert failure.value.message == missing
+
+
+@pytest.mark.parametrize(("extra", "ok"), [(0, True), (-1, False)])
+def test_locked_memory_must_do_for_one_queue(monkeypatch: pytest.MonkeyPatch, extra: int, ok: bool) -> None:
+    monkeypatch.setattr(check, "_effective_capabilities", lambda: 0)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (check.QUEUE_MEMORY + extra, resource.RLIM_INFINITY))
+    line = check._check("locked memory", check._locked_memory)
+    assert line.ok is ok
+    assert ok or "LimitMEMLOCK" in line.remedy
+
+
+def test_a_missing_interface_is_one_line_with_those_that_exist() -> None:
+    lines = [line for line in run_checks(["xdpn-no-such-if"]) if line.name.startswith("xdpn-no-such-if")]
+    assert len(lines) == 1
+    assert not lines[0].ok
+    assert "lo" in lines[0].remedy
+
+
+@pytest.fixture
+def pair() -> Iterator[Veth]:
+    with veth() as made:
+        yield made
+
+
+def interface(pair: Veth) -> dict[str, Check]:
+    lines = by_name(run_checks([pair.ifname]))
+    return {name.removeprefix(pair.ifname).strip(): line for name, line in lines.items()}
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_that_is_ready(pair: Veth) -> None:
+    lines = interface(pair)
+    assert (lines["state"].ok, lines["queues"].ok, lines["native XDP"].ok) == (True, True, True)
+    assert "MTU 1500" in lines["state"].detail
+    assert lines["queues"].detail == "1 receive queue"
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_that_is_down(pair: Veth) -> None:
+    command("ip", "link", "set", pair.ifname, "down")
+    state = interface(pair)["state"]
+    assert not state.ok
+    assert state.remedy == f"ip link set dev {pair.ifname} up"
+
+
+@needs_root
+@pytest.mark.net
+def test_an_mtu_beyond_a_frame(pair: Veth) -> None:
+    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU + 1))
+    assert not interface(pair)["state"].ok
+
+
+@needs_root
+@pytest.mark.net
+def test_vlan_offload_is_advice_and_goes_away_with_the_command(pair: Veth) -> None:
+    offloads = interface(pair)["offloads"]
+    assert (offloads.ok, offloads.required) == (False, False)
+    assert f"ethtool -K {pair.ifname} rxvlan off" in offloads.remedy
+    command("ethtool", "-K", pair.ifname, "rxvlan", "off")
+    assert "offloads" not in interface(pair)
+
+
+def test_a_driver_without_native_xdp_is_told_before_it_is_tried() -> None:
+    index = socket.if_nametoindex("lo")
+    if xdp_features(index) is None:
+        pytest.skip("this kernel does not tell: netdev-genl came with Linux 6.3")
+    with pytest.raises(SetupError) as failure:
+        check._native(index)
+    assert "mode=generic" in failure.value.remedy

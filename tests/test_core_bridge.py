@@ -1,0 +1,329 @@
+"""The bridge between guests: flooding, learning, ageing, own addresses, and where a frame is counted."""
+
+import pytest
+
+from tests.driver import Driver
+from tests.guests import BROADCAST, MULTICAST, MakeBridge, MakeGuest, frame, mac
+from tests.rings import eventually
+from xdpnet import core
+
+pytest_plugins = ["tests.guest_fixtures"]
+pytestmark = pytest.mark.core
+
+ZERO = bytes(6)
+
+
+@pytest.fixture
+def bridge(make_bridge: MakeBridge) -> core.Bridge:
+    return make_bridge()
+
+
+def three(bridge: core.Bridge, guests: MakeGuest) -> list[Driver]:
+    made = [guests(bridge) for _ in range(3)]
+    for driver in made:
+        driver.pair.fill()
+    return made
+
+
+def known(bridge: core.Bridge) -> set[tuple[bytes, int, int]]:
+    return {(entry.mac, entry.vlan, entry.port) for entry in bridge.fdb_dump()}
+
+
+def send(driver: Driver, *frames: bytes) -> None:
+    driver.pair.send_all(frames)
+
+
+def received(driver: Driver) -> list[bytes]:
+    """What is there once the sender's ring is empty: frames arrive before they are handed back."""
+    return [packet.frame for packet in driver.pair.packets()]
+
+
+# ---- flooding and learning ----
+
+
+@pytest.mark.parametrize("to", [BROADCAST, MULTICAST, mac(99), ZERO], ids=["broadcast", "multicast", "unknown", "zero"])
+def test_a_frame_for_all_goes_to_all_others_and_not_back(bridge: core.Bridge, guests: MakeGuest, to: bytes) -> None:
+    drivers = three(bridge, guests)
+    for source in range(3):
+        send(drivers[source], frame(to, mac(source)))
+        got = [received(driver) for driver in drivers]
+        assert got == [[] if i == source else [frame(to, mac(source))] for i in range(3)]
+        assert drivers[source].stats(core.TX).copies == 1
+
+
+@pytest.mark.parametrize("before", [mac(1), mac(2), BROADCAST], ids=bytes.hex)
+@pytest.mark.parametrize("ageing_s", [0, 300])
+def test_the_address_of_all_zeroes_is_unknown_wherever_it_stands_in_a_burst(
+    make_bridge: MakeBridge, guests: MakeGuest, before: bytes, ageing_s: int
+) -> None:
+    drivers = three(make_bridge(ageing_s=ageing_s), guests)
+    send(drivers[2], frame(BROADCAST, mac(2)))
+    for driver in drivers:
+        received(driver)
+    for frames in [frame(ZERO, mac(1))], [frame(before, mac(1)), frame(ZERO, mac(1))]:
+        send(drivers[1], *frames)
+        assert frame(ZERO, mac(1)) in received(drivers[0])
+        assert frame(ZERO, mac(1)) in received(drivers[2])
+
+
+def test_a_frame_to_an_address_that_was_learned_goes_there_alone(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.events()
+    send(drivers[1], frame(BROADCAST, mac(1)))
+    assert known(bridge) == {(mac(1), 0, drivers[1].port)}
+    assert bridge.events() == core.EVENT_FDB
+    for driver in drivers:
+        received(driver)
+    send(drivers[0], frame(mac(1), mac(0)))
+    assert [received(driver) for driver in drivers] == [[], [frame(mac(1), mac(0))], []]
+    assert drivers[0].stats(core.TX).copies == 0
+
+
+def test_an_address_that_moves_is_followed(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    for place in (1, 2, 1):
+        send(drivers[place], frame(BROADCAST, mac(7)))
+        assert known(bridge) == {(mac(7), 0, drivers[place].port)}
+
+
+def test_addresses_are_learned_per_vlan(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, mac(1), vlan=5))
+    assert known(bridge) == {(mac(1), 5, drivers[1].port)}
+    for driver in drivers:
+        received(driver)
+    send(drivers[0], frame(mac(1), mac(0), vlan=5))
+    assert [len(received(driver)) for driver in drivers] == [0, 1, 0]
+    send(drivers[0], frame(mac(1), mac(0), vlan=6), frame(mac(1), mac(0)))
+    assert [len(received(driver)) for driver in drivers] == [0, 2, 2]
+
+
+def test_priority_bits_are_no_part_of_the_vlan(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, mac(1), vlan=0xE005))
+    assert known(bridge) == {(mac(1), 5, drivers[1].port)}
+
+
+def test_the_reserved_vlan_4095_makes_no_address_that_lasts(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(max_macs=4, ageing_s=1)
+    drivers = three(bridge, guests)
+    send(drivers[1], *(frame(BROADCAST, mac(i), vlan=0xFFF) for i in range(10, 20)))
+    assert not any(entry.is_static for entry in bridge.fdb_dump())
+    assert len(bridge.fdb_dump()) == 4
+    for driver in drivers:
+        received(driver)
+    # Nor one that keeps others from using theirs.
+    send(drivers[2], frame(BROADCAST, mac(10)))
+    assert drivers[2].drops(core.TX) == {}
+    send(drivers[0], frame(mac(10), mac(0)))
+    assert frame(mac(10), mac(0)) in received(drivers[2])
+    assert eventually(lambda: not bridge.fdb_dump())
+
+
+def test_addresses_age_and_are_flooded_again(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(ageing_s=1)
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, mac(1)))
+    assert len(bridge.fdb_dump()) == 1
+
+    def flooded() -> bool:
+        received(drivers[2])
+        send(drivers[0], frame(mac(1), mac(0)))
+        drivers[1].pair.packets()
+        drivers[1].pair.fill()
+        return len(received(drivers[2])) == 1
+
+    assert not flooded()
+    assert eventually(flooded)
+    assert known(bridge) == {(mac(0), 0, drivers[0].port)}
+
+
+def test_without_ageing_nothing_is_forgotten(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(ageing_s=0)
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, mac(1)))
+    assert not eventually(lambda: not bridge.fdb_dump(), timeout=1.2)
+
+
+def test_a_port_teaches_only_its_share_of_addresses(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(max_macs=4)
+    drivers = three(bridge, guests)
+    send(drivers[1], *(frame(BROADCAST, mac(i)) for i in range(10, 15)))
+    assert known(bridge) == {(mac(i), 0, drivers[1].port) for i in range(10, 14)}
+    assert drivers[1].drops(core.TX) == {}  # what is not learned still goes its way
+    send(drivers[2], frame(BROADCAST, mac(20)))
+    assert (mac(20), 0, drivers[2].port) in known(bridge)
+
+
+def test_addresses_that_have_aged_are_no_part_of_the_share(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    """Nobody dumps the database meanwhile, which would remove them."""
+    bridge = make_bridge(max_macs=2, ageing_s=1)
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, mac(10)), frame(BROADCAST, mac(11)))
+    bridge.events()
+
+    def learns_another() -> bool:
+        send(drivers[1], frame(BROADCAST, mac(12)))
+        for driver in drivers:
+            received(driver)
+            driver.pair.fill()
+        return bool(bridge.events() & core.EVENT_FDB)
+
+    assert eventually(learns_another)
+    assert (mac(12), 0, drivers[1].port) in known(bridge)
+
+
+def test_flush_forgets_what_a_port_taught_and_keeps_its_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.set_mac(drivers[1].port, mac(1), False)
+    send(drivers[1], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(11)))
+    send(drivers[2], frame(BROADCAST, mac(2)))
+    bridge.fdb_flush(drivers[1].port)
+    assert known(bridge) == {(mac(1), 0xFFFF, drivers[1].port), (mac(2), 0, drivers[2].port)}
+
+
+def test_a_removed_port_takes_its_addresses_along(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    port = bridge.add_guest(1)
+    bridge.set_mac(port, mac(5), True)
+    assert (mac(5), 0xFFFF, port) in known(bridge)
+    bridge.remove_port(port)
+    assert known(bridge) == set()
+    send(drivers[0], frame(mac(5), mac(0)))
+    assert len(received(drivers[1])) == 1
+
+
+# ---- own addresses ----
+
+
+def test_a_port_with_an_own_address_gets_its_frames_on_every_vlan(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.set_mac(drivers[1].port, mac(1), False)
+    frames = [frame(mac(1), mac(0), vlan=vlan) for vlan in (None, 0, 1, 4094, 4095)]
+    send(drivers[0], *frames)
+    assert received(drivers[1]) == frames
+    assert received(drivers[2]) == []
+
+
+def test_nobody_else_can_teach_an_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.set_mac(drivers[1].port, mac(1), False)
+    send(drivers[2], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(1), vlan=7))
+    assert drivers[2].drops(core.TX) == {"spoof": 2}
+    assert known(bridge) == {(mac(1), 0xFFFF, drivers[1].port)}
+    assert received(drivers[0]) == []
+
+
+@pytest.mark.parametrize("source", [mac(2), ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
+def test_a_checked_port_sends_from_its_own_address_alone(bridge: core.Bridge, guests: MakeGuest, source: bytes) -> None:
+    drivers = three(bridge, guests)
+    bridge.set_mac(drivers[1].port, mac(1), True)
+    good = [frame(BROADCAST, mac(1)), frame(mac(9), mac(1), vlan=3)]
+    bad = frame(BROADCAST, source)
+    send(drivers[1], good[0], bad, good[1], bad, bad)
+    assert received(drivers[0]) == good
+    assert drivers[1].drops(core.TX) == {"spoof": 3}
+    assert drivers[1].stats(core.TX).packets == 5
+
+
+@pytest.mark.parametrize("source", [ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
+def test_no_guest_sends_from_an_address_that_is_none(bridge: core.Bridge, guests: MakeGuest, source: bytes) -> None:
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, source))
+    assert drivers[1].drops(core.TX) == {"spoof": 1}
+    assert known(bridge) == set()
+
+
+def test_an_address_is_given_once(bridge: core.Bridge, guests: MakeGuest) -> None:
+    one, two, _ = three(bridge, guests)
+    bridge.set_mac(one.port, mac(1), True)
+    bridge.set_mac(two.port, mac(2), True)
+    with pytest.raises(OSError, match=r"set address .*: File exists"):
+        bridge.set_mac(two.port, mac(1), True)
+    # And what was, stays.
+    assert known(bridge) == {(mac(1), 0xFFFF, one.port), (mac(2), 0xFFFF, two.port)}
+    bridge.set_mac(two.port, mac(3), True)
+    assert known(bridge) == {(mac(1), 0xFFFF, one.port), (mac(3), 0xFFFF, two.port)}
+
+
+@pytest.mark.parametrize("address", [ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
+def test_a_port_cannot_have_a_group_address(bridge: core.Bridge, address: bytes) -> None:
+    port = bridge.add_guest(1)
+    with pytest.raises(OSError, match="Invalid argument"):
+        bridge.set_mac(port, address, False)
+
+
+# ---- where frames are counted ----
+
+
+def test_a_frame_to_oneself_or_to_nobody_is_counted_as_such(bridge: core.Bridge, guests: MakeGuest) -> None:
+    a = guests(bridge)
+    send(a, frame(BROADCAST, mac(1)), frame(mac(1), mac(1)))
+    assert a.drops(core.TX) == {"no_port": 2}
+
+
+def test_a_flood_passes_over_ports_that_are_not_up(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    drivers[2].stop()
+    send(drivers[0], frame(BROADCAST, mac(0)))
+    assert len(received(drivers[1])) == 1
+    assert drivers[0].stats(core.TX).copies == 0
+    assert drivers[2].drops(core.RX) == {}
+
+
+def test_a_frame_for_a_port_that_is_not_up_is_counted_there(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.set_mac(drivers[1].port, mac(1), False)
+    drivers[1].stop()
+    send(drivers[0], frame(mac(1), mac(0)))
+    assert drivers[1].drops(core.RX) == {"not_ready": 1}
+
+
+def test_a_netdev_that_has_no_socket_yet_counts_what_it_should_have_sent(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    a = guests(bridge)
+    netdev = bridge.add_netdev(2)
+    bridge.set_mac(netdev, mac(9), False)
+    send(a, frame(mac(9), mac(1)), frame(mac(9), mac(1)))
+    assert bridge.queue_stats(netdev, 0, core.TX).drops["not_ready"] == 2
+
+
+def test_the_most_ports_there_can_be(bridge: core.Bridge) -> None:
+    ports = [bridge.add_guest(core.MAX_PAIRS) for _ in range(core.MAX_PORTS)]
+    assert sorted(ports) == list(range(core.MAX_PORTS))
+    with pytest.raises(OSError, match="No space"):
+        bridge.add_guest(1)
+    with pytest.raises(OSError, match="No space"):
+        bridge.add_netdev(1)
+    bridge.remove_port(ports[5])
+    assert bridge.add_guest(1) == ports[5]
+
+
+@pytest.mark.parametrize("pairs", [0, core.MAX_PAIRS + 1])
+def test_a_port_of_no_or_too_many_pairs_is_refused(bridge: core.Bridge, pairs: int) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        bridge.add_guest(pairs)
+
+
+def test_what_does_not_exist_is_not_found(bridge: core.Bridge) -> None:
+    port = bridge.add_guest(2)
+    netdev = bridge.add_netdev(1)
+    for call in (
+        lambda: bridge.queue_stats(port, 2, core.RX),
+        lambda: bridge.queue_stats(port, 0, 2),
+        lambda: bridge.queue_stats(core.MAX_PORTS, 0, core.RX),
+        lambda: bridge.queue_stats(netdev, 1, core.RX),
+        lambda: bridge.ring_state(port, 4),
+        lambda: bridge.ring_stop(netdev, 0),
+        lambda: bridge.ring_enable(port, 0xFFFFFFFF, True),
+        lambda: bridge.ring_set_call(port, 4, -1),
+        lambda: bridge.guest_set_memory(netdev, []),
+        lambda: bridge.remove_port(77),
+        lambda: bridge.fdb_flush(77),
+        lambda: bridge.netdev_queue_fd(netdev, 0),
+        lambda: bridge.netdev_close_queue(port, 0),
+        lambda: bridge.worker_stats(1),
+    ):
+        with pytest.raises(OSError, match="No such file"):
+            call()

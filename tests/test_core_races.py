@@ -1,0 +1,252 @@
+"""A guest that rewrites its rings and frames while the device reads them, from another process and at full speed.
+
+What was checked must be what is used: whatever the rewriter does, nothing outside posted buffers changes, no other
+guest notices, and no frame is delivered that the checks would not let pass.
+"""
+
+import itertools
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.driver import Driver
+from tests.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, split_only
+from tests.native import MAX_VALUES, compile_program, rewriting
+from tests.rings import (
+    AVAIL,
+    HOLE,
+    INDIRECT,
+    NEXT,
+    USED,
+    WRAP,
+    WRITE,
+    PackedRing,
+    Ring,
+    SplitRing,
+    eventually,
+)
+from tests.scene import END, Scene, own_flags
+from xdpnet import core
+
+pytest_plugins = ["tests.guest_fixtures"]
+pytestmark = [pytest.mark.core, both_layouts]
+
+NUM = 16
+BAD_ADDRS = [HOLE, END - 8, 0, 2**64 - 8]
+Words = dict[int, list[int]]
+
+
+@pytest.fixture
+def bridge(make_bridge: MakeBridge) -> core.Bridge:
+    return make_bridge()
+
+
+@pytest.fixture(scope="session")
+def rewriter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_program("rewriter", tmp_path_factory.mktemp("native"))
+
+
+def descriptor_words(ring: Ring, at: int, addrs: list[int], flags: int, dice: random.Random) -> Words:
+    """Right and wrong values for the two halves of the descriptor, or table entry, at an address."""
+    tails = []
+    for i in range(MAX_VALUES):
+        size, kind = dice.choice([76, 512, 2048]), flags
+        link, lap = dice.randrange(NUM), (AVAIL, USED)[i % 2]
+        if i >= 8:  # half of them are right: what is refused at the first look races against nothing
+            size = dice.choice([2048, 0, 12, 16, 64, 17])
+            kind ^= dice.choice([0, NEXT, NEXT, INDIRECT, NEXT | INDIRECT, WRITE])
+            link = dice.choice([0, 1, NUM - 1, NUM])
+            lap = dice.choice([AVAIL, USED, AVAIL | USED, 0])
+        packed = isinstance(ring, PackedRing)
+        tails.append(size | (link << 32 | (kind | lap) << 48 if packed else kind << 32 | link << 48))
+    return {at: addrs[:MAX_VALUES], at + 8: tails}
+
+
+def hostile_words(scene: Scene, buffers: dict[int, list[int]], dice: random.Random) -> Words:
+    """All of both rings, and an indirect table of each."""
+    words: Words = {}
+    for index in core.TX, core.RX:
+        ring = scene.ring(index)
+        table = scene.bad.memory.take(2048)
+        buffers[index].append(table)
+        addrs = [*buffers[index], *buffers[index], *BAD_ADDRS]
+        for i in range(NUM):
+            words |= descriptor_words(ring, ring.parts()[0][0] + 16 * i, addrs, own_flags(index), dice)
+        for i in range(8):
+            words |= descriptor_words(ring, table + 16 * i, addrs, own_flags(index), dice)
+        if isinstance(ring, PackedRing):
+            words[ring.driver] = [dice.randrange(2**32) | dice.choice([0, 1, 2, 3]) << 16 for _ in range(MAX_VALUES)]
+            continue
+        assert isinstance(ring, SplitRing)
+        for at in range(ring.avail, ring.avail + 6 + 2 * NUM, 8):  # heads, and the event index
+            words[at] = [
+                sum(dice.choice([0, 1, 5, NUM - 1, NUM - 1, 2, NUM]) << 16 * i for i in range(4))
+                for _ in range(MAX_VALUES)
+            ]
+        for at in range(ring.used, ring.used + 6 + 8 * NUM - 8, 8):  # what the device alone writes
+            words[at] = [dice.randrange(2**64) for _ in range(MAX_VALUES)]
+        # A device that starts anew takes the used index for its own: from there, these are not too far ahead.
+        words[ring.used] = [20 << 16]
+        words[ring.avail] = [dice.randrange(2) | dice.randrange(21, 37) << 16 for _ in range(MAX_VALUES)]
+    return words
+
+
+def enough(stats: core.QueueStats) -> bool:
+    """Both ends of a race were seen, again and again."""
+    return stats.packets >= 100 and stats.breaks >= 30
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_b21_b22_b23_b24_b26_b27_rings_and_tables_rewritten_while_they_are_read(
+    bridge: core.Bridge, guests: MakeGuest, packed: int, rewriter: Path, seed: int
+) -> None:
+    dice = random.Random(seed)
+    scene = Scene(bridge, guests, num=NUM)
+    bridge.set_mac(scene.bad.port, mac(0), check_source=True)  # no other bytes than a packet's are a frame to flood
+    memory, (one, two) = scene.bad.memory, scene.good
+    buffers = {index: [memory.take(2048) for _ in range(5)] for index in (core.TX, core.RX)}
+    for addr in buffers[core.TX]:
+        memory.write(addr, bytes(12) + frame(mac(1), mac(0), 2036))
+    words = hostile_words(scene, buffers, dice)
+    before = memory.snapshot()
+    deadline = time.monotonic() + 30
+    with rewriting(rewriter, memory, words):
+        for turn in itertools.count():
+            if turn >= 300 and all(enough(scene.bad.stats(index)) for index in range(2)):
+                break
+            assert time.monotonic() < deadline, "the rewriter does not get at the rings"
+            for index in core.TX, core.RX:
+                if scene.bad.state(index).broken:
+                    bridge.ring_stop(scene.bad.port, index)
+                    base = turn % NUM | (WRAP * (turn % 2) if packed else 0)
+                    bridge.ring_start(scene.bad.port, index, scene.ring(index).config(base))
+            scene.ring(core.TX).kick(always=True)
+            one.pair.send(frame(mac(0), mac(1), 60 + 8 * (turn % 180)))
+            one.pair.send(frame(mac(2), mac(1), mark=turn.to_bytes(4, "big")))
+            assert one.pair.wait_sent()
+            assert two.pair.frames() == [frame(mac(2), mac(1), mark=turn.to_bytes(4, "big"))]
+            two.pair.fill()
+            one.pair.packets()
+            one.pair.fill()
+    scene.bad.stop()
+    allowed = [(addr, 8) for addr in words] + [(addr, 2048) for addr in buffers[core.RX]]
+    for ring in scene.bad.rings():
+        allowed += [*ring.parts(), *ring.device_areas()]
+    assert memory.changes(before, allowed) == []
+    one.pair.packets()
+    one.pair.fill()
+    for index in range(2):
+        scene.revives(index)
+
+
+def test_b27_a_receive_buffer_that_grows_over_the_end_of_memory_once_it_was_checked(
+    bridge: core.Bridge, guests: MakeGuest, packed: int, rewriter: Path
+) -> None:
+    """512 bytes are all that is left there: with 2048 it is refused, and with 512 it gets no more than that."""
+    scene = Scene(bridge, guests, num=NUM)
+    ring, one = scene.ring(core.RX), scene.good[0]
+    at = HOLE - 512
+    for _ in range(NUM):
+        ring.raw((at, 512, WRITE))
+    ring.publish()
+    if packed:
+        tails = [size | i << 32 | (WRITE | lap) << 48 for size in (512, 2048) for i, lap in ((3, AVAIL), (5, USED))]
+    else:
+        tails = [size | WRITE << 32 for size in (512, 2048)]
+    words = {ring.parts()[0][0] + 16 * i + 8: tails for i in range(NUM)}
+    before = scene.bad.memory.snapshot()
+    deadline = time.monotonic() + 30
+    with rewriting(rewriter, scene.bad.memory, words):
+        for turn in itertools.count():
+            if turn >= 300 and enough(scene.bad.stats(core.RX)):
+                break
+            assert time.monotonic() < deadline, "the rewriter does not get at the ring"
+            if scene.bad.state(core.RX).broken or not packed:
+                base = bridge.ring_stop(scene.bad.port, core.RX)
+                bridge.ring_start(scene.bad.port, core.RX, ring.config(base))
+            if isinstance(ring, SplitRing):
+                ring.memory.store16(ring.avail + 2, ring.used_idx() + NUM)
+            one.pair.send_all([frame(mac(0), mac(1), 1500)] * 8)
+    scene.bad.stop()
+    allowed = [*ring.parts(), (at, 512), *((addr, 8) for addr in words)]
+    assert scene.bad.memory.changes(before, [*allowed, *ring.device_areas()]) == []
+    scene.others_are_undisturbed()
+    scene.revives(core.RX)
+
+
+@pytest.mark.parametrize("cut", [[], [12], [12, 9], [1] * 30, [12, 14, 3]], ids=str)
+@pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
+def test_b25_what_was_checked_is_what_is_delivered(
+    bridge: core.Bridge, guests: MakeGuest, rewriter: Path, cut: list[int], indirect: bool
+) -> None:
+    """Source and destination flip between the guest's own and others' addresses while the frame is sent."""
+    bad, one, two = (guests(bridge, num=512) for _ in range(3))
+    for number, driver in enumerate([bad, one, two]):
+        bridge.set_mac(driver.port, mac(number), check_source=True)
+    memory, ring = bad.memory, bad.pair.tx
+    packet = bytes(12) + frame(mac(1), mac(0), 100)
+    at = memory.take(256)
+    memory.write(at, packet)
+    # Bytes 16 to 23 are the end of the destination, where these addresses differ, and the source.
+    values = [
+        int.from_bytes(to[4:] + source, "little")
+        for to, source in itertools.product([mac(1), mac(2)], [mac(0), mac(0), mac(2), mac(9)])
+    ]
+    sizes = [*cut, len(packet) - sum(cut)]
+    starts = list(itertools.accumulate(sizes, initial=at))
+    pieces = list(zip(starts, sizes, strict=False))
+    table = memory.take(16 * len(pieces))
+    ring.write_table(table, [(addr, size, 0) for addr, size in pieces])
+    delivered = 0
+    with rewriting(rewriter, memory, {at + 16: values}):
+        for _ in range(60):
+            for driver in one, two:
+                driver.pair.fill()
+            for _ in range(16):
+                if indirect:
+                    ring.raw((table, 16 * len(pieces), INDIRECT))
+                else:
+                    last = len(pieces) - 1
+                    ring.raw(*((addr, size, 0 if i == last else NEXT) for i, (addr, size) in enumerate(pieces)))
+            ring.kick()
+            assert eventually(lambda: ring.pending() == 16)
+            give_back(bad)
+            for driver, address in (one, mac(1)), (two, mac(2)):
+                for got in driver.pair.packets():
+                    assert got.frame[:12] == address + mac(0)
+                    assert got.frame[12:] == frame(mac(1), mac(0), 100)[12:]
+                    delivered += 1
+    stats = bad.stats(core.TX)
+    assert stats.drops["spoof"] > 20
+    assert delivered > 20
+    assert stats.packets == 60 * 16
+    assert delivered + sum(stats.drops.values()) == stats.packets
+
+
+def give_back(driver: Driver) -> None:
+    """What raw() has posted: descriptors are free again, and no memory was taken for them."""
+    driver.pair.tx.collect()
+
+
+@split_only
+def test_b26_a_used_ring_rewritten_all_the_time_confuses_nobody_but_its_guest(
+    bridge: core.Bridge, guests: MakeGuest, rewriter: Path
+) -> None:
+    scene = Scene(bridge, guests)
+    ring = scene.ring(core.TX)
+    assert isinstance(ring, SplitRing)
+    first = -(-ring.used // 8) * 8
+    words = {at: [0, 2**64 - 1, 0xDEAD_BEEF_DEAD_BEEF] for at in range(first, ring.used + 8 * ring.num, 8)}
+    with rewriting(rewriter, scene.bad.memory, words):
+        for i in range(200):
+            addr = scene.bad.memory.take(128)
+            scene.bad.memory.write(addr, bytes(12) + frame(mac(1), mac(0), mark=bytes([i])))
+            ring.write_descriptor(ring.desc, i % 16, addr, 76)
+            ring.put(i % 16)
+            ring.kick(always=True)
+            assert scene.good[0].pair.frames() == [frame(mac(1), mac(0), mark=bytes([i]))]
+            scene.good[0].pair.fill()
+    assert scene.bad.state(core.TX).broken == ""
+    scene.revives(core.TX)

@@ -1,0 +1,251 @@
+"""Workers: several of them on rings of their own and on shared ones, starting, stopping, and what idleness costs."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.driver import Driver, ledger
+from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
+from tests.rings import MODERN, VERSION_1, eventually
+from xdpnet import core
+
+pytest_plugins = ["tests.guest_fixtures"]
+pytestmark = [pytest.mark.core, both_layouts]
+
+
+def test_ring_r_belongs_to_worker_r_mod_w(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    a = guests(make_bridge(workers=3), pairs=7)
+    assert [a.state(ring).worker for ring in range(14)] == [ring // 2 % 3 for ring in range(14)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "pairs", "to_pairs"), [(1, 1, 1), (1, 4, 2), (2, 2, 2), (2, 4, 2), (2, 3, 1), (3, 4, 2), (4, 16, 3)]
+)
+def test_every_pair_of_one_guest_reaches_the_other(
+    make_bridge: MakeBridge, guests: MakeGuest, workers: int, pairs: int, to_pairs: int
+) -> None:
+    bridge = make_bridge(workers=workers)
+    a = guests(bridge, pairs=pairs, num=64)
+    b = guests(bridge, pairs=to_pairs, num=1024)
+    bridge.set_mac(a.port, mac(1), False)
+    bridge.set_mac(b.port, mac(2), False)
+    for pair in b.pairs:
+        pair.fill(512)
+    sent = []
+    for turn in range(10):
+        for number, pair in enumerate(a.pairs):
+            for i in range(4):
+                sent.append(frame(mac(2), mac(1), mark=bytes([number, turn, i])))
+                pair.queue(sent[-1])
+        for pair in a.pairs:
+            pair.tx.kick()
+        for pair in a.pairs:
+            assert pair.wait_sent()
+    got = [packet.frame for pair in b.pairs for packet in pair.packets()]
+    assert sorted(got) == sorted(sent)
+    # What one pair sent, one ring received, and in order.
+    for pair in b.pairs:
+        pair.packets()
+    for number in range(pairs):
+        assert [each for each in got if each[14] == number] == [each for each in sent if each[14] == number]
+    assert ledger(bridge, {a.port: pairs, b.port: to_pairs}) == (len(sent), len(sent))
+
+
+@pytest.mark.parametrize(("workers", "features"), [(2, MODERN), (3, MODERN), (2, VERSION_1)])
+def test_shared_receive_rings_lose_and_mix_up_nothing(
+    make_bridge: MakeBridge, guests: MakeGuest, workers: int, features: int
+) -> None:
+    """All workers deliver into the one receive ring of a guest, which calls for every buffer."""
+    bridge = make_bridge(workers=workers)
+    a = guests(bridge, pairs=workers, num=128, features=features)
+    b = guests(bridge, pairs=1, num=1024, features=features)
+    bridge.set_mac(b.port, mac(2), False)
+    got: list[bytes] = []
+    turns = 40
+    for turn in range(turns):
+        b.pair.fill(256)
+        for number, pair in enumerate(a.pairs):
+            for i in range(64):
+                pair.queue(frame(mac(2), mac(1), mark=bytes([number, turn, i])))
+        for pair in a.pairs:
+            pair.tx.kick()
+        got += b.pair.frames(64 * workers)
+        for pair in a.pairs:
+            assert pair.wait_sent()
+    assert len(got) == 64 * workers * turns
+    for number in range(workers):
+        mine = [each[15:17] for each in got if each[14] == number]
+        assert mine == [bytes([turn, i]) for turn in range(turns) for i in range(64)]
+    assert b.drops(core.RX) == {}
+
+
+def test_a_ring_is_stopped_and_started_a_thousand_times_while_others_run(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    bridge = make_bridge(workers=2)
+    a, b = guests(bridge, pairs=2), guests(bridge, pairs=2)
+    for pair in b.pairs:
+        pair.fill()
+    for turn in range(1000):
+        pair = a.pairs[turn % 2]
+        pair.queue(frame(BROADCAST, mac(1)))
+        pair.tx.kick()
+        index = 2 * (turn % 2) + core.TX
+        base = bridge.ring_stop(a.port, index)
+        bridge.ring_start(a.port, index, pair.tx.config(base=base))
+        assert pair.wait_sent()
+        for each in b.pairs:
+            each.packets()
+            each.fill()
+    assert a.stats(core.TX, 0).packets + a.stats(core.TX, 1).packets == 1000
+
+
+def test_guests_come_and_go_while_others_run(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(workers=2)
+    a, b = guests(bridge), guests(bridge)
+    bridge.set_mac(b.port, mac(2), False)
+    b.pair.fill()
+    for turn in range(60):
+        third = Driver(bridge, pairs=2).start()
+        third.pair.fill()
+        for i in range(20):
+            a.pair.queue(frame(BROADCAST if i % 2 else mac(2), mac(1), mark=bytes([turn, i])))
+        a.pair.tx.kick()
+        third.close()
+        got = b.pair.frames(20)
+        # Frames to one address keep their order.
+        for to, numbers in (mac(2), range(0, 20, 2)), (BROADCAST, range(1, 20, 2)):
+            assert [each for each in got if each[:6] == to] == [
+                frame(to, mac(1), mark=bytes([turn, i])) for i in numbers
+            ]
+        b.pair.fill()
+        assert a.pair.wait_sent()
+
+
+# ---- life ----
+
+
+def test_workers_can_be_stopped_and_started_again(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(workers=2)
+    a, b = guests(bridge), guests(bridge)
+    b.pair.fill()
+    for i in range(3):
+        bridge.stop()
+        bridge.stop()
+        a.pair.queue(frame(BROADCAST, mac(1), mark=bytes([i])))
+        a.pair.tx.kick(always=True)
+        bridge.guest_set_memory(a.port, a.memory.regions())  # nobody to wait for
+        bridge.start()
+        assert b.pair.frames() == [frame(BROADCAST, mac(1), mark=bytes([i]))]
+    with pytest.raises(OSError, match="already"):
+        bridge.start()
+
+
+def test_a_bridge_that_never_started_is_set_up_and_closed() -> None:
+    with core.Bridge(workers=16) as bridge:
+        driver = Driver(bridge).start()
+        driver.close()
+    bridge.close()
+
+
+def test_rings_started_before_the_workers_are_served(guests: MakeGuest) -> None:
+    with core.Bridge() as bridge:
+        a, b = Driver(bridge).start(), Driver(bridge).start()
+        b.pair.fill()
+        a.pair.send(frame(BROADCAST, mac(1)))
+        bridge.start()
+        assert b.pair.frames() == [frame(BROADCAST, mac(1))]
+        a.close()
+        b.close()
+
+
+@pytest.mark.parametrize("workers", [0, 17, -1])
+def test_the_number_of_workers_has_limits(workers: int) -> None:
+    with pytest.raises(ValueError, match=r"1\.\.16"):
+        core.Bridge(workers=workers)
+
+
+@pytest.mark.parametrize("cpus", [(0, 5000), (1023, 1023), (5000,)])
+def test_a_worker_on_a_cpu_that_does_not_exist_is_an_error_and_no_hang(cpus: tuple[int, ...]) -> None:
+    with core.Bridge(workers=2, cpus=cpus) as bridge:
+        for _ in range(2):
+            with pytest.raises(OSError, match="start workers: Invalid argument"):
+                bridge.start()
+
+
+def test_workers_run_on_the_cpus_they_are_given(guests: MakeGuest) -> None:
+    with core.Bridge(workers=2, cpus=(0,)) as bridge:
+        bridge.start()
+        assert eventually(lambda: all(bridge.worker_stats(i).tid for i in range(2)))
+        for i in range(2):
+            stats = bridge.worker_stats(i)
+            status = Path(f"/proc/self/task/{stats.tid}/status").read_text()
+            assert "Cpus_allowed_list:\t0\n" in status
+            assert stats.cpu == 0
+
+
+def test_an_idle_bridge_sleeps(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    """Turns of the loop, not time: at most a handful for each of the ten looks a second."""
+    bridge = make_bridge(spin_us=0)
+    guests(bridge)
+    time.sleep(0.2)
+    before = bridge.worker_stats(0)
+    time.sleep(0.5)
+    after = bridge.worker_stats(0)
+    assert after.loops - before.loops < 100
+    assert after.sleeps > before.sleeps
+
+
+def test_a_broken_ring_that_is_polled_keeps_no_worker_awake(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(spin_us=0)
+    a = guests(bridge, started=False).start(kick=False)
+    a.pair.tx.raw((0, 64, 0))
+    a.pair.tx.publish()
+    assert eventually(lambda: a.state(core.TX).broken == "addr")
+    before = bridge.worker_stats(0).loops
+    time.sleep(0.5)
+    assert bridge.worker_stats(0).loops - before < 100
+
+
+# ---- the ledger, at random ----
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_frames_in_are_frames_out_and_drops_whatever_happens(
+    make_bridge: MakeBridge, guests: MakeGuest, workers: int
+) -> None:
+    dice = random.Random(workers)
+    bridge = make_bridge(workers=workers)
+    shapes = [dice.randrange(1, 4) for _ in range(4)]
+    drivers = [guests(bridge, pairs=pairs, num=128, features=dice.choice([MODERN, VERSION_1, 0])) for pairs in shapes]
+    sent = 0
+    for _ in range(150):
+        driver = dice.choice(drivers)
+        pair = dice.choice(driver.pairs)
+        event = dice.random()
+        if event < 0.3:
+            try:
+                pair.post(dice.randrange(1, 20), dice.choice([0, 10, 60, 100, 300, 2048]))
+            except MemoryError:
+                pair.packets()
+        elif event < 0.35:
+            ring = dice.randrange(2 * len(driver.pairs))
+            bridge.ring_enable(driver.port, ring, dice.random() < 0.7)
+        else:
+            for _ in range(dice.randrange(1, 60)):
+                to = dice.choice([BROADCAST, mac(99), *(mac(i) for i in range(4))])
+                source = mac(drivers.index(driver)) if dice.random() < 0.9 else dice.choice([bytes(6), mac(1)])
+                pair.queue(frame(to, source, dice.choice([0, 5, 14, 60, 64, 600, 1514])))
+                sent += 1
+            pair.tx.kick()
+            assert pair.wait_sent()
+        for each in pair.packets():
+            assert each.frame
+    for driver in drivers:
+        for pair in driver.pairs:
+            assert pair.wait_sent()
+    into, out = ledger(bridge, {driver.port: len(driver.pairs) for driver in drivers})
+    assert into == out
+    assert into >= sent

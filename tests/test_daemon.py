@@ -1,0 +1,357 @@
+"""The daemon as a process: it starts in order, serves, ends in order, and leaves nothing."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frontend import Frontend, GuestMemory
+from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from xdpnet.control import ask
+from xdpnet.metrics.snapshot import Port, Snapshot
+
+MAC = "52:54:00:00:00:01"
+READY = re.compile(r"ready: ")
+
+
+class Daemon:
+    """A child process; what it says is in .log."""
+
+    def __init__(self, directory: Path, words: tuple[str, ...], fds: tuple[int, ...], env: dict[str, str]) -> None:
+        self.control = str(directory / "control.sock")
+        self._log = directory / "log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "xdpnet", "run", "--control", self.control, *words],
+                stderr=log, stdout=log, pass_fds=fds, env={**os.environ, **env},
+            )  # fmt: skip
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def until(self, holds: Callable[[], Any], what: str = "") -> Any:
+        deadline = time.monotonic() + 20
+        while not (found := holds()):
+            assert time.monotonic() < deadline, f"never: {what}\n{self.log}"
+            time.sleep(0.02)
+        return found
+
+    def ready(self) -> "Daemon":
+        self.until(lambda: READY.search(self.log) or self.process.poll() is not None, "ready")
+        assert self.process.poll() is None, self.log
+        return self
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot.from_json(ask(self.control, "stats"))
+
+    def port(self, name: str) -> Port:
+        return next(port for port in self.snapshot().ports if port.name == name)
+
+    def get(self, path: str) -> tuple[int, str]:
+        found = self.until(lambda: re.search(r"metrics: http://([^:]+):(\d+)/", self.log), "metrics address")
+        connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=10)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, text
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=20)
+
+
+@contextmanager
+def daemon(
+    directory: Path, *words: str, fds: tuple[int, ...] = (), env: dict[str, str] | None = None
+) -> Iterator[Daemon]:
+    made = Daemon(directory, words, fds, env or {})
+    try:
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
+        made.process.wait()
+
+
+def guest(directory: Path, name: str = "web", more: str = "") -> str:
+    return f"{name},socket={directory}/{name}.sock{more}"
+
+
+# ---- start and end ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order_and_no_socket_is_left(tmp_path: Path, number: int) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--guest", guest(tmp_path, "db")) as running:
+        running.ready()
+        assert sorted(path.name for path in tmp_path.glob("*.sock")) == ["control.sock", "db.sock", "web.sock"]
+        assert running.end(number) == 0
+    assert running.log.splitlines()[-2:] == ["xdpnet: INFO: stopping", "xdpnet: INFO: stopped"]
+    assert list(tmp_path.glob("*.sock")) == []
+
+
+def test_a_later_step_that_fails_undoes_the_earlier_ones(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with daemon(tmp_path, "--guest", guest(tmp_path), "--metrics", address) as running:
+            assert running.process.wait(timeout=20) == 1
+    assert running.log == f"xdpnet: metrics {address}: Address already in use; name another HOST:PORT with --metrics\n"
+    assert list(tmp_path.glob("*.sock")) == []
+
+
+def test_a_second_daemon_at_the_same_socket_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path)) as first:
+        first.ready()
+        other = tmp_path / "other"
+        other.mkdir()
+        with daemon(other, "--guest", guest(tmp_path)) as second:
+            assert second.process.wait(timeout=20) == 1
+        assert "web.sock: another process listens on it; stop that process, or name another path" in second.log
+        assert first.snapshot().ports[0].name == "web"
+
+
+def test_after_kill_9_the_stale_sockets_are_taken_over(tmp_path: Path) -> None:
+    for _ in range(2):
+        with daemon(tmp_path, "--guest", guest(tmp_path)) as running:
+            running.ready()
+            running.end(signal.SIGKILL)
+        assert (tmp_path / "web.sock").exists()
+
+
+def test_guests_sockets_may_be_in_the_directory_that_is_made_for_the_control_socket(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    with daemon(tmp_path, "--guest", guest(made), "--control", str(made / "c.sock")) as running:
+        running.ready()
+        assert sorted(path.name for path in made.iterdir()) == ["c.sock", "web.sock"]
+        assert running.end() == 0
+    assert not made.exists()
+
+
+def test_a_cpu_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--cpus", "4095") as running:
+        assert running.process.wait(timeout=20) == 1
+    assert re.fullmatch(r"xdpnet: cpus: CPU 4095 not usable here; choose of CPU [0-9, ]+\n", running.log)
+
+
+def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--netdev", "xdpn-none") as running:
+        assert running.process.wait(timeout=20) == 1
+    assert re.match(r"xdpnet: interface xdpn-none: .*; ", running.log)
+    assert len(running.log.splitlines()) == 1
+
+
+def test_the_service_manager_hears_of_every_stage(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+        with daemon(tmp_path, "--guest", guest(tmp_path), env=env) as running:
+            assert manager.recv(100) == b"READY=1"
+            assert manager.recv(100) == b"WATCHDOG=1"
+            running.process.terminate()
+            while (said := manager.recv(100)) == b"WATCHDOG=1":
+                pass
+            assert said == b"STOPPING=1"
+            assert running.process.wait(timeout=20) == 0
+
+
+def test_a_service_manager_that_is_gone_stops_nothing(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as running:
+        assert running.ready().end() == 0
+
+
+# ---- guests ----
+
+
+def test_a_frontend_is_served_and_its_rings_are_shown(tmp_path: Path) -> None:
+    words = ("--guest", guest(tmp_path, more=f",mac={MAC},queues=2"), "--metrics", "127.0.0.1:0")
+    with daemon(tmp_path, *words) as running, GuestMemory() as memory:
+        running.ready()
+        with Frontend.connect(str(tmp_path / "web.sock")) as frontend:
+            frontend.negotiate()
+            frontend.set_memory(memory)
+            frontend.start_ring(0, memory, num=128, base=7)
+            port = running.port("web")
+            assert port.guest is not None
+            assert port.guest.connected
+            assert "VIRTIO_F_VERSION_1" in port.guest.features
+            assert port.guest.messages > 0
+            ring = port.queues[0].rx_ring
+            assert ring is not None
+            assert (ring.size, ring.started, ring.last_available) == (128, True, 7)
+            assert len(port.queues) == 2
+            assert 'xdpnet_guest_connected{port="web"} 1.0' in running.get("/metrics")[1]
+        running.until(lambda: not running.port("web").guest.connected, "disconnected")  # type: ignore[union-attr]
+        assert running.snapshot().addresses[0].mac == MAC
+        assert running.end() == 0
+
+
+def publish(memory: GuestMemory, index: int, num: int, available: int) -> None:
+    """Sets the available index of a ring, as its driver would."""
+    offset = memory.ring_addr(index, num).avail - memory.user_addr
+    memory.map[offset + 2 : offset + 4] = struct.pack("<H", available & 0xFFFF)
+
+
+def test_a_ring_that_breaks_is_named_once_and_the_next_frontend_starts_anew(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path)) as running, GuestMemory() as memory:
+        running.ready()
+        with Frontend.connect(str(tmp_path / "web.sock")) as frontend:
+            frontend.negotiate()
+            frontend.set_memory(memory)
+            kick, _ = frontend.start_ring(1, memory, num=16)
+            publish(memory, 1, 16, 17)
+            os.eventfd_write(kick, 1)
+            running.until(lambda: "tx ring 0 broke: avail_jump" in running.log, "the ring broke")
+            ring = running.port("web").queues[0].tx_ring
+            assert ring is not None
+            assert ring.broken == "avail_jump"
+            os.eventfd_write(kick, 1)
+            assert running.log.count("broke") == 1
+        with Frontend.connect(str(tmp_path / "web.sock")) as frontend:
+            frontend.negotiate()
+            frontend.set_memory(memory)
+            publish(memory, 1, 16, 0)
+            frontend.start_ring(1, memory, num=16)
+            ring = running.port("web").queues[0].tx_ring
+            assert ring is not None
+            assert (ring.started, ring.broken) == (True, "")
+        assert running.end() == 0
+
+
+def test_a_guest_whose_memory_is_taken_away_loses_its_connection_and_no_other_does(tmp_path: Path) -> None:
+    with (
+        daemon(tmp_path, "--guest", guest(tmp_path), "--guest", guest(tmp_path, "db")) as running,
+        GuestMemory(seal=False) as shrinking,
+        Frontend.connect(str(tmp_path / "web.sock")) as bad,
+        Frontend.connect(str(tmp_path / "db.sock")) as good,
+    ):
+        good.negotiate()
+        bad.negotiate()
+        bad.set_memory(shrinking)
+        kick, _ = bad.start_ring(1, shrinking, num=16)
+        os.ftruncate(shrinking.fd, 0)
+        os.eventfd_write(kick, 1)
+        assert bad.is_disconnected()
+        good.negotiate()
+        assert "guest web: its memory was taken away; ending the connection" in running.log
+        with Frontend.connect(str(tmp_path / "web.sock")) as again:
+            again.negotiate()
+        assert running.end() == 0
+
+
+def test_an_inherited_connection_is_served_and_its_end_is_the_daemons(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, daemon(tmp_path, "--fd", str(theirs.fileno()), fds=(theirs.fileno(),)) as running:
+        with Frontend(ours) as frontend:
+            frontend.negotiate()
+        theirs.close()
+        assert running.process.wait(timeout=20) == 0
+
+
+def test_a_descriptor_that_is_no_socket_is_named(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--fd", "987") as running:
+        assert running.process.wait(timeout=20) == 1
+    assert "descriptor 987 is not an open socket; pass one with --fd" in running.log
+
+
+def test_health_and_metrics_are_served_while_it_runs(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--metrics", "127.0.0.1:0", "--workers", "2") as running:
+        running.ready()
+        assert running.get("/healthz") == (200, "ok\n")
+        assert 'xdpnet_worker_loops_total{worker="1"}' in running.get("/metrics")[1]
+        assert running.end() == 0
+
+
+def test_the_daemon_is_small(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--metrics", "127.0.0.1:0") as running:
+        running.ready()
+        running.get("/metrics")
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        assert int(found[1]) < 60 * 1024
+
+
+# ---- interfaces ----
+
+
+@pytest.fixture
+def wire() -> Iterator[Veth]:
+    with veth() as made:
+        yield made
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_is_attached_shown_and_released(tmp_path: Path, wire: Veth) -> None:
+    words = ("--guest", guest(tmp_path, more=f",mac={MAC}"), "--netdev", wire.ifname, "--metrics", "127.0.0.1:0")
+    with daemon(tmp_path, *words) as running:
+        port = running.ready().port(wire.ifname)
+        assert port.netdev is not None
+        assert (port.netdev.mode, port.netdev.alive) == ("native", True)
+        assert port.queues[0].xsk is not None
+        assert port.queues[0].xsk.open
+        _, text = running.get("/metrics")
+        assert f'xdpnet_xdp_info{{interface="{wire.ifname}",mode="native",policy="auto",zerocopy="false"}} 1.0' in text
+        assert xdp_of(wire.ifname)
+        assert running.end() == 0
+    assert not xdp_of(wire.ifname)
+
+
+@needs_root
+@pytest.mark.net
+def test_kill_9_leaves_no_program_at_the_interface(tmp_path: Path, wire: Veth) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--netdev", wire.ifname) as running:
+        running.ready()
+        assert xdp_of(wire.ifname)
+        running.end(signal.SIGKILL)
+        running.until(lambda: not xdp_of(wire.ifname), "no program")
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_that_vanishes_is_ill_health_until_it_is_back(tmp_path: Path, wire: Veth) -> None:
+    words = ("--guest", guest(tmp_path), "--netdev", wire.ifname, "--metrics", "127.0.0.1:0")
+    with daemon(tmp_path, *words) as running:
+        running.ready()
+        remove(wire.ifname)
+        running.until(lambda: running.get("/healthz") == (503, f"interface {wire.ifname} is gone\n"), "ill")
+        add_veth(wire.ifname, wire.namespace)
+        running.until(lambda: running.get("/healthz") == (200, "ok\n"), "well")
+        running.until(lambda: xdp_of(wire.ifname), "attached again")
+        assert running.end() == 0
+
+
+@needs_root
+@pytest.mark.net
+def test_the_guests_addresses_are_steered(tmp_path: Path, wire: Veth) -> None:
+    words = ("--guest", guest(tmp_path, more=f",mac={MAC}"), "--netdev", wire.ifname)
+    with daemon(tmp_path, *words) as running, wire.wire() as far:
+        running.ready()
+        frame = bytes.fromhex(MAC.replace(":", "")) + wire.peer_mac + b"\x88\xb5" + bytes(50)
+        for _ in range(10):
+            far.send(frame)
+        running.until(lambda: running.port(wire.ifname).queues[0].rx.packets >= 10, "frames")
+        totals = running.snapshot().totals
+        assert totals.frames_in == 10
+        assert totals.drops == 10  # no driver is there to take them
+        assert running.end() == 0
+
+
+def xdp_of(ifname: str) -> bool:
+    (link,) = json.loads(command("ip", "-json", "link", "show", "dev", ifname))
+    return "xdp" in link

@@ -1,0 +1,681 @@
+"""netdev.py, link.py and group.py on real veth pairs: steering, other programs, an interface that goes away."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.driver import Driver
+from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from tests.test_loader import open_files
+from xdpnet import core, netdev
+from xdpnet.bpf import loader
+from xdpnet.errors import SetupError
+from xdpnet.group import GroupSocket
+from xdpnet.link import Link, find_link, require_link
+from xdpnet.netdev import BusyError, Netdev
+
+pytestmark = [needs_root, pytest.mark.net]
+
+GUEST = bytes.fromhex("525400000001")
+SECOND = bytes.fromhex("525400000002")
+THIRD = bytes.fromhex("525400000003")
+STRANGER = bytes.fromhex("5254000000ff")
+BROADCAST = b"\xff" * 6
+MULTICAST = bytes.fromhex("01005e000001")
+PAYLOAD = b"\x88\xb5" + bytes(46)  # an EtherType for experiments
+
+
+def frame(destination: bytes, source: bytes = STRANGER) -> bytes:
+    return destination + source + PAYLOAD
+
+
+@pytest.fixture
+def bridge() -> Iterator[core.Bridge]:
+    made = core.Bridge(netdev_queues=4, frames_per_queue=256)
+    made.start()
+    yield made
+    made.stop()
+    made.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Veth]:
+    with veth() as made:
+        yield made
+
+
+@pytest.fixture
+def opened(bridge: core.Bridge, pair: Veth) -> Iterator[Netdev]:
+    made = Netdev(bridge, pair.ifname)
+    made.open()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netdev, "PATIENCE_S", 0.1)
+
+
+def eventually(true: Callable[[], bool], seconds: float = 8.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def verdict(port: Netdev, name: str, count: int) -> bool:
+    """It gets there, and no further."""
+    return eventually(lambda: port.verdicts()[name] >= count) and port.verdicts()[name] == count
+
+
+def attached_program(ifname: str) -> int:
+    return require_link(ifname).xdp_id
+
+
+def free(ifname: str) -> bool:
+    """The kernel removes the program of a closed link a moment later."""
+    return eventually(lambda: attached_program(ifname) == 0)
+
+
+# ---- opening ----
+
+
+def test_veth_is_opened_in_native_mode_and_left_as_it_was(bridge: core.Bridge, pair: Veth) -> None:
+    before = open_files()
+    port = Netdev(bridge, pair.ifname)
+    port.open()
+    assert (port.mode, port.queues, port.state, port.alive) == ("native", 1, "up", True)
+    assert require_link(pair.ifname).xdp_mode == "xdp"
+    port.close()
+    port.close()
+    assert free(pair.ifname)
+    assert (port.port, port.alive) == (-1, False)
+    assert open_files() == before
+
+
+def test_a_port_can_be_opened_again_at_once(bridge: core.Bridge, pair: Veth) -> None:
+    port = Netdev(bridge, pair.ifname)
+    for _ in range(3):
+        port.open()
+        port.close()
+
+
+def test_generic_mode_on_request(bridge: core.Bridge, pair: Veth) -> None:
+    with contextlib.closing(Netdev(bridge, pair.ifname, mode="generic")) as port:
+        port.open()
+        assert port.mode == "generic"
+        assert require_link(pair.ifname).xdp_mode == "xdpgeneric"
+
+
+@pytest.fixture
+def no_native() -> Iterator[str]:
+    """A kind of interface that has no native XDP."""
+    name = f"xdpn{os.getpid()}v999"
+    command("ip", "link", "add", name, "type", "bridge")
+    command("ip", "link", "set", name, "up")
+    yield name
+    command("ip", "link", "del", name)
+
+
+def test_auto_falls_back_to_generic_and_says_so(
+    bridge: core.Bridge, no_native: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Netdev(bridge, no_native)) as port:
+        port.open()
+        assert port.mode == "generic"
+    assert "falling back to generic" in caplog.text
+
+
+def test_native_on_request_never_falls_back(bridge: core.Bridge, no_native: str) -> None:
+    before = open_files()
+    with pytest.raises(SetupError, match="native") as failure:
+        Netdev(bridge, no_native, mode="native").open()
+    assert "mode=generic" in failure.value.remedy
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("mtu", "mode"), [(3506, "native"), (3507, "generic")])
+def test_the_peers_mtu_decides_on_native_mode(bridge: core.Bridge, pair: Veth, mtu: int, mode: str) -> None:
+    command("ip", "-n", pair.namespace.name, "link", "set", pair.peer, "mtu", str(mtu))
+    with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        assert port.mode == mode
+
+
+def test_the_largest_mtu_that_a_frame_holds_is_taken(bridge: core.Bridge, pair: Veth) -> None:
+    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU))
+    with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+
+
+def test_one_byte_more_of_mtu_is_refused(bridge: core.Bridge, pair: Veth) -> None:
+    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU + 1))
+    with pytest.raises(SetupError, match=f"MTU {netdev.MAX_MTU + 1}") as failure:
+        Netdev(bridge, pair.ifname).open()
+    assert f"mtu {netdev.MAX_MTU}" in failure.value.remedy
+
+
+@pytest.mark.parametrize("ifname", ["xdpn-no-such-if", "", "a-name-longer-than-the-kernel-takes"])
+def test_a_missing_interface_is_named_with_those_that_exist(bridge: core.Bridge, ifname: str) -> None:
+    with pytest.raises(SetupError, match="there is none of this name") as failure:
+        Netdev(bridge, ifname).open()
+    assert "lo" in failure.value.remedy
+
+
+def test_an_interface_that_is_down_names_the_command(bridge: core.Bridge, pair: Veth) -> None:
+    command("ip", "link", "set", pair.ifname, "down")
+    before = open_files()
+    with pytest.raises(SetupError, match="down") as failure:
+        Netdev(bridge, pair.ifname).open()
+    assert f"ip link set dev {pair.ifname} up" in failure.value.remedy
+    assert open_files() == before
+
+
+def test_every_receive_queue_gets_a_socket(bridge: core.Bridge) -> None:
+    with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        assert port.queues == 2
+        assert [core.Bridge.netdev_xsk_stats(bridge, port.port, queue).open for queue in (0, 1)] == [1, 1]
+
+
+def test_fewer_queues_than_the_interface_has_are_warned_of(
+    bridge: core.Bridge, caplog: pytest.LogCaptureFixture
+) -> None:
+    with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname, queues=1)) as port:
+        port.open()
+        assert port.queues == 1
+    assert "2 receive queues and 1 AF_XDP sockets" in caplog.text
+    assert "ethtool -L" in caplog.text
+
+
+def test_more_queues_than_the_interface_has_are_refused(bridge: core.Bridge, pair: Veth) -> None:
+    with pytest.raises(SetupError, match="2 queues asked for, it has 1"):
+        Netdev(bridge, pair.ifname, queues=2).open()
+
+
+def test_more_queues_than_a_port_has_name_the_command(pair: Veth) -> None:
+    link = require_link(pair.ifname)
+    most = core.MAX_NETDEV_QUEUES
+    fit = Link(**{**vars(link), "rx_queues": most})
+    many = Link(**{**vars(link), "rx_queues": most + 1})
+    assert netdev.choose_queues(fit, 0) == most
+    with pytest.raises(SetupError, match=f"at most {most}") as failure:
+        netdev.choose_queues(many, 0)
+    assert "ethtool -L" in failure.value.remedy
+
+
+def test_without_privilege_the_error_names_the_capabilities(pair: Veth) -> None:
+    script = f"""
+import os
+from xdpnet import core
+from xdpnet.errors import SetupError
+from xdpnet.netdev import Netdev
+bridge = core.Bridge(netdev_queues=1, frames_per_queue=256)
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    Netdev(bridge, {pair.ifname!r}).open()
+except SetupError as error:
+    print("refused:", error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "CAP_BPF" in result.stdout
+
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- other people's programs ----
+
+
+@pytest.fixture
+def foreign(pair: Veth) -> Iterator[int]:
+    """Somebody else's program on the interface: the id of it."""
+    program = loader.load(1, 1)
+    link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, netdev.XDP_FLAGS["native"])
+    yield attached_program(pair.ifname)
+    os.close(link)
+    program.close()
+
+
+@pytest.mark.parametrize("mode", ["auto", "native", "generic"])
+@pytest.mark.usefixtures("impatient")
+def test_a_program_of_somebody_else_is_left_alone(
+    bridge: core.Bridge, pair: Veth, foreign: int, mode: netdev.Mode
+) -> None:
+    before = open_files()
+    with pytest.raises(BusyError, match=f"XDP program {foreign} ") as failure:
+        Netdev(bridge, pair.ifname, mode=mode).open()
+    assert f"ip link set dev {pair.ifname} xdp off" in failure.value.remedy
+    assert attached_program(pair.ifname) == foreign
+    assert open_files() == before
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_queue_in_use_by_another_process_is_named(bridge: core.Bridge, pair: Veth) -> None:
+    other = core.Bridge(netdev_queues=1, frames_per_queue=256)
+    port = other.add_netdev(1)
+    other.netdev_open_queue(port, 0, require_link(pair.ifname).index, 1518)
+    try:
+        with pytest.raises(BusyError, match="AF_XDP socket of queue 0: in use"):
+            Netdev(bridge, pair.ifname).open()
+    finally:
+        other.close()
+
+
+def test_a_program_on_its_way_out_is_waited_for(bridge: core.Bridge, pair: Veth) -> None:
+    program = loader.load(1, 1)
+    link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, netdev.XDP_FLAGS["native"])
+    leaving = threading.Timer(0.8, os.close, (link,))
+    leaving.start()
+    with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        assert port.alive
+    leaving.join()
+    program.close()
+
+
+def test_after_kill_the_program_is_gone_and_the_next_process_opens(bridge: core.Bridge, pair: Veth) -> None:
+    script = f"""
+import time
+from xdpnet import core
+from xdpnet.netdev import Netdev
+bridge = core.Bridge(netdev_queues=1, frames_per_queue=256)
+Netdev(bridge, {pair.ifname!r}).open()
+print("open", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "open\n"
+            assert attached_program(pair.ifname)
+        finally:
+            child.send_signal(signal.SIGKILL)
+    with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        assert port.alive
+
+
+# ---- steering ----
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_frames_are_steered_by_destination_and_counted(bridge: core.Bridge, pair: Veth, mode: netdev.Mode) -> None:
+    with (
+        contextlib.closing(Netdev(bridge, pair.ifname, mode=mode)) as port,
+        pair.wire() as wire,
+        host_socket(pair.ifname) as host,
+    ):
+        port.open()
+        port.sync_macs([GUEST])
+        before = port.verdicts()
+        for destination, count in ((GUEST, 5), (STRANGER, 4), (BROADCAST, 3), (MULTICAST, 2)):
+            for _ in range(count):
+                wire.send(frame(destination))
+        assert verdict(port, "redirected", before["redirected"] + 5)
+        assert verdict(port, "host", before["host"] + 4)
+        assert verdict(port, "group", before["group"] + 5)
+        assert verdict(port, "no_socket", 0)
+        assert verdict(port, "runt", 0)
+        seen = [data[:6] for data in iter(lambda: receive(host), b"")]
+        assert sorted(seen) == sorted([STRANGER] * 4 + [BROADCAST] * 3 + [MULTICAST] * 2)
+        # The guests' frames reached the bridge: unicast through AF_XDP, the others through AF_PACKET.
+        assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).packets == 10)
+
+
+def host_socket(ifname: str) -> socket.socket:
+    """What the host's own stack gets of the test's frames."""
+    raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    raw.setsockopt(263, 23, 1)  # PACKET_IGNORE_OUTGOING
+    raw.bind((ifname, 0x88B5))
+    raw.settimeout(0.3)
+    return raw
+
+
+def receive(raw: socket.socket) -> bytes:
+    try:
+        return raw.recv(65536)
+    except TimeoutError:
+        return b""
+
+
+def flow(destination: bytes, port: int) -> bytes:
+    """A UDP frame; interfaces spread them over their queues by port."""
+    udp = struct.pack("!HHHH", port, 9, 8 + 18, 0) + bytes(18)
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, b"\x0a\x63\0\1", b"\x0a\x63\0\2")
+    return destination + STRANGER + b"\x08\0" + ip + udp
+
+
+@pytest.mark.parametrize("sockets", [1, 2])
+def test_frames_of_a_queue_without_a_socket_go_to_the_host(bridge: core.Bridge, sockets: int) -> None:
+    with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname, queues=sockets)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+        with pair.wire() as wire:
+            for number in range(64):
+                wire.send(flow(GUEST, 1000 + number))
+        assert eventually(lambda: sum(port.verdicts().values()) >= 64)
+        seen = port.verdicts()
+        assert eventually(lambda: seen["redirected"] == received_frames(bridge, port))
+    assert seen["redirected"] + seen["no_socket"] == 64
+    assert (seen["no_socket"] > 0) == (sockets == 1)
+    assert seen["host"] == 0
+
+
+def received_frames(bridge: core.Bridge, port: Netdev) -> int:
+    return sum(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(port.queues))
+
+
+def test_addresses_come_and_go(opened: Netdev, pair: Veth) -> None:
+    with pair.wire() as wire:
+
+        def redirected(macs: list[bytes]) -> int:
+            opened.sync_macs(macs)
+            before = opened.verdicts()
+            for destination in (GUEST, SECOND, THIRD):
+                wire.send(frame(destination))
+            assert eventually(lambda: sum(opened.verdicts().values()) >= sum(before.values()) + 3)
+            return opened.verdicts()["redirected"] - before["redirected"]
+
+        assert redirected([]) == 0
+        assert redirected([GUEST]) == 1
+        assert redirected([GUEST, SECOND, THIRD]) == 3
+        assert redirected([THIRD]) == 1
+        assert redirected([]) == 0
+
+
+def filters(ifname: str) -> str:
+    return command("bridge", "fdb", "show", "dev", ifname)
+
+
+def test_the_interface_accepts_the_guests_addresses_while_the_port_lives(opened: Netdev, pair: Veth) -> None:
+    opened.sync_macs([GUEST, SECOND])
+    assert GUEST.hex(":") in filters(pair.ifname)
+    opened.sync_macs([SECOND])
+    assert GUEST.hex(":") not in filters(pair.ifname)
+    assert SECOND.hex(":") in filters(pair.ifname)
+    assert "allmulti 1" in command("ip", "-d", "link", "show", pair.ifname)
+    opened.close()
+    assert SECOND.hex(":") not in filters(pair.ifname)
+    assert "allmulti 0" in command("ip", "-d", "link", "show", pair.ifname)
+
+
+def test_a_guest_cannot_take_the_hosts_own_address(
+    opened: Netdev, pair: Veth, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened.sync_macs([pair.mac, GUEST])
+    before = opened.verdicts()
+    with pair.wire() as wire:
+        wire.send(frame(pair.mac))
+        wire.send(frame(GUEST))
+    assert verdict(opened, "host", before["host"] + 1)
+    assert verdict(opened, "redirected", before["redirected"] + 1)
+    assert "own address" in caplog.text
+
+
+def test_a_guest_cannot_send_from_the_interfaces_own_address(opened: Netdev, pair: Veth, bridge: core.Bridge) -> None:
+    with contextlib.closing(Driver(bridge).start()) as guest:
+        for source in (pair.mac, GUEST):
+            guest.pair.send(BROADCAST + source + PAYLOAD)
+        assert guest.pair.wait_sent()
+        assert bridge.queue_stats(guest.port, 0, core.TX).drops["spoof"] == 1
+        assert bridge.queue_stats(opened.port, 0, core.TX).packets == 1
+        assert pair.mac not in {entry.mac for entry in bridge.fdb_dump() if entry.port == guest.port}
+
+
+@pytest.mark.parametrize("mac", [BROADCAST, MULTICAST, bytes(6), b"", GUEST[:5], GUEST + b"\0"])
+def test_what_is_no_unicast_address_is_not_steered(opened: Netdev, mac: bytes) -> None:
+    opened.sync_macs([mac])
+    assert opened._macs == set()
+
+
+def test_addresses_beyond_the_size_of_the_map_go_to_the_host(
+    bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(netdev, "MAX_MACS", 2)
+    with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        port.sync_macs([GUEST, SECOND])
+        assert "more than" not in caplog.text
+        port.sync_macs([GUEST, SECOND, THIRD])
+        assert port._macs == {GUEST, SECOND}
+        assert "1 guest addresses more" in caplog.text
+        port.sync_macs([SECOND, THIRD])
+        assert port._macs == {SECOND, THIRD}
+
+
+def test_the_group_socket_gets_group_addressed_frames_of_others_only(pair: Veth) -> None:
+    group = GroupSocket(pair.ifname, require_link(pair.ifname).index)
+    with socket.socket(fileno=os.dup(group.fileno())) as received, pair.wire() as wire, host_socket(pair.ifname) as own:
+        own.send(frame(BROADCAST))
+        wire.send(frame(GUEST))
+        wire.send(frame(pair.mac))
+        wire.send(frame(MULTICAST))
+        received.settimeout(5)
+        assert received.recv(2048) == frame(MULTICAST)
+        received.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            received.recv(2048)
+    group.close()
+
+
+# ---- an interface that goes away ----
+
+
+class Watched:
+    """A port with its watch running in the background, as the daemon has it."""
+
+    def __init__(self, port: Netdev) -> None:
+        self.port = port
+        self.states: list[str] = []
+
+    async def __aenter__(self) -> "Watched":
+        self._task = asyncio.create_task(self.port.watch(lambda changed: self.states.append(changed.state)))
+        await asyncio.sleep(0.1)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def reach(self, *states: str) -> None:
+        for _ in range(500):
+            if self.states == list(states):
+                return
+            if self._task.done():
+                self._task.result()
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{self.states}, not {states}")
+
+
+def steers(port: Netdev, pair: Veth) -> bool:
+    """One frame for the guest gets through."""
+    before = port.verdicts()["redirected"]
+    with pair.wire() as wire:
+        wire.send(frame(GUEST))
+    return eventually(lambda: port.verdicts()["redirected"] == before + 1)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.5], ids=["at once", "after a while"])
+def test_a_deleted_interface_is_opened_again_when_it_is_back(opened: Netdev, pair: Veth, pause: float) -> None:
+    opened.sync_macs([GUEST])
+    before, port = open_files(), opened.port
+
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            remove(pair.ifname)
+            if pause:
+                await watch.reach("gone")
+                assert not opened.alive
+                await asyncio.sleep(pause)
+            add_veth(pair.ifname, pair.namespace)
+            for _ in range(250):
+                if opened.alive and opened.state == "up":
+                    break
+                await asyncio.sleep(0.02)
+            assert opened.alive
+            assert opened.state == "up"
+
+    asyncio.run(story())
+    assert steers(opened, pair)
+    assert GUEST.hex(":") in filters(pair.ifname)
+    assert opened.port == port
+    assert len(open_files()) == len(before)
+
+
+def test_addresses_learned_while_the_interface_is_away_are_steered_afterwards(opened: Netdev, pair: Veth) -> None:
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            remove(pair.ifname)
+            await watch.reach("gone")
+            opened.sync_macs([GUEST])
+            add_veth(pair.ifname, pair.namespace)
+            while not opened.alive:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    assert steers(opened, pair)
+    assert GUEST.hex(":") in filters(pair.ifname)
+
+
+def test_an_interface_moved_to_another_namespace_is_let_go(opened: Netdev, pair: Veth) -> None:
+    opened.sync_macs([GUEST])
+
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            command("ip", "link", "set", pair.ifname, "netns", pair.namespace.name)
+            await watch.reach("gone")
+            there = pair.namespace.run("ip", "link", "show", pair.ifname)
+            assert "xdp" not in there.replace(pair.ifname, "")
+            pair.namespace.run("ip", "link", "set", pair.ifname, "netns", str(os.getpid()))
+            command("ip", "link", "set", pair.ifname, "up")
+            while not opened.alive:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    assert steers(opened, pair)
+
+
+def test_down_and_up_again_needs_no_new_sockets(opened: Netdev, pair: Veth) -> None:
+    opened.sync_macs([GUEST])
+    link_fd = opened._link_fd
+
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            command("ip", "link", "set", pair.ifname, "down")
+            await watch.reach("down")
+            command("ip", "link", "set", pair.ifname, "up")
+            await watch.reach("down", "up")
+
+    asyncio.run(story())
+    assert opened._link_fd == link_fd
+    assert steers(opened, pair)
+
+
+def test_a_lost_carrier_is_told(opened: Netdev, pair: Veth) -> None:
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            command("ip", "-n", pair.namespace.name, "link", "set", pair.peer, "down")
+            await watch.reach("down")
+            command("ip", "-n", pair.namespace.name, "link", "set", pair.peer, "up")
+            await watch.reach("down", "up")
+
+    asyncio.run(story())
+
+
+def test_another_mtu_means_new_sockets(opened: Netdev, pair: Veth) -> None:
+    opened.sync_macs([GUEST])
+
+    async def story() -> None:
+        async with Watched(opened):
+            command("ip", "link", "set", pair.ifname, "mtu", "1400")
+            while opened._mtu != 1400 or not opened.alive:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    assert steers(opened, pair)
+
+
+def test_an_mtu_that_is_too_large_closes_the_port_until_it_is_lowered(
+    opened: Netdev, pair: Veth, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            command("ip", "link", "set", pair.ifname, "mtu", "9000")
+            await watch.reach("down")
+            assert "MTU 9000 is above" in caplog.text
+            command("ip", "link", "set", pair.ifname, "mtu", "1500")
+            await watch.reach("down", "up")
+
+    asyncio.run(story())
+
+
+def link_id(port: Netdev) -> int:
+    links = json.loads(command("bpftool", "-j", "link", "show"))
+    return next(int(link["id"]) for link in links if link["prog_id"] == attached_program(port.name))
+
+
+@pytest.mark.skipif(shutil.which("bpftool") is None, reason="needs bpftool: apt install bpftool")
+def test_a_link_that_an_administrator_detached_is_noticed(
+    opened: Netdev, pair: Veth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(netdev, "PROBE_S", 0.2)
+    opened.sync_macs([GUEST])
+
+    async def story() -> None:
+        async with Watched(opened):
+            command("bpftool", "link", "detach", "id", str(link_id(opened)))
+            while not opened.alive:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    assert "detached by somebody else" in caplog.text
+    assert steers(opened, pair)
+
+
+def test_the_hosts_address_is_followed(opened: Netdev, pair: Veth) -> None:
+    opened.sync_macs([GUEST])
+
+    async def story() -> None:
+        async with Watched(opened):
+            command("ip", "link", "set", pair.ifname, "address", GUEST.hex(":"))
+            while opened._macs:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+
+
+# ---- questions about an interface ----
+
+
+def test_a_link_is_found_inside_and_outside_of_asyncio(pair: Veth) -> None:
+    async def inside() -> Link | None:
+        return find_link(pair.ifname)
+
+    link = find_link(pair.ifname)
+    assert link == asyncio.run(inside())
+    assert link is not None
+    assert (link.kind, link.address, link.mtu, link.up) == ("veth", pair.mac, 1500, True)
+
+
+def test_a_device_without_a_mac_address_is_refused(pair: Veth) -> None:
+    link = Link(**{**vars(require_link(pair.ifname)), "address": b""})
+    with pytest.raises(SetupError, match="not an Ethernet device"):
+        netdev.check_link(link)

@@ -1,0 +1,327 @@
+"""Where a guest's socket may be, who is served on it, and how the two sides find each other again."""
+
+import os
+import resource
+import socket
+import stat
+import time
+
+import pytest
+
+from tests.frontend import Frontend, GuestMemory
+from xdpnet import sockets
+from xdpnet.errors import SetupError, SocketPathError
+from xdpnet.virtq import server
+from xdpnet.virtq.message import Request
+from xdpnet.virtq.server import GuestSocket
+
+pytestmark = pytest.mark.core
+NOBODY = 65534
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "guest.sock")
+
+
+def until(condition, patience_s=10):
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def stale_socket(path):
+    """A socket that nobody listens on any more."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+
+
+def serves(path):
+    with Frontend.connect(path) as frontend:
+        return frontend.ask_u64(Request.GET_FEATURES) != 0
+
+
+# ---- whose path it is ----
+
+
+def test_a_free_path_becomes_a_socket_for_owner_and_group(backend, path):
+    backend.open(path)
+    assert stat.S_IMODE(os.lstat(path).st_mode) == 0o660
+    assert serves(path)
+
+
+def test_our_own_stale_socket_is_replaced(backend, path):
+    stale_socket(path)
+    backend.open(path)
+    assert serves(path)
+
+
+def refused(backend, path, text):
+    before = os.lstat(path) if os.path.lexists(path) else None
+    with pytest.raises(SocketPathError, match=text) as caught:
+        backend.open(path)
+    assert path in str(caught.value)
+    after = os.lstat(path) if os.path.lexists(path) else None
+    return (before and (before.st_ino, before.st_mode)) == (after and (after.st_ino, after.st_mode))
+
+
+def test_a_path_that_another_listens_on_is_refused(backend, path):
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        assert refused(backend, path, "listens")
+
+
+def test_a_second_daemon_is_refused_and_the_first_serves_on(make_backend, path):
+    make_backend().open(path)
+    assert refused(make_backend(), path, "listens")
+    assert serves(path)
+
+
+def test_a_full_backlog_is_not_taken_for_a_stale_socket(backend, path):
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as waiting:
+        other.bind(path)
+        other.listen(0)
+        waiting.connect(path)
+        assert refused(backend, path, "listens")
+
+
+def test_a_datagram_socket_is_refused(backend, path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(path)
+        assert refused(backend, path, "listens")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a socket of another user")
+def test_a_stale_socket_of_another_user_is_refused(backend, path):
+    stale_socket(path)
+    os.chown(path, NOBODY, NOBODY)
+    assert refused(backend, path, "belongs to user")
+
+
+def test_a_file_is_refused_and_left_alone(backend, path):
+    with open(path, "w") as file:
+        file.write("precious")
+    assert refused(backend, path, "not a socket")
+    with open(path) as file:
+        assert file.read() == "precious"
+
+
+def test_a_directory_is_refused(backend, path):
+    os.mkdir(path)
+    assert refused(backend, path, "not a socket")
+
+
+@pytest.mark.parametrize("target", ["guest.real", "nowhere"])
+def test_a_symbolic_link_is_refused_whatever_it_points_to(backend, path, tmp_path, target):
+    stale_socket(str(tmp_path / "guest.real"))
+    os.symlink(target, path)
+    assert refused(backend, path, "symbolic link")
+    assert os.path.lexists(tmp_path / "guest.real")
+
+
+def test_a_missing_directory_is_refused_with_the_remedy(backend, tmp_path):
+    assert refused(backend, str(tmp_path / "nowhere" / "guest.sock"), "create the directory")
+
+
+def of_length(tmp_path, length):
+    return str(tmp_path / "s").ljust(length, "s")
+
+
+def test_a_path_of_107_bytes_is_legal_and_one_of_108_is_refused(backend, tmp_path):
+    backend.open(of_length(tmp_path, sockets.PATH_MAX))
+    with pytest.raises(SocketPathError, match="107"):
+        backend.open(of_length(tmp_path, sockets.PATH_MAX + 1))
+    with pytest.raises(SocketPathError, match="107"):
+        backend.open(of_length(tmp_path, sockets.PATH_MAX + 1), client=True)
+
+
+def test_the_path_is_given_back_at_the_end(backend, path):
+    guest = backend.open(path)
+    backend.control.run(guest.stop())
+    assert not os.path.lexists(path)
+
+
+def test_a_path_that_somebody_else_has_taken_meanwhile_is_left_to_them(backend, path):
+    guest = backend.open(path)
+    os.unlink(path)
+    stale_socket(path)
+    backend.control.run(guest.stop())
+    assert os.path.lexists(path)
+
+
+def test_nothing_but_the_socket_is_ever_in_the_directory(backend, path, tmp_path):
+    backend.open(path)
+    assert os.listdir(tmp_path) == ["guest.sock"]
+
+
+# ---- one frontend at a time ----
+
+
+def test_a_second_frontend_is_turned_away_and_the_first_not_disturbed(backend, path):
+    guest = backend.open(path)
+    with Frontend.connect(path) as first, GuestMemory() as memory:
+        first.negotiate()
+        assert first.set_memory(memory) == 0
+        first.start_ring(0, memory)
+        for count in range(1, 4):
+            with Frontend.connect(path) as second:
+                assert second.is_disconnected()
+            assert guest.counters.refused["busy"] == count
+        assert first.ask_u64(Request.GET_FEATURES)
+        assert backend.started(0)
+        assert guest.counters.connects == 1
+
+
+def test_the_port_listens_again_when_its_frontend_has_gone(backend, path):
+    guest = backend.open(path)
+    for count in range(1, 21):
+        assert serves(path)
+        assert until(lambda: not guest.connected)
+        assert guest.counters.connects == guest.counters.disconnects == count
+    assert guest.counters.refused["busy"] == 0
+
+
+def test_a_frontend_that_comes_back_before_we_saw_it_go_is_served(backend, path):
+    guest = backend.open(path)
+    first = Frontend.connect(path)
+    assert first.ask_u64(Request.GET_FEATURES)
+    # The control thread sees both in one turn, the newcomer first.
+    backend.control.loop.call_soon_threadsafe(time.sleep, 0.2)
+    with Frontend.connect(path) as second:
+        first.close()
+        assert second.ask_u64(Request.GET_FEATURES)
+    assert guest.counters.refused["busy"] == 0
+
+
+def test_a_frontend_that_breaks_the_protocol_makes_room_for_the_next(backend, path):
+    backend.open(path)
+    with Frontend.connect(path) as broken:
+        broken.send_bytes(bytes(12))
+        assert broken.is_disconnected()
+    assert serves(path)
+
+
+def test_stopping_ends_the_connection(backend, path):
+    guest = backend.open(path)
+    with Frontend.connect(path) as frontend:
+        frontend.ask_u64(Request.GET_FEATURES)
+        backend.control.run(guest.stop())
+        assert frontend.is_disconnected()
+    assert not guest.connected
+
+
+def test_a_stopped_socket_can_be_started_again(backend, path):
+    guest = backend.open(path)
+    backend.control.run(guest.stop())
+    backend.control.run(guest.start())
+    assert serves(path)
+
+
+def test_a_disconnected_frontend_may_come_back(backend, path):
+    guest = backend.open(path)
+    with Frontend.connect(path) as frontend:
+        frontend.ask_u64(Request.GET_FEATURES)
+        backend.control.call(guest.disconnect)
+        assert frontend.is_disconnected()
+    assert serves(path)
+
+
+def test_when_no_descriptor_is_left_to_accept_with_we_pause_and_go_on(backend, path, monkeypatch):
+    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.05)
+    guest = backend.open(path)
+    with Frontend(socket.socket(socket.AF_UNIX)) as frontend:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+        try:
+            frontend.socket.connect(path)
+            failed = until(lambda: guest.counters.refused["resources"] >= 2)
+            backend.settle()
+            tries = guest.counters.refused["resources"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert failed
+        assert tries < 10
+        assert frontend.ask_u64(Request.GET_FEATURES)
+
+
+# ---- the frontend listens ----
+
+
+def test_a_client_waits_for_its_frontend_and_serves_it(backend, path):
+    guest = backend.open(path, client=True)
+    backend.settle()
+    assert not guest.connected
+    with Frontend.accept(path) as frontend:
+        assert frontend.ask_u64(Request.GET_FEATURES)
+        assert guest.connected
+
+
+def test_a_client_comes_back_to_the_frontend_again_and_again(backend, path):
+    guest = backend.open(path, client=True)
+    for count in range(1, 4):
+        with Frontend.accept(path) as frontend:
+            assert frontend.ask_u64(Request.GET_FEATURES)
+        assert until(lambda: not guest.connected)
+        assert guest.counters.disconnects == count
+
+
+def test_a_client_leaves_whatever_is_at_its_path_alone(backend, path):
+    stale_socket(path)
+    guest = backend.open(path, client=True)
+    backend.settle()
+    backend.control.run(guest.stop())
+    assert os.path.lexists(path)
+
+
+def test_a_client_is_back_within_a_second_by_its_own_numbers():
+    assert server.RETRY_MAX_S < 1
+
+
+# ---- inherited sockets ----
+
+
+def test_an_inherited_connection_is_served_and_its_end_is_the_end(backend):
+    frontend, guest = backend.connect()
+    assert frontend.ask_u64(Request.GET_FEATURES)
+    assert not guest.ended.is_set()
+    frontend.close()
+    assert until(guest.ended.is_set)
+
+
+def test_an_inherited_listening_socket_is_served_again_and_again(backend, path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    guest = backend.open(None, fd=listener.detach())
+    for _ in range(3):
+        assert serves(path)
+        assert until(lambda: not guest.connected)
+    assert not guest.ended.is_set()
+
+
+@pytest.mark.parametrize("kind", [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)])
+def test_an_inherited_socket_of_another_kind_is_refused(backend, kind):
+    fd = socket.socket(*kind).detach()
+    with pytest.raises(SetupError, match="not a UNIX stream socket"):
+        backend.open(None, fd=fd)
+
+
+def test_an_inherited_descriptor_that_is_no_socket_is_refused(backend):
+    fd = os.open("/dev/null", os.O_RDONLY)
+    try:
+        with pytest.raises(SetupError, match=f"descriptor {fd}"):
+            backend.open(None, fd=fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_guest_has_a_path_or_a_descriptor_and_not_both(backend, path):
+    for wrong in ({"path": None}, {"path": path, "fd": 3}):
+        with pytest.raises(ValueError, match="path or a descriptor"):
+            GuestSocket(backend.device, **wrong)

@@ -1,0 +1,183 @@
+"""`xdpnet check`: looks at everything that a start needs, one line each, and changes nothing.
+
+Each check is a function that returns the detail to show, or raises SetupError with the remedy.
+"""
+
+import errno
+import os
+import re
+import resource
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdpnet import netdev
+from xdpnet.bpf.headers import find_headers
+from xdpnet.bpf.loader import check_bcc
+from xdpnet.errors import SetupError
+from xdpnet.link import XDP_ACT_BASIC, XDP_ACT_REDIRECT, require_link, xdp_features
+
+AF_XDP = 44
+MIN_KERNEL = (5, 9)  # bpf_link for XDP
+QUEUE_MEMORY = 16 << 20  # locked for a queue: 4096 frames of 4 KiB
+
+CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_BPF = 12, 13, 14, 21, 39
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the answer. One that is not required may fail, and xdpnet still runs."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    required: bool = True
+
+
+def run_checks(netdevs: Iterable[str] = ()) -> list[Check]:
+    """The machine, then each of these interfaces."""
+    checks = [
+        _check("kernel", _kernel),
+        _check("AF_XDP", _af_xdp),
+        _check("capabilities", _capabilities),
+        _check("bcc", check_bcc),
+        _check("kernel headers", _headers),
+        _check("locked memory", _locked_memory),
+        _check("guest memory", _guest_memory, required=False),
+        _check("KVM", _kvm, required=False),
+    ]
+    for ifname in netdevs:
+        checks += _interface(ifname)
+    return checks
+
+
+def _check(name: str, question: Callable[[], str], required: bool = True) -> Check:
+    try:
+        return Check(name, True, question(), required=required)
+    except SetupError as error:
+        return Check(name, False, error.message, error.remedy, required)
+    except OSError as error:
+        return Check(name, False, str(error), required=required)
+
+
+def _kernel() -> str:
+    release = os.uname().release
+    version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if version < MIN_KERNEL:
+        wanted = ".".join(map(str, MIN_KERNEL))
+        raise SetupError(f"Linux {release}, at least {wanted} is needed", "boot a newer kernel")
+    return f"Linux {release}"
+
+
+def _af_xdp() -> str:
+    try:
+        socket.socket(AF_XDP, socket.SOCK_RAW).close()
+    except PermissionError:
+        return "in the kernel; opening a socket needs CAP_NET_RAW"
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        raise SetupError("not in this kernel", "use a kernel with CONFIG_XDP_SOCKETS") from error
+    return "socket opened"
+
+
+def _effective_capabilities() -> int:
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
+def _capabilities(effective: int | None = None) -> str:
+    have = _effective_capabilities() if effective is None else effective
+    missing = [
+        name
+        for name, sufficient in (
+            ("CAP_NET_ADMIN", (CAP_NET_ADMIN,)),
+            ("CAP_NET_RAW", (CAP_NET_RAW,)),
+            ("CAP_BPF", (CAP_BPF, CAP_SYS_ADMIN)),
+            ("CAP_IPC_LOCK", (CAP_IPC_LOCK,)),
+        )
+        if not any(have >> bit & 1 for bit in sufficient)
+    ]
+    if missing:
+        raise SetupError(
+            f"{', '.join(missing)} missing", "run as root, or name them in AmbientCapabilities= of the unit"
+        )
+    return "NET_ADMIN, NET_RAW, BPF and IPC_LOCK"
+
+
+def _headers() -> str:
+    return str(find_headers().source)
+
+
+def _locked_memory() -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if _effective_capabilities() >> CAP_IPC_LOCK & 1:
+        return "no limit, by CAP_IPC_LOCK"
+    if soft == resource.RLIM_INFINITY:
+        return "no limit"
+    if soft < QUEUE_MEMORY:
+        raise SetupError(
+            f"at most {soft >> 10} KiB, a queue of an interface needs {QUEUE_MEMORY >> 10}",
+            "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
+        )
+    return f"at most {soft >> 20} MiB, for {soft // QUEUE_MEMORY} queues of interfaces"
+
+
+def _guest_memory() -> str:
+    """Guests' memory must be shareable: a memfd, /dev/shm or huge pages."""
+    meminfo = dict(re.findall(r"^(\w+):\s*(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    free, size = int(meminfo.get("HugePages_Free", 0)), int(meminfo.get("Hugepagesize", 0))
+    available = int(meminfo.get("MemAvailable", 0))
+    shm = os.statvfs("/dev/shm")  # noqa: S108  # looked at, not written to
+    if available == 0 and free == 0:
+        raise SetupError("no memory left", "free some")
+    return (
+        f"memfd: {available >> 10} MiB, /dev/shm: {shm.f_bavail * shm.f_frsize >> 20} MiB, "
+        f"huge pages: {free} of {size >> 10} MiB"
+    )
+
+
+def _kvm() -> str:
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise SetupError(
+            f"/dev/kvm: {error.strerror}; QEMU can but emulate, slowly",
+            "switch on virtualization in the firmware, or modprobe kvm_intel or kvm_amd",
+        ) from error
+    return "/dev/kvm opened"
+
+
+def _interface(ifname: str) -> Iterator[Check]:
+    """Nothing more to say about one that is not there."""
+    exists = _check(ifname, lambda: require_link(ifname).kind or "present")
+    yield exists
+    if not exists.ok:
+        return
+    link = require_link(ifname)
+
+    def fit() -> str:
+        netdev.check_link(link)
+        return f"up, MTU {link.mtu}, no XDP program"
+
+    def queues() -> str:
+        count = netdev.choose_queues(link, 0)
+        return f"{count} receive queue{'s' * (count != 1)}"
+
+    yield _check(f"{ifname} state", fit)
+    yield _check(f"{ifname} queues", queues)
+    yield _check(f"{ifname} native XDP", lambda: _native(link.index), required=False)
+    for advice in netdev.advise(link, link.rx_queues, "native"):
+        detail, _, remedy = advice.partition("; ")
+        yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
+
+
+def _native(ifindex: int) -> str:
+    bits = xdp_features(ifindex)
+    if bits is None:
+        return "this kernel does not tell; tried at start"
+    if not bits & XDP_ACT_BASIC or not bits & XDP_ACT_REDIRECT:
+        raise SetupError("the driver has none", "mode=auto and mode=generic work, slower")
+    return "the driver has it"

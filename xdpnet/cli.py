@@ -1,0 +1,270 @@
+"""The command line: run, check, stats, demo.
+
+Flags and file go through the same models (config.py). Called without a command, but with options, it runs: that is
+how "Backend program conventions" of QEMU's docs/interop/vhost-user.rst call a backend, with --socket-path=PATH or
+--fd=FDNUM; --print-capabilities is answered before anything else is looked at.
+Exit status: 0 done, 1 failed, 2 wrong usage.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from xdpnet import __version__
+from xdpnet.errors import ConfigError, ControlError, SetupError, XdpnetError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xdpnet.config import Config
+
+DEFAULT_CONTROL = "/run/xdpnet/control.sock"
+CAPABILITIES = {"type": "net"}  # VHostUserBackendCapabilities of docs/interop/vhost-user.json; "net" has no features
+CONVENTION_GUEST = "guest"  # the name of the one that --socket-path or --fd is about
+PIPE_COLUMNS = 140  # the width of tables that no terminal limits
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status of `xdpnet ARGUMENTS`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--print-capabilities" in words:
+        print(json.dumps(CAPABILITIES))
+        return 0
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, "run")
+    options = _parser().parse_args(words)
+    try:
+        return int(options.command(options))
+    except ConfigError as error:
+        return _fail(error.faults, 2)
+    except XdpnetError as error:
+        return _fail([str(error)], 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(faults: Sequence[str], status: int) -> int:
+    for fault in faults:
+        print(f"xdpnet: {fault}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xdpnet",
+        description="A vhost-user network backend on AF_XDP: the other half of a virtual machine's network card.",
+    )
+    parser.add_argument("--version", action="version", version=f"xdpnet {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands.add_parser("run", help="serve guests", description=_run.__doc__))
+    _add_check(commands.add_parser("check", help="look at what this machine offers", description=_check.__doc__))
+    _add_stats(commands.add_parser("stats", help="show the counters of a running daemon", description=_stats.__doc__))
+    demo = commands.add_parser("demo", help="boot a guest and send traffic through it", description=_demo.__doc__)
+    demo.add_argument("--seconds", type=int, default=3, metavar="S", help="length of each TCP measurement (3)")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+# ---- run ----
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="TOML file; flags add to it and override it")
+    add(
+        "--guest",
+        action="append",
+        metavar="NAME,socket=PATH[,KEY=VALUE...]",
+        help="a guest: mac=MAC, queues=1..16, client=true, mtu=N, check_source=false; repeatable",
+    )
+    add(
+        "--netdev",
+        action="append",
+        metavar="IF[,queues=N][,mode=auto|native|generic][,zerocopy=auto|on|off]",
+        help="a network interface; without one, guests talk among themselves; repeatable",
+    )
+    add("--workers", metavar="N", help="threads that move frames (1)")
+    add("--cpus", metavar="LIST", help='a CPU for each worker, as "0,2-3"')
+    add("--spin-us", metavar="N", help="microseconds to poll after the last frame before sleeping (50)")
+    add("--ageing-s", metavar="N", help="seconds that a learned address lives, 0 for ever (300)")
+    add("--frames-per-queue", metavar="N", help="4 KiB frames for each queue of an interface (4096)")
+    add("--max-macs", metavar="N", help="addresses that one port may teach the bridge (64)")
+    add("--metrics", metavar="HOST:PORT", help="serve /metrics and /healthz")
+    add("--control", metavar="PATH", help=f"control socket, '' for none ({DEFAULT_CONTROL})")
+    add("--verbose", "-v", action="store_true", help="say more")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--socket-path", metavar="PATH", help="serve one guest at this socket (backend conventions)")
+    one.add_argument("--fd", metavar="FDNUM", help="serve one guest on this connected socket (backend conventions)")
+    parser.add_argument("--print-capabilities", action="store_true", help="print them as JSON and exit")
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Serves guests until SIGTERM, from a file, from flags, or from both."""
+    from xdpnet import daemon
+
+    config = _configure(options)
+    _set_up_logging(logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        asyncio.run(daemon.run(config))
+    except OSError as error:  # of the core, whose text names verb and object
+        log.debug("where it happened", exc_info=error)
+        raise SetupError(str(error)) from error
+    return 0
+
+
+def _configure(options: argparse.Namespace) -> "Config":
+    from xdpnet import config
+
+    faults: list[str] = []
+    scalars = ("workers", "cpus", "spin_us", "ageing_s", "frames_per_queue", "max_macs", "metrics", "control")
+    flags: dict[str, Any] = {key: value for key in scalars if (value := getattr(options, key)) is not None}
+    guests = [config.parse_flag(flag, "name", faults) for flag in options.guest or ()]
+    if options.socket_path is not None:
+        guests.append({"name": CONVENTION_GUEST, "socket": options.socket_path})
+    if options.fd is not None:
+        guests.append({"name": CONVENTION_GUEST, "fd": options.fd})
+    if guests:
+        flags["guest"] = guests
+    if options.netdev:
+        flags["netdev"] = [config.parse_flag(flag, "interface", faults) for flag in options.netdev]
+    file = config.load_file(options.config) if options.config else {}
+    if (options.socket_path or options.fd) and "control" not in file:
+        flags.setdefault("control", "")  # one such process for each guest: they cannot all have the default
+    return config.parse(config.merge(file, flags), faults)
+
+
+def _set_up_logging(level: int) -> None:
+    logging.raiseExceptions = False  # a closed stderr is no reason to stop serving
+    logging.basicConfig(stream=sys.stderr, level=level, format="xdpnet: %(levelname)s: %(message)s")
+
+
+# ---- check ----
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("interfaces", nargs="*", metavar="IF", help="interfaces to look at too")
+    parser.add_argument("--netdev", action="append", default=[], metavar="IF", help="the same, as run spells it")
+    parser.set_defaults(command=_check)
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Looks at everything that a start needs, changes nothing, and names the remedy for what is missing."""
+    from rich.text import Text
+
+    from xdpnet.check import run_checks
+
+    interfaces = [*options.interfaces, *(flag.partition(",")[0] for flag in options.netdev)]
+    checks = run_checks(dict.fromkeys(interfaces))
+    console = _console()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        verdict, style = ("ok", "green") if check.ok else ("FAIL", "bold red") if check.required else ("note", "yellow")
+        line = Text.assemble((f"{verdict:<5}", style), f"{check.name:<{width}}  {check.detail}")
+        if check.remedy:
+            line.append(f"; {check.remedy}", style="" if check.ok else "bold")
+        console.print(line, soft_wrap=True)
+    return int(any(check.required and not check.ok for check in checks))
+
+
+# ---- stats ----
+
+
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the whole snapshot as JSON; with --watch one line each")
+    parser.add_argument(
+        "--watch", nargs="?", type=_seconds, const=1.0, metavar="S", help="again every S seconds (1), with rates"
+    )
+    parser.add_argument("--control", metavar="PATH", default=DEFAULT_CONTROL, help=f"its socket ({DEFAULT_CONTROL})")
+    parser.set_defaults(command=_stats)
+
+
+def _seconds(word: str) -> float:
+    value = float(word)
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError("must be 0.1..86400 seconds")
+    return value
+
+
+def _stats(options: argparse.Namespace) -> int:
+    """Shows what the running daemon has counted, by port and queue."""
+    from xdpnet import control
+
+    if options.json:
+        while True:
+            answer = control.ask(options.control, "stats")
+            print(json.dumps(answer, indent=None if options.watch else 2), flush=True)
+            if not options.watch:
+                return 0
+            time.sleep(options.watch)
+    from xdpnet.metrics.table import render
+
+    console = _console()
+    if options.watch:
+        _watch(console, options.control, options.watch)
+    else:
+        console.print(render(_snapshot(options.control)))
+    return 0
+
+
+def _watch(console: "Console", path: str, seconds: float) -> None:
+    """A live page in a terminal, one page after the other elsewhere; a daemon that restarts is waited for."""
+    from rich.console import RenderableType
+    from rich.live import Live
+    from rich.text import Text
+
+    from xdpnet.metrics.table import render
+
+    before = _snapshot(path)
+    with Live(render(before), console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        while True:
+            time.sleep(seconds)
+            page: RenderableType
+            try:
+                now = _snapshot(path)
+                page = render(now, before)
+                before = now
+            except ControlError as error:
+                page = Text(f"xdpnet: {error}", style="yellow")
+            if console.is_terminal:
+                live.update(page, refresh=True)
+            else:
+                console.print(page)
+
+
+def _snapshot(path: str) -> Any:
+    from xdpnet import control
+    from xdpnet.metrics.snapshot import Snapshot
+
+    try:
+        return Snapshot.from_json(control.ask(path, "stats"))
+    except ValueError as error:
+        raise ControlError(f"control socket {path}: the daemon is of another version; restart it") from error
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
+
+
+# ---- demo ----
+
+
+def _demo(options: argparse.Namespace) -> int:
+    """Boots a Linux guest behind a veth pair in a network namespace of its own, pings it, measures it, cleans up."""
+    from xdpnet import demo
+
+    return demo.run(options.seconds)

@@ -1,0 +1,124 @@
+"""The control socket: the running daemon's answers to `xdpnet stats`.
+
+A UNIX stream socket; one JSON line {"command": "stats"} is asked, one JSON line answered, then the connection ends.
+Only root and the daemon's own user are answered, whatever the permissions of the path. A client has DEADLINE_S seconds
+for the whole exchange and may be one of CLIENTS; nobody can make the daemon wait.
+
+Reference: unix(7), SO_PEERCRED.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from xdpnet.errors import ControlError, SocketPathError
+from xdpnet.sockets import ListeningSocket, listen_unix
+
+CLIENTS = 16
+DEADLINE_S = 2.0
+REQUEST_BYTES = 4096
+UCRED = struct.Struct("iII")  # pid, uid, gid
+
+log = logging.getLogger(__name__)
+
+Commands = dict[str, Callable[[], Any]]
+
+
+@contextmanager
+def directory_of(path: str) -> Iterator[None]:
+    """Makes the socket's directory, for owner and group, if it is not there; takes it away again when it is empty."""
+    directory = os.path.dirname(path) or "."
+    try:
+        os.mkdir(directory, 0o750)
+    except FileExistsError:
+        yield  # with the permissions that its maker chose
+        return
+    except OSError as error:
+        reason = f"directory {directory}: {error.strerror}"
+        raise SocketPathError(path, reason, "name another path with --control") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # somebody else uses it by now
+            os.rmdir(directory)
+
+
+class ControlServer:
+    """Answers each command with what its function returns."""
+
+    def __init__(self, path: str, commands: Commands) -> None:
+        self._path = path
+        self._commands = commands
+        self._clients = 0
+        self._listening: ListeningSocket | None = None
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        self._listening = listen_unix(self._path, 0o660)
+        self._server = await asyncio.start_unix_server(self._client, sock=self._listening.socket, limit=REQUEST_BYTES)
+
+    async def stop(self) -> None:
+        if self._server:
+            self._server.close()
+        if self._listening:
+            self._listening.close()
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients += 1
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                writer.write(json.dumps(await self._answer(reader, writer)).encode() + b"\n")
+                await writer.drain()
+                writer.write_eof()
+                await reader.read(1)  # the client's end: abort() would throw away what it has yet to read
+        except (OSError, TimeoutError) as error:
+            log.debug("control: a client went away: %s", error)
+        finally:
+            self._clients -= 1
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+        _, uid, _ = UCRED.unpack(credentials)
+        if uid not in (0, os.geteuid()):
+            return {"error": f"user {uid} may not ask; run as root or as user {os.geteuid()}"}
+        if self._clients > CLIENTS:
+            return {"error": "too many clients"}
+        try:
+            request = json.loads(await reader.readuntil(b"\n"))
+            command = self._commands[request["command"]]
+        except asyncio.LimitOverrunError:
+            return {"error": f"request of more than {REQUEST_BYTES} bytes"}
+        except (asyncio.IncompleteReadError, ValueError, TypeError, KeyError, RecursionError):
+            return {"error": f'not a request; ask {{"command": NAME}} with {", ".join(self._commands)}'}
+        return command()
+
+
+def ask(path: str, command: str) -> Any:
+    """The running daemon's answer."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(DEADLINE_S)
+            sock.connect(path)
+            sock.sendall(json.dumps({"command": command}).encode() + b"\n")
+            with sock.makefile("rb") as file:
+                line = file.readline()
+    except PermissionError as error:
+        raise ControlError(f"control socket {path}: {error.strerror}; run as root or as the daemon's user") from error
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise ControlError(f"no daemon at {path}; start it with xdpnet run, or name its socket: --control") from error
+    except OSError as error:
+        raise ControlError(f"control socket {path}: {error.strerror or error}") from error
+    try:
+        answer = json.loads(line)
+    except ValueError as error:
+        raise ControlError(f"control socket {path}: the daemon ended the connection without an answer") from error
+    if isinstance(answer, dict) and "error" in answer:
+        raise ControlError(f"control socket {path}: {answer['error']}")
+    return answer

@@ -1,0 +1,444 @@
+"""The C core, in Python's terms.
+
+One class, `Bridge`, over the functions of `c/xdpnet.h`, and plain dataclasses for what goes in and comes out; that
+header says what each of them means. The core returns negative errno values: here they become OSError that names what
+was tried and on what. Only one thread, the control thread, may use a bridge.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from xdpnet import _core
+
+ffi: Any = _core.ffi
+lib: Any = _core.lib
+
+RX = 0
+TX = 1
+
+MAX_PORTS: int = lib.XN_MAX_PORTS
+MAX_PAIRS: int = lib.XN_MAX_PAIRS
+MAX_NETDEV_QUEUES: int = lib.XN_MAX_NETDEV_QUEUES
+MAX_WORKERS: int = lib.XN_MAX_WORKERS
+MAX_REGIONS: int = lib.XN_MAX_REGIONS
+MAX_RING: int = lib.XN_MAX_RING
+FRAME_SIZE: int = lib.XN_FRAME_SIZE
+
+EVENT_FDB: int = lib.XN_EVENT_FDB
+EVENT_BROKEN: int = lib.XN_EVENT_BROKEN
+EVENT_MEMORY: int = lib.XN_EVENT_MEMORY
+EVENT_SOCKET: int = lib.XN_EVENT_SOCKET
+EVENT_UMEM: int = lib.XN_EVENT_UMEM
+
+ZeroCopy = Literal["off", "auto", "on"]
+ZEROCOPY: dict[ZeroCopy, int] = {
+    "off": lib.XN_ZEROCOPY_OFF,
+    "auto": lib.XN_ZEROCOPY_AUTO,
+    "on": lib.XN_ZEROCOPY_ON,
+}
+COPYBREAK = 256  # below, a loan to the kernel costs as much as the copy that it saves
+
+
+def _names(function: Any, end: int) -> tuple[str, ...]:
+    return tuple(ffi.string(function(i)).decode() for i in range(end))
+
+
+DROP_NAMES = _names(lib.xn_drop_name, lib.XN_DROP_COUNT)
+BROKEN_NAMES = _names(lib.xn_broken_name, lib.XN_BROKEN_COUNT)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A region of guest memory: addresses and sizes in bytes; the file descriptor stays the caller's."""
+
+    guest_addr: int
+    size: int
+    user_addr: int
+    offset: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class RingConfig:
+    """What a ring needs to start: entries, the index to start at, the frontend's addresses, eventfds (-1: none)."""
+
+    num: int
+    base: int
+    desc_addr: int
+    avail_addr: int
+    used_addr: int
+    kick_fd: int = -1
+    call_fd: int = -1
+    err_fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Counters of one queue and direction; `drops` by reason, every reason present."""
+
+    packets: int
+    bytes: int
+    drops: dict[str, int]
+    copies: int
+    bursts: int
+    kicks: int
+    kicks_saved: int
+    calls: int
+    calls_saved: int
+    chains: int
+    csum_completed: int
+    in_place: int
+    breaks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RingState:
+    """State of a guest's ring; `broken` is the reason, or an empty string."""
+
+    num: int
+    started: bool
+    enabled: bool
+    broken: str
+    packed: bool
+    worker: int
+    last_avail: int
+    avail_idx: int
+    used_idx: int
+    avail_event: int
+    used_event: int
+
+
+@dataclass(frozen=True, slots=True)
+class XskStats:
+    """XDP_STATISTICS of a queue's sockets, and where the frames of the open one are."""
+
+    rx_dropped: int
+    rx_invalid_descs: int
+    tx_invalid_descs: int
+    rx_ring_full: int
+    rx_fill_ring_empty_descs: int
+    tx_ring_empty_descs: int
+    frames_free: int
+    frames_fill: int
+    frames_tx: int
+    in_flight: int
+    umem: int
+    open: bool
+    zerocopy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """Counters of one worker; `cpu` is -1 when it is not pinned."""
+
+    loops: int
+    sleeps: int
+    busy_cycles: int
+    packets: int
+    cpu: int
+    tid: int
+
+
+@dataclass(frozen=True, slots=True)
+class FdbEntry:
+    """An address the bridge knows; `vlan` 0xffff (static entries) stands for every VLAN."""
+
+    mac: bytes
+    vlan: int
+    port: int
+    is_static: bool
+    age_s: int
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+def _region(region: Region) -> Any:
+    return ffi.new("struct xn_region *", _region_fields(region))
+
+
+def _region_fields(region: Region) -> dict[str, int]:
+    return {
+        "guest_addr": region.guest_addr,
+        "size": region.size,
+        "user_addr": region.user_addr,
+        "offset": region.offset,
+        "fd": region.fd,
+    }
+
+
+class Bridge:
+    """Ports joined by the core's workers. Use as a context manager, or call close()."""
+
+    def __init__(
+        self,
+        workers: int = 1,
+        cpus: Sequence[int] = (),
+        spin_us: int = 50,
+        ageing_s: int = 300,
+        netdev_queues: int = 0,
+        frames_per_queue: int = 4096,
+        max_macs: int = 64,
+        zerocopy: ZeroCopy = "off",
+        copybreak: int = COPYBREAK,
+    ) -> None:
+        if not 1 <= workers <= MAX_WORKERS:
+            raise ValueError(f"workers = {workers}: must be 1..{MAX_WORKERS}")
+        config = ffi.new(
+            "struct xn_bridge_config *",
+            {
+                "workers": workers,
+                "cpus": [cpus[i % len(cpus)] if cpus else -1 for i in range(MAX_WORKERS)],
+                "spin_us": spin_us,
+                "ageing_s": ageing_s,
+                "netdev_queues": netdev_queues,
+                "frames_per_queue": frames_per_queue,
+                "max_macs": max_macs,
+                "zerocopy": ZEROCOPY[zerocopy],
+                "copybreak": copybreak,
+            },
+        )
+        self.workers = workers
+        self._bridge: Any = lib.xn_bridge_new(config)
+        if self._bridge == ffi.NULL:
+            raise OSError(ffi.errno, f"create bridge: {os.strerror(ffi.errno)}")
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the workers."""
+        _check(lib.xn_bridge_start(self._bridge), "start workers")
+
+    def stop(self) -> None:
+        """Join the workers; idempotent."""
+        _check(lib.xn_bridge_stop(self._bridge), "stop workers")
+
+    def close(self) -> None:
+        """Stop the workers and release all ports, sockets and memory; idempotent."""
+        bridge, self._bridge = self._bridge, ffi.NULL
+        lib.xn_bridge_free(bridge)
+
+    @property
+    def event_fd(self) -> int:
+        """Readable when events() has news."""
+        return int(lib.xn_bridge_event_fd(self._bridge))
+
+    def events(self) -> int:
+        """EVENT_ bits raised since the last call."""
+        return int(lib.xn_bridge_events(self._bridge))
+
+    # ---- ports ----
+
+    def add_guest(self, pairs: int) -> int:
+        """Add a guest port with `pairs` queue pairs; its port id."""
+        return _check(lib.xn_port_add_guest(self._bridge, pairs), f"add guest port of {pairs} pairs")
+
+    def add_netdev(self, queues: int) -> int:
+        """Add a netdev port with `queues` queues, none open; its port id."""
+        return _check(lib.xn_port_add_netdev(self._bridge, queues), f"add netdev port of {queues} queues")
+
+    def remove_port(self, port: int) -> None:
+        """Stop the port's rings, close its sockets, forget its addresses."""
+        _check(lib.xn_port_remove(self._bridge, port), f"remove port {port}")
+
+    def set_mac(self, port: int, mac: bytes, check_source: bool) -> None:
+        """Give the port an address of its own; with `check_source` it may send from no other."""
+        if len(mac) != 6:
+            raise ValueError(f"MAC address of {len(mac)} bytes")
+        _check(lib.xn_port_set_mac(self._bridge, port, mac, check_source), f"set address {mac.hex(':')} of port {port}")
+
+    def queue_stats(self, port: int, queue: int, direction: int) -> QueueStats:
+        """Counters of one queue; direction RX or TX."""
+        out = ffi.new("struct xn_queue_stats *")
+        _check(lib.xn_queue_stats(self._bridge, port, queue, direction, out), f"read queue {queue} of port {port}")
+        return QueueStats(
+            packets=out.packets,
+            bytes=out.bytes,
+            drops=dict(zip(DROP_NAMES, out.drops, strict=True)),
+            copies=out.copies,
+            bursts=out.bursts,
+            kicks=out.kicks,
+            kicks_saved=out.kicks_saved,
+            calls=out.calls,
+            calls_saved=out.calls_saved,
+            chains=out.chains,
+            csum_completed=out.csum_completed,
+            in_place=out.in_place,
+            breaks=out.breaks,
+        )
+
+    def worker_stats(self, worker: int) -> WorkerStats:
+        """Counters of one worker."""
+        out = ffi.new("struct xn_worker_stats *")
+        _check(lib.xn_worker_stats(self._bridge, worker, out), f"read worker {worker}")
+        return WorkerStats(out.loops, out.sleeps, out.busy_cycles, out.packets, out.cpu, out.tid)
+
+    # ---- addresses ----
+
+    def fdb_dump(self, limit: int = 16384) -> list[FdbEntry]:
+        """The addresses that the bridge knows now; expired ones are removed by this."""
+        out = ffi.new("struct xn_fdb_entry[]", limit)
+        n = _check(lib.xn_fdb_dump(self._bridge, out, limit), "read forwarding database")
+        return [FdbEntry(bytes(e.mac), e.vlan, e.port, bool(e.is_static), e.age_s) for e in out[0:n]]
+
+    def fdb_flush(self, port: int) -> None:
+        """Forget the addresses that were learned from a port."""
+        _check(lib.xn_fdb_flush(self._bridge, port), f"flush addresses of port {port}")
+
+    # ---- guests ----
+
+    def guest_set_memory(self, port: int, regions: Sequence[Region]) -> None:
+        """Replace the memory table."""
+        table = ffi.new("struct xn_region[]", [_region_fields(region) for region in regions])
+        _check(
+            lib.xn_guest_set_memory(self._bridge, port, table, len(regions)),
+            f"map {len(regions)} memory regions of port {port}",
+        )
+
+    def guest_add_region(self, port: int, region: Region) -> None:
+        """Map one more region."""
+        what = f"map region {region.guest_addr:#x}+{region.size:#x} of port {port}"
+        _check(lib.xn_guest_add_region(self._bridge, port, _region(region)), what)
+
+    def guest_remove_region(self, port: int, region: Region) -> None:
+        """Unmap the region with this guest address, user address and size; rings in it stop."""
+        what = f"unmap region {region.guest_addr:#x}+{region.size:#x} of port {port}"
+        _check(lib.xn_guest_remove_region(self._bridge, port, _region(region)), what)
+
+    def guest_set_features(self, port: int, features: int) -> None:
+        """Set the negotiated virtio features; EBUSY if that would change the layout of a started ring."""
+        _check(lib.xn_guest_set_features(self._bridge, port, features), f"set features {features:#x} of port {port}")
+
+    def ring_start(self, port: int, ring: int, config: RingConfig) -> None:
+        """Start a ring; EFAULT if it lies outside the memory table."""
+        fields = {name: getattr(config, name) for name in RingConfig.__slots__}
+        what = f"start ring {ring} of port {port}"
+        _check(lib.xn_ring_start(self._bridge, port, ring, ffi.new("struct xn_ring_config *", fields)), what)
+
+    def ring_stop(self, port: int, ring: int) -> int:
+        """Stop a ring; where it can go on, as SET_VRING_BASE has it."""
+        base = ffi.new("uint32_t *")
+        _check(lib.xn_ring_stop(self._bridge, port, ring, base), f"stop ring {ring} of port {port}")
+        return int(base[0])
+
+    def ring_enable(self, port: int, ring: int, enabled: bool) -> None:
+        """Enable or disable a ring, started or not."""
+        _check(lib.xn_ring_enable(self._bridge, port, ring, enabled), f"enable ring {ring} of port {port}")
+
+    def ring_set_call(self, port: int, ring: int, fd: int) -> None:
+        """Replace the eventfd that interrupts the guest; -1: none."""
+        _check(lib.xn_ring_set_call(self._bridge, port, ring, fd), f"set call fd of ring {ring} of port {port}")
+
+    def ring_set_err(self, port: int, ring: int, fd: int) -> None:
+        """Replace the eventfd that tells the frontend of a broken ring; -1: none."""
+        _check(lib.xn_ring_set_err(self._bridge, port, ring, fd), f"set err fd of ring {ring} of port {port}")
+
+    def ring_state(self, port: int, ring: int) -> RingState:
+        """State and indices of a ring."""
+        s = ffi.new("struct xn_ring_state *")
+        _check(lib.xn_ring_state(self._bridge, port, ring, s), f"read ring {ring} of port {port}")
+        return RingState(
+            num=s.num,
+            started=bool(s.started),
+            enabled=bool(s.enabled),
+            broken=BROKEN_NAMES[s.broken],
+            packed=bool(s.packed),
+            worker=s.worker,
+            last_avail=s.last_avail,
+            avail_idx=s.avail_idx,
+            used_idx=s.used_idx,
+            avail_event=s.avail_event,
+            used_event=s.used_event,
+        )
+
+    # ---- netdevs ----
+
+    def netdev_open_queue(
+        self,
+        port: int,
+        queue: int,
+        ifindex: int,
+        max_frame: int,
+        zerocopy: ZeroCopy = "off",
+        copies_at_once: bool = False,
+    ) -> None:
+        """Open and bind the AF_XDP socket of a queue; EBUSY for a moment after another socket left it."""
+        what = f"bind AF_XDP socket to queue {queue} of interface {ifindex}"
+        policy = ZEROCOPY[zerocopy]
+        opened = lib.xn_netdev_open_queue(self._bridge, port, queue, ifindex, max_frame, policy, copies_at_once)
+        _check(opened, what)
+
+    def netdev_is_stale(self, port: int, zerocopy: ZeroCopy) -> bool:
+        """Whether the port's sockets would have other guest memory if they were closed and opened again."""
+        what = f"compare guest memory of port {port}"
+        return bool(_check(lib.xn_netdev_is_stale(self._bridge, port, ZEROCOPY[zerocopy]), what))
+
+    def netdev_close_queue(self, port: int, queue: int) -> None:
+        """Close the AF_XDP socket of a queue; no-op if it is not open."""
+        _check(lib.xn_netdev_close_queue(self._bridge, port, queue), f"close queue {queue} of port {port}")
+
+    def netdev_queue_fd(self, port: int, queue: int) -> int:
+        """The AF_XDP socket of a queue; it stays the core's."""
+        return _check(lib.xn_netdev_queue_fd(self._bridge, port, queue), f"socket of queue {queue} of port {port}")
+
+    def netdev_set_group_fd(self, port: int, fd: int) -> None:
+        """The AF_PACKET socket that group-addressed frames come from; -1: none."""
+        _check(lib.xn_netdev_set_group_fd(self._bridge, port, fd), f"set group socket of port {port}")
+
+    def netdev_xsk_stats(self, port: int, queue: int) -> XskStats:
+        """XDP_STATISTICS of a queue, summed over the sockets that it has had."""
+        s = ffi.new("struct xn_xsk_stats *")
+        _check(lib.xn_netdev_xsk_stats(self._bridge, port, queue, s), f"read sockets of queue {queue} of port {port}")
+        return XskStats(
+            rx_dropped=s.rx_dropped,
+            rx_invalid_descs=s.rx_invalid_descs,
+            tx_invalid_descs=s.tx_invalid_descs,
+            rx_ring_full=s.rx_ring_full,
+            rx_fill_ring_empty_descs=s.rx_fill_ring_empty_descs,
+            tx_ring_empty_descs=s.tx_ring_empty_descs,
+            frames_free=s.frames_free,
+            frames_fill=s.frames_fill,
+            frames_tx=s.frames_tx,
+            in_flight=s.in_flight,
+            umem=s.umem,
+            open=bool(s.open),
+            zerocopy=bool(s.zerocopy),
+        )
+
+
+def bpf_map_update(map_fd: int, key: bytes, value: bytes) -> None:
+    """Set an element of a BPF map; key and value as long as the map has them (per-CPU: rounded to 8, times CPUs)."""
+    _check(lib.xn_bpf_map_update(map_fd, key, value), f"update BPF map {map_fd}")
+
+
+def bpf_map_delete(map_fd: int, key: bytes) -> None:
+    """Delete an element of a BPF map."""
+    _check(lib.xn_bpf_map_delete(map_fd, key), f"delete from BPF map {map_fd}")
+
+
+def bpf_map_lookup(map_fd: int, key: bytes, value_size: int) -> bytes:
+    """An element of a BPF map, `value_size` bytes (per-CPU maps: of all possible CPUs)."""
+    value = ffi.new("uint8_t[]", value_size)
+    _check(lib.xn_bpf_map_lookup(map_fd, key, value), f"look up in BPF map {map_fd}")
+    return bytes(value)
+
+
+def bpf_xdp_link(prog_fd: int, ifindex: int, flags: int) -> int:
+    """Attach an XDP program by a bpf_link; the link's fd, upon whose close the program is detached."""
+    return _check(lib.xn_bpf_xdp_link(prog_fd, ifindex, flags), f"attach XDP program to interface {ifindex}")
+
+
+def bpf_link_ifindex(link_fd: int) -> int:
+    """The interface a link is attached to; 0 when it is gone."""
+    return _check(lib.xn_bpf_link_ifindex(link_fd), f"read BPF link {link_fd}")

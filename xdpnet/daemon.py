@@ -1,0 +1,277 @@
+"""One daemon: startup and shutdown in order, and nothing else.
+
+Owns every part; each is released in the reverse order of its start, by one exit stack, also when a later step fails.
+Invariant: no worker runs once a guest's memory is unmapped or an interface's sockets are closed under it; whatever
+happens after SIGTERM, the process is gone within END_S.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xdpnet import core, systemd
+from xdpnet.config import Config, GuestConfig, NetdevConfig
+from xdpnet.control import ControlServer, directory_of
+from xdpnet.errors import SetupError
+from xdpnet.metrics import take
+from xdpnet.metrics.snapshot import Guest, Snapshot
+from xdpnet.reports import Reports
+from xdpnet.virtq import features
+from xdpnet.virtq.device import GuestDevice
+from xdpnet.virtq.server import GuestSocket
+
+if TYPE_CHECKING:
+    from xdpnet.netdev import Netdev
+
+FRAME_SIZE = 4096  # of the arena
+END_S = 2.8  # promised are three seconds; an orderly end takes some tens of milliseconds
+TICK_S = 2.0  # ageing of addresses has seconds as its unit
+REWATCH_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GuestPort:
+    config: GuestConfig
+    device: GuestDevice
+    socket: GuestSocket
+
+
+async def run(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    await Daemon(config).run()
+
+
+class Daemon:
+    """The parts of a running daemon."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.guests: list[GuestPort] = []
+        self.netdevs: dict[str, Netdev] = {}
+        self._started = time.monotonic()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        async with AsyncExitStack() as stack:
+            # 1. From here on SIGTERM and SIGINT mean an orderly end.
+            stack.enter_context(self._signals())
+
+            # 2. The bridge: its arena and forwarding table; no worker runs yet.
+            self.bridge = self._make_bridge()
+            stack.callback(self.bridge.close)
+
+            # 3. The interfaces: sockets bound, XDP attached.
+            for wanted in self.config.netdevs:
+                self._open_netdev(stack, wanted)
+
+            # 4. A port for each guest.
+            for guest in self.config.guests:
+                self.guests.append(self._add_guest(guest))
+
+            # 5. The workers.
+            self.bridge.start()
+            stack.callback(self.bridge.stop)
+
+            # 6. What the core reports; what becomes of the interfaces.
+            pairs = {guest.device.port: (guest.config.name, guest.config.queues) for guest in self.guests}
+            self.reports = Reports(self.bridge, pairs, self.netdevs, self._end_connection)
+            stack.callback(self.reports.close)
+            self.reports.sync_addresses()
+            await stack.enter_async_context(self._tasks())
+
+            # 7. The control socket's directory, where guests' sockets may be too.
+            if self.config.control:
+                stack.enter_context(directory_of(self.config.control))
+
+            # 8. The guests: from here on frontends are served.
+            for port in self.guests:
+                await port.socket.start()
+                stack.push_async_callback(port.socket.stop)
+
+            # 9. The control socket and the metrics.
+            if self.config.control:
+                control = ControlServer(self.config.control, {"stats": lambda: self.snapshot().to_json()})
+                await control.start()
+                stack.push_async_callback(control.stop)
+            if self.config.metrics:
+                stack.callback(self._open_metrics(self.config.metrics))
+
+            # 10. Ready, until we are told to end.
+            systemd.notify("READY=1")
+            log.info(
+                "ready: guests %d, interfaces %d, workers %d", len(pairs), len(self.netdevs), self.config.worker_count
+            )
+            await self._stop.wait()
+
+            # 11. The end: everything above, backwards.
+            systemd.notify("STOPPING=1")
+            log.info("stopping")
+            faulthandler.dump_traceback_later(END_S, exit=True)
+        faulthandler.cancel_dump_traceback_later()
+        log.info("stopped")
+
+    def snapshot(self) -> Snapshot:
+        """What the table, the JSON and the metrics are made of."""
+        guests = [
+            take.GuestSource(port.config.name, port.device.port, port.config.queues, _describe(port))
+            for port in self.guests
+        ]
+        return take.take(self.bridge, self.config.worker_count, guests, self.netdevs, self._started)
+
+    # ---- the steps ----
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _make_bridge(self) -> core.Bridge:
+        config = self.config
+        usable = os.sched_getaffinity(0)
+        if absent := sorted(set(config.cpus) - usable):
+            raise SetupError(f"cpus: {_list(absent)} not usable here", f"choose of {_list(sorted(usable))}")
+        queues = 0
+        if config.netdevs:
+            from xdpnet import link, netdev  # they bring bcc and pyroute2, which guests among themselves do not need
+
+            queues = sum(netdev.choose_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
+        try:
+            return core.Bridge(
+                workers=config.worker_count,
+                cpus=config.cpus,
+                spin_us=config.spin_us,
+                ageing_s=config.ageing_s,
+                netdev_queues=queues,
+                frames_per_queue=config.frames_per_queue,
+                max_macs=config.max_macs,
+                zerocopy=config.zerocopy,
+            )
+        except OSError as error:
+            needed = queues * config.frames_per_queue * FRAME_SIZE >> 20
+            raise SetupError(f"bridge: {error.strerror}", f"{needed} MiB are needed for frames") from error
+
+    def _open_netdev(self, stack: AsyncExitStack, wanted: NetdevConfig) -> None:
+        from xdpnet.netdev import Netdev
+
+        netdev = Netdev(self.bridge, wanted.interface, wanted.queues, wanted.mode, wanted.zerocopy)
+        netdev.open()
+        stack.callback(netdev.close)
+        self.netdevs[wanted.interface] = netdev
+
+    def _add_guest(self, guest: GuestConfig) -> GuestPort:
+        if guest.fd is not None and not _is_socket(guest.fd):
+            raise SetupError(f"guest {guest.name}: descriptor {guest.fd} is not an open socket", "pass one with --fd")
+        port = self.bridge.add_guest(guest.queues)
+        if guest.mac is not None:
+            try:
+                self.bridge.set_mac(port, guest.mac, guest.checks_source)
+            except OSError as error:
+                raise SetupError(
+                    f"guest {guest.name}: mac {guest.mac.hex(':')}: {error.strerror}",
+                    "choose an address that no interface of this daemon has",
+                ) from error
+        device = GuestDevice(self.bridge, guest.name, port, guest.queues, guest.mtu)
+        return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd))
+
+    def _open_metrics(self, address: tuple[str, int]) -> Callable[[], None]:
+        from xdpnet.metrics.endpoint import MetricsEndpoint
+
+        async def current() -> Snapshot:
+            return self.snapshot()
+
+        endpoint = MetricsEndpoint(address, current)
+        log.info("metrics: %s", endpoint.url)
+        return endpoint.close
+
+    # ---- what goes on meanwhile ----
+
+    @asynccontextmanager
+    async def _tasks(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_inherited())]
+        tasks += [asyncio.create_task(self._watch(netdev)) for netdev in self.netdevs.values()]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tick(self) -> None:
+        """Addresses age without an event; the service manager wants to hear that this loop turns."""
+        watchdog = systemd.watchdog_s()
+        while True:
+            await asyncio.sleep(min(TICK_S, watchdog / 3) if watchdog else TICK_S)
+            try:
+                self.reports.sync_addresses()
+            except Exception:  # the next tick may do better; without ticks the service manager would end us
+                log.exception("addresses not synchronized")
+            if watchdog:
+                systemd.notify("WATCHDOG=1")
+
+    async def _watch(self, netdev: "Netdev") -> None:
+        while True:
+            try:
+                await netdev.watch(self._netdev_changed)
+            except Exception:  # whatever an interface does to us, guests and the other interfaces go on
+                log.exception("interface %s: watch failed; again in %g s", netdev.name, REWATCH_S)
+            await asyncio.sleep(REWATCH_S)
+
+    def _netdev_changed(self, netdev: "Netdev") -> None:
+        log.info("interface %s is %s", netdev.name, netdev.state)
+
+    async def _watch_inherited(self) -> None:
+        """A process that serves inherited connections only has nothing left to do once they are over."""
+        if all(guest.config.fd is not None for guest in self.guests):
+            await asyncio.gather(*(guest.socket.ended.wait() for guest in self.guests))
+            log.info("every inherited connection is over")
+            self._stop.set()
+
+    def _end_connection(self, port: int) -> None:
+        for guest in self.guests:
+            if guest.device.port == port:
+                guest.socket.disconnect()
+
+
+def _describe(port: GuestPort) -> Guest:
+    config, counters = port.config, port.socket.counters
+    return Guest(
+        socket=config.socket or "",
+        client=config.client,
+        connected=port.socket.connected,
+        mac=config.mac.hex(":") if config.mac else "",
+        features=tuple(features.names(port.device.features)),
+        messages=counters.messages,
+        connects=counters.connects,
+        disconnects=counters.disconnects,
+        unsealed_regions=counters.mem_unsealed,
+        errors=dict(counters.errors),
+        refused=dict(counters.refused),
+    )
+
+
+def _is_socket(fd: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+
+
+def _list(cpus: Sequence[int]) -> str:
+    return "CPU " + ", ".join(str(cpu) for cpu in cpus)

@@ -1,0 +1,152 @@
+"""What the kernel says about a network interface: rtnetlink, ethtool and netdev-genl questions, no privilege needed.
+
+A Link is a snapshot. pyroute2's synchronous calls run an event loop of their own, so each question is put in a short
+thread: callers may, but need not, be inside asyncio.
+Reference: kernel Documentation/netlink/specs/rt-link.yaml and netdev.yaml.
+"""
+
+import errno
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyroute2.ethtool.ioctl import IoctlEthtool, NoSuchDevice, NotSupportedError
+from pyroute2.iproute.linux import IPRoute
+from pyroute2.netlink import NLM_F_REQUEST, genlmsg
+from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.generic import GenericNetlinkSocket
+
+from xdpnet.errors import SetupError
+
+IFF_UP = 1
+IFF_RUNNING = 0x40
+NETDEV_CMD_DEV_GET = 1
+XDP_ACT_BASIC = 1  # enum netdev_xdp_act
+XDP_ACT_REDIRECT = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface as it was when asked."""
+
+    name: str
+    index: int
+    address: bytes  # empty where the interface has no Ethernet address
+    mtu: int
+    up: bool
+    running: bool  # up and with a carrier
+    kind: str  # "veth", "tun"...; empty for hardware
+    rx_queues: int
+    xdp_mode: str  # "", "xdp", "xdpgeneric", "xdpoffload", "xdpmulti"
+    xdp_id: int
+
+
+class _NetdevMessage(genlmsg):  # type: ignore[misc]  # pyroute2 is untyped
+    """The netdev family, which pyroute2 does not have."""
+
+    nla_map = (
+        ("NETDEV_A_DEV_PAD0", "none"),
+        ("NETDEV_A_DEV_IFINDEX", "uint32"),
+        ("NETDEV_A_DEV_PAD", "none"),
+        ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
+    )
+
+
+def _ask(question: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(question).result()
+
+
+def _fetch(query: dict[str, object]) -> list[Any]:
+    def question() -> list[Any]:
+        with IPRoute() as netlink:
+            return list(netlink.get_links(**query))
+
+    return _ask(question)
+
+
+def link_names() -> list[str]:
+    return [message.get("ifname") for message in _fetch({})]
+
+
+def find_link(ifname: str) -> Link | None:
+    """None if there is no such interface in this network namespace."""
+    try:
+        answer = _fetch({"ifname": ifname})
+    except NetlinkError as error:
+        if error.code in (errno.ENODEV, errno.ENOENT, errno.ERANGE, errno.EINVAL):
+            return None  # ERANGE, EINVAL: not even a name
+        raise SetupError(f"interface {ifname}: the kernel did not answer: {error}") from error
+    if not answer:
+        return None
+    message = answer[0]
+    xdp = message.get("xdp")
+    info = message.get("linkinfo")
+    name = message.get("ifname")
+    return Link(
+        name=name,
+        index=message["index"],
+        address=bytes.fromhex((message.get("address") or "").replace(":", "")),
+        mtu=message.get("mtu"),
+        up=bool(message["flags"] & IFF_UP),
+        running=bool(message["flags"] & IFF_RUNNING),
+        kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
+        rx_queues=_rx_queues(name) or message.get("num_rx_queues") or 1,
+        xdp_mode=(xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else None) or "",
+        xdp_id=(xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else None) or 0,
+    )
+
+
+def require_link(ifname: str) -> Link:
+    """SetupError names the interfaces that do exist."""
+    link = find_link(ifname)
+    if link is None:
+        raise SetupError(
+            f"interface {ifname}: there is none of this name in this network namespace",
+            f"there are: {', '.join(link_names())}",
+        )
+    return link
+
+
+def _rx_queues(ifname: str) -> int:
+    """Queues in use now; 0 if the driver does not say."""
+    try:
+        with closing(IoctlEthtool(ifname)) as ethtool:
+            channels = ethtool.get_channels()
+            return int(channels["combined_count"]) + int(channels["rx_count"])
+    except (NotSupportedError, NoSuchDevice):
+        return len(list(Path("/sys/class/net", ifname, "queues").glob("rx-*")))
+
+
+def features(ifname: str) -> dict[str, bool]:
+    """ethtool -k: feature by name; empty if the driver does not say."""
+    try:
+        with closing(IoctlEthtool(ifname)) as ethtool:
+            return {name: bool(value) for name, value, *_ in ethtool.get_features()}
+    except (NotSupportedError, NoSuchDevice):
+        return {}
+
+
+def xdp_features(ifindex: int) -> int | None:
+    """Bits of enum netdev_xdp_act; None where the kernel (before 6.3) does not say."""
+
+    def question() -> int | None:
+        with GenericNetlinkSocket() as netlink:
+            netlink.bind("netdev", _NetdevMessage)
+            message = _NetdevMessage()
+            message["cmd"] = NETDEV_CMD_DEV_GET
+            message["version"] = 1
+            message["attrs"].append(("NETDEV_A_DEV_IFINDEX", ifindex))
+            answer = netlink.nlm_request(message, msg_type=netlink.prid, msg_flags=NLM_F_REQUEST)
+            value = next(iter(answer)).get("NETDEV_A_DEV_XDP_FEATURES")
+            return None if value is None else int(value)
+
+    try:
+        return _ask(question)
+    except NetlinkError:
+        return None

@@ -1,0 +1,195 @@
+"""/metrics and /healthz over HTTP, on a thread and an event loop of their own.
+
+Invariant: nothing that a client does, or omits, costs the daemon more than one of CONNECTIONS places for DEADLINE_S
+seconds: that is the limit for a whole exchange, not for each read. One exchange a connection. The snapshot is taken on
+the daemon's own loop, for it alone may call the core.
+
+Reference: RFC 9112 as far as GET goes; OpenMetrics and the text format by prometheus-client's content negotiation.
+"""
+
+import asyncio
+import contextlib
+import gzip
+import http.client
+import io
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+from prometheus_client.exposition import choose_encoder
+
+from xdpnet.errors import SetupError
+from xdpnet.metrics.collector import SnapshotCollector, registry
+from xdpnet.metrics.snapshot import Snapshot
+
+CONNECTIONS = 8  # a few scrapers; everybody else is told to come back
+DEADLINE_S = 2.0  # a scrape takes milliseconds: whoever needs longer is not a scraper
+REQUEST_BYTES = 8192  # request line and header fields
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Response:
+    status: HTTPStatus
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    encoding: str = ""
+
+    def encode(self, head_only: bool) -> bytes:
+        lines = [
+            f"HTTP/1.1 {self.status.value} {self.status.phrase}",
+            f"Content-Type: {self.content_type}",
+            f"Content-Length: {len(self.body)}",
+            "Connection: close",
+        ]
+        if self.encoding:
+            lines.append(f"Content-Encoding: {self.encoding}")
+        if self.status is HTTPStatus.METHOD_NOT_ALLOWED:
+            lines.append("Allow: GET, HEAD")
+        return "\r\n".join([*lines, "", ""]).encode() + (b"" if head_only else self.body)
+
+
+def plain(status: HTTPStatus, text: str) -> Response:
+    return Response(status, f"{text}\n".encode())
+
+
+class MetricsEndpoint:
+    """Serves what `take` returns; close() ends the thread."""
+
+    def __init__(self, address: tuple[str, int], take: Callable[[], Awaitable[Snapshot]]) -> None:
+        self._take = take
+        self._daemon_loop = asyncio.get_running_loop()
+        self._collector = SnapshotCollector()
+        self._registry = registry(self._collector)
+        self._socket = _listen(address)
+        self._connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="xdpnet-metrics", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    @property
+    def url(self) -> str:
+        return f"http://{_shown(self.address)}/metrics"
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(DEADLINE_S)
+
+    def _run(self) -> None:
+        with contextlib.closing(self._loop), self._socket:
+            self._loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._connection, sock=self._socket, limit=REQUEST_BYTES)
+        await self._stop.wait()
+        server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                if self._connections > CONNECTIONS:
+                    writer.write(plain(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections").encode(False))
+                else:
+                    writer.write(await self._exchange(reader))
+                await writer.drain()
+                writer.write_eof()
+                await reader.read(REQUEST_BYTES)  # the client's end, so that our close does not cut the answer short
+        except (OSError, TimeoutError) as error:
+            log.debug("metrics: a client went away: %s", error)
+        finally:
+            self._connections -= 1
+            writer.transport.abort()
+
+    async def _exchange(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            request = await reader.readuntil(b"\r\n\r\n")
+            line, _, fields = request.partition(b"\r\n")
+            method, target, version = line.decode("ascii").split(" ")
+            if not version.startswith("HTTP/1."):
+                raise ValueError(version)
+            headers = http.client.parse_headers(io.BytesIO(fields))
+        except asyncio.LimitOverrunError:
+            return plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request too large").encode(False)
+        except (asyncio.IncompleteReadError, ValueError, http.client.HTTPException):
+            return plain(HTTPStatus.BAD_REQUEST, "not an HTTP request").encode(False)
+        if method not in ("GET", "HEAD"):
+            return plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are served").encode(False)
+        response = await self._answer(target.partition("?")[0], headers)
+        return response.encode(head_only=method == "HEAD")
+
+    async def _answer(self, path: str, headers: http.client.HTTPMessage) -> Response:
+        if path not in ("/metrics", "/healthz"):
+            return plain(HTTPStatus.NOT_FOUND, "only /metrics and /healthz are here")
+        try:
+            async with asyncio.timeout(DEADLINE_S / 2):
+                taken = asyncio.run_coroutine_threadsafe(self._snapshot(), self._daemon_loop)
+                snapshot = await asyncio.wrap_future(taken)
+        except TimeoutError:
+            return plain(HTTPStatus.SERVICE_UNAVAILABLE, "the control thread does not answer")
+        except Exception as error:  # told to the client and to the log: a scrape must not end the thread
+            log.exception("metrics: no snapshot")
+            return plain(HTTPStatus.INTERNAL_SERVER_ERROR, f"no snapshot: {error}")
+        if path == "/healthz":
+            ill = faults(snapshot)
+            return plain(HTTPStatus.SERVICE_UNAVAILABLE if ill else HTTPStatus.OK, "\n".join(ill or ["ok"]))
+        self._collector.snapshot = snapshot
+        encode, content_type = choose_encoder(headers.get("Accept", ""))
+        body = encode(self._registry)
+        if "gzip" in headers.get("Accept-Encoding", ""):
+            return Response(HTTPStatus.OK, gzip.compress(body, 1), content_type, "gzip")
+        return Response(HTTPStatus.OK, body, content_type)
+
+    async def _snapshot(self) -> Snapshot:
+        return await self._take()
+
+
+def faults(snapshot: Snapshot) -> list[str]:
+    """Why the daemon is not healthy; a guest that is absent or broken is no illness of ours."""
+    workers = [
+        f"worker {worker.number} does not run"
+        for worker in snapshot.workers
+        if not worker.tid or not Path(f"/proc/self/task/{worker.tid}").exists()
+    ]
+    netdevs = [f"interface {port.name} is gone" for port in snapshot.ports if port.netdev and not port.netdev.alive]
+    return workers + netdevs
+
+
+def _listen(address: tuple[str, int]) -> socket.socket:
+    host, port = address
+    shown = _shown(address)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+    except OSError as error:
+        raise SetupError(f"metrics {shown}: {error.strerror}", "name an address of this machine") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        sock.listen(2 * CONNECTIONS)
+    except OSError as error:
+        sock.close()
+        raise SetupError(f"metrics {shown}: {error.strerror}", "name another HOST:PORT with --metrics") from error
+    return sock
+
+
+def _shown(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

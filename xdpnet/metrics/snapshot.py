@@ -1,0 +1,193 @@
+"""The one Snapshot that the table, the JSON and the Prometheus metrics are made of.
+
+Values only: take.py reads them from the running daemon; another process reads them from the control socket's JSON.
+rx and tx of a guest are the guest's own view: tx is what it sent. On an interface rx comes from the wire.
+Invariant, exact when no frame is on its way: into the bridge + copies = out of it + drops.
+
+Counters never run backwards; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+XDP_STATISTICS = (
+    "rx_dropped",
+    "rx_invalid_descs",
+    "tx_invalid_descs",
+    "rx_ring_full",
+    "rx_fill_ring_empty_descs",
+    "tx_ring_empty_descs",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One direction of one queue. drops has every reason, also those at zero."""
+
+    packets: int
+    bytes: int
+    drops: dict[str, int]
+    copies: int
+    bursts: int
+    kicks: int
+    kicks_saved: int
+    calls: int
+    calls_saved: int
+    chains: int
+    csum_completed: int
+    in_place: int
+    breaks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A guest's ring; the four indices are free-running modulo 2^16, as they stand in the guest's memory."""
+
+    size: int
+    started: bool
+    enabled: bool
+    broken: str
+    worker: int
+    available: int
+    used: int
+    available_event: int
+    used_event: int
+    last_available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Xsk:
+    """An interface's AF_XDP socket: XDP_STATISTICS, where its frames are, how many are sent from guest memory just now.
+
+    zerocopy is the driver's; umem is the size of its memory in bytes, guests' included.
+    """
+
+    open: bool
+    zerocopy: bool
+    statistics: dict[str, int]
+    frames_free: int
+    frames_fill: int
+    frames_tx: int
+    in_flight: int
+    umem: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    number: int
+    rx: Traffic
+    tx: Traffic
+    rx_ring: Ring | None = None
+    tx_ring: Ring | None = None
+    xsk: Xsk | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A vhost-user socket: features as negotiated, errors and refused connections by reason."""
+
+    socket: str
+    client: bool
+    connected: bool
+    mac: str
+    features: tuple[str, ...]
+    messages: int
+    connects: int
+    disconnects: int
+    unsealed_regions: int
+    errors: dict[str, int]
+    refused: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Netdev:
+    """A network interface; mode is the one that XDP was attached in.
+
+    zerocopy: the driver reads and writes frames where they lie. policy: whether they may lie in guest memory.
+    """
+
+    interface: str
+    ifindex: int
+    alive: bool
+    mode: str
+    zerocopy: bool
+    policy: str
+    verdicts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A guest or an interface; the other one of guest and netdev is None."""
+
+    name: str
+    number: int
+    queues: tuple[Queue, ...]
+    guest: Guest | None = None
+    netdev: Netdev | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    number: int
+    cpu: int
+    tid: int
+    loops: int
+    sleeps: int
+    busy_cycles: int
+    packets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An entry of the forwarding table; vlan -1 stands for any."""
+
+    mac: str
+    vlan: int
+    port: str
+    static: bool
+    age_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """frames_in + copies = frames_out + drops, but for frames on their way while the counters were read."""
+
+    frames_in: int
+    frames_out: int
+    copies: int
+    drops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    version: str
+    time: float  # seconds of CLOCK_MONOTONIC: what rates divide by
+    uptime_s: float
+    totals: Totals
+    ports: tuple[Port, ...]
+    workers: tuple[Worker, ...]
+    addresses: tuple[Address, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Any) -> "Snapshot":
+        """The snapshot that another process took; ValueError if it is of another version."""
+        from pydantic import TypeAdapter  # the daemon writes snapshots, it does not read them
+
+        return TypeAdapter(cls).validate_python(document)
+
+
+def total(ports: Iterable[Port]) -> Totals:
+    """The bridge's books: what guests sent and the wire brought, against what was delivered, copied and lost."""
+    frames_in = frames_out = copies = drops = 0
+    for port in ports:
+        for queue in port.queues:
+            source, sink = (queue.tx, queue.rx) if port.guest else (queue.rx, queue.tx)
+            frames_in += source.packets
+            frames_out += sink.packets
+            copies += source.copies + sink.copies
+            drops += sum(source.drops.values()) + sum(sink.drops.values())
+    return Totals(frames_in, frames_out, copies, drops)

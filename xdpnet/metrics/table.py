@@ -1,0 +1,253 @@
+"""The Snapshot as tables for a terminal, with rates where there is an earlier snapshot to compare with.
+
+Pure functions from snapshots to rich renderables; about 100 columns wide. Totals are exact, other large counts are
+shortened; who needs every digit takes --json.
+"""
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Ring, Snapshot, Traffic
+
+NOTHING = Text("-", style="dim")
+DROPS = "Drops by reason"  # the one column that may wrap
+
+
+def render(now: Snapshot, before: Snapshot | None = None) -> RenderableType:
+    """The whole page; before, if it is of the same daemon, adds the rates."""
+    if before and not 0 < now.time - before.time <= now.uptime_s:
+        before = None
+    # The books first: a live page in a small terminal shows its top.
+    parts: list[RenderableType] = [_heading(now), _totals(now), *(_port_line(port) for port in now.ports)]
+    parts.append(_traffic(now, before))
+    if any(port.guest for port in now.ports):
+        parts.append(_rings(now))
+    if any(port.netdev for port in now.ports):
+        parts.append(_sockets(now))
+    return Group(*parts, _workers(now, before))
+
+
+# ---- numbers ----
+
+
+def count(value: int) -> str:
+    """Exact to seven digits, then four of them with a suffix: 1,234,567 and 12.35M."""
+    return f"{value:,}" if value < 10_000_000 else _short(value, 1000, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def size(value: int) -> str:
+    """Bytes in decimal units, as links have them."""
+    return _short(value, 1000, (" B", " kB", " MB", " GB", " TB", " PB", " EB"))
+
+
+def _short(value: float, step: int, units: tuple[str, ...]) -> str:
+    at = 0
+    while value >= step and at < len(units) - 1:
+        value /= step
+        at += 1
+    return f"{value:.0f}{units[0]}" if at == 0 else f"{value:.4g}{units[at]}"
+
+
+def duration(seconds: float) -> str:
+    whole = int(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours:02} h"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole % 60:02} s"
+
+
+# ---- the page, from top to bottom ----
+
+
+def _heading(now: Snapshot) -> Text:
+    text = Text()
+    text.append(f"xdpnet {now.version}", style="bold")
+    text.append(f"  up {duration(now.uptime_s)}, {_plural(len(now.ports), 'port')}, ")
+    text.append(f"{_plural(len(now.addresses), 'address', 'addresses')} known")
+    return text
+
+
+def _port_line(port: Port) -> Text:
+    text = Text("  ")
+    text.append(f"{port.name}  ", style="bold cyan")
+    if port.guest:
+        guest = port.guest
+        text.append(*(("connected", "green") if guest.connected else ("waiting for the frontend", "yellow")))
+        text.append(f"  {guest.socket or 'inherited descriptor'}{' (client)' if guest.client else ''}")
+        text.append(f"  {guest.mac}" if guest.mac else "")
+        text.append("  " + " ".join(_short_feature(name) for name in guest.features), style="dim")
+        _append_counts(text, "vhost-user errors", guest.errors)
+        _append_counts(text, "refused", guest.refused)
+    if port.netdev:
+        netdev = port.netdev
+        text.append(f"XDP {netdev.mode or 'detached'}", style="green" if netdev.alive else "bold red")
+        text.append(f", {'zero copy' if netdev.zerocopy else 'copy mode'}")
+        in_place = sum(queue.tx.in_place for queue in port.queues)
+        text.append(f"  sent in place: {netdev.policy}, {count(in_place)}", style="dim")
+        text.append("" if netdev.alive else "  interface gone", style="bold red")
+        _append_counts(text, "verdicts", netdev.verdicts, "")
+    return text
+
+
+def _traffic(now: Snapshot, before: Snapshot | None) -> Table:
+    table = _table(" Port", ">Q", "Dir", ">Packets", ">Bytes")
+    if before:
+        _columns(table, ">Packets/s", ">Mb/s")
+    _columns(table, ">Kicks\ntaken", ">Kicks\nsaved", ">Calls\nsent", ">Calls\nsaved", DROPS)
+    earlier = dict(_directions(before)) if before else {}
+    for port in now.ports:
+        for (name, number, direction), traffic in _directions_of(port):
+            cells: list[str | Text] = [f" {name}", str(number), direction, count(traffic.packets), size(traffic.bytes)]
+            if before:
+                cells += _rates(traffic, earlier.get((name, number, direction)), now.time - before.time)
+            kicked = bool(port.guest) or direction == "tx"
+            cells += [count(traffic.kicks), count(traffic.kicks_saved)] if kicked else [NOTHING, NOTHING]
+            cells += [count(traffic.calls), count(traffic.calls_saved)] if port.guest else [NOTHING, NOTHING]
+            table.add_row(*cells, _drops(traffic))
+        table.add_section()
+    return table
+
+
+def _rates(now: Traffic, before: Traffic | None, seconds: float) -> list[str | Text]:
+    if before is None or now.packets < before.packets:
+        return [NOTHING, NOTHING]
+    packets, size_ = (now.packets - before.packets) / seconds, (now.bytes - before.bytes) / seconds
+    return [count(round(packets)), f"{size_ * 8 / 1e6:,.1f}"]
+
+
+def _drops(traffic: Traffic) -> Text:
+    lost = [f"{reason} {count(number)}" for reason, number in traffic.drops.items() if number]
+    return Text(", ".join(lost), style="yellow") if lost else NOTHING
+
+
+def _rings(now: Snapshot) -> Table:
+    table = _table(" Guest", ">Q", "Ring", ">Entries", "State", ">Available", ">Used")
+    _columns(table, ">Kick\nwanted at", ">Call\nwanted at", ">Worker")
+    for port in now.ports:
+        for queue in port.queues:
+            for name, ring in (("rx", queue.rx_ring), ("tx", queue.tx_ring)):
+                if ring is None:
+                    continue
+                cells: list[str | Text] = [f" {port.name}", str(queue.number), name]
+                if ring.started or ring.broken:
+                    cells += [str(ring.size), _state(ring), str(ring.available), str(ring.used)]
+                    cells += [str(ring.available_event), str(ring.used_event), str(ring.worker)]
+                else:
+                    cells += [NOTHING, _state(ring), NOTHING, NOTHING, NOTHING, NOTHING, NOTHING]
+                table.add_row(*cells)
+        table.add_section()
+    return table
+
+
+def _state(ring: Ring) -> Text:
+    if ring.broken:
+        return Text(f"broken: {ring.broken}", style="bold red")
+    if not ring.started:
+        return Text("stopped", style="dim")
+    return Text("up", style="green") if ring.enabled else Text("disabled", style="yellow")
+
+
+def _sockets(now: Snapshot) -> Table:
+    names = {
+        "rx_dropped": ">rx\ndropped",
+        "rx_invalid_descs": ">rx\ninvalid",
+        "tx_invalid_descs": ">tx\ninvalid",
+        "rx_ring_full": ">rx\nfull",
+        "rx_fill_ring_empty_descs": ">fill\nempty",
+        "tx_ring_empty_descs": ">tx\nempty",
+    }
+    table = _table(" Interface", ">Q", "Socket", *(names[name] for name in XDP_STATISTICS))
+    _columns(table, ">Frames\nfree", ">Frames\nfill", ">Frames\ntx")
+    for port in now.ports:
+        for queue in port.queues:
+            if queue.xsk is None:
+                continue
+            xsk = queue.xsk
+            state = Text("open", style="green") if xsk.open else Text("closed", style="bold red")
+            statistics = (count(xsk.statistics.get(name, 0)) for name in XDP_STATISTICS)
+            frames = (count(frames) for frames in (xsk.frames_free, xsk.frames_fill, xsk.frames_tx))
+            table.add_row(f" {port.name}", str(queue.number), state, *statistics, *frames)
+        table.add_section()
+    return table
+
+
+def _workers(now: Snapshot, before: Snapshot | None) -> Table:
+    table = _table(" Worker", "CPU", ">Loops", ">Sleeps", ">Packets")
+    if before:
+        _columns(table, ">Loops/s", ">Sleeps/s", ">Packets/s")
+    earlier = {worker.number: worker for worker in before.workers} if before else {}
+    for worker in now.workers:
+        cells = [f" {worker.number}", "any" if worker.cpu < 0 else str(worker.cpu)]
+        cells += [count(worker.loops), count(worker.sleeps), count(worker.packets)]
+        if before:
+            was, seconds = earlier.get(worker.number, worker), now.time - before.time
+            pairs = ((worker.loops, was.loops), (worker.sleeps, was.sleeps), (worker.packets, was.packets))
+            cells += [count(round((new - old) / seconds)) for new, old in pairs]
+        table.add_row(*cells)
+    return table
+
+
+def _totals(now: Snapshot) -> Text:
+    totals = now.totals
+    text = Text("  ")
+    text.append(f"in {totals.frames_in:,} + copies {totals.copies:,} = out {totals.frames_out:,} ", style="bold")
+    text.append(f"+ drops {totals.drops:,}", style="bold yellow" if totals.drops else "bold")
+    rest = totals.frames_in + totals.copies - totals.frames_out - totals.drops
+    if rest:
+        text.append(f"   {rest:+,} on their way while this was read", style="yellow")
+    else:
+        text.append("   every frame accounted for", style="green")
+    return text
+
+
+# ---- small things ----
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    _columns(table, *columns)
+    return table
+
+
+def _columns(table: Table, *columns: str) -> None:
+    """Columns by their headings; ">" aligns to the right."""
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if column.startswith(">") else "left",
+            no_wrap=column != DROPS,
+        )
+
+
+Key = tuple[str, int, str]
+
+
+def _directions(snapshot: Snapshot) -> Iterator[tuple[Key, Traffic]]:
+    for port in snapshot.ports:
+        yield from _directions_of(port)
+
+
+def _directions_of(port: Port) -> Iterator[tuple[Key, Traffic]]:
+    for queue in port.queues:
+        yield (port.name, queue.number, "rx"), queue.rx
+        yield (port.name, queue.number, "tx"), queue.tx
+
+
+def _append_counts(text: Text, what: str, counts: dict[str, int], style: str = "yellow") -> None:
+    shown = ", ".join(f"{name} {count(number)}" for name, number in counts.items() if number)
+    if shown:
+        text.append(f"  {what}: {shown}", style=style)
+
+
+def _short_feature(name: str) -> str:
+    for prefix in ("VIRTIO_NET_F_", "VIRTIO_RING_F_", "VIRTIO_F_", "VHOST_USER_F_", "VHOST_F_"):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _plural(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,174 @@
+"""Takes the Snapshot: reads the counters of the core, the guests' sessions and the interfaces, and freezes them.
+
+Called on the control thread, which alone may call the core; workers go on meanwhile, so that a frame on its way may be
+counted in and not yet out.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from xdpnet import __version__, core
+from xdpnet.metrics.snapshot import (
+    XDP_STATISTICS,
+    Address,
+    Guest,
+    Netdev,
+    Port,
+    Queue,
+    Ring,
+    Snapshot,
+    Traffic,
+    Worker,
+    Xsk,
+    total,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSource:
+    """Where a guest's part comes from."""
+
+    name: str
+    port: int
+    pairs: int
+    guest: Guest
+
+
+class NetdevSource(Protocol):
+    """What take() reads of an interface."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def queues(self) -> int: ...
+    @property
+    def ifindex(self) -> int: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def zerocopy(self) -> str: ...
+    @property
+    def alive(self) -> bool: ...
+    def verdicts(self) -> Mapping[str, int]: ...
+
+
+def take(
+    bridge: core.Bridge,
+    workers: int,
+    guests: Iterable[GuestSource],
+    netdevs: Mapping[str, NetdevSource],
+    started: float,
+) -> Snapshot:
+    """Reads everything once. Called on the control thread, which alone may call the core."""
+    ports = [_guest_port(bridge, source) for source in guests]
+    ports += [_netdev_port(bridge, name, source) for name, source in netdevs.items()]
+    names = {port.number: port.name for port in ports}
+    now = time.monotonic()
+    return Snapshot(
+        version=__version__,
+        time=now,
+        uptime_s=now - started,
+        totals=total(ports),
+        ports=tuple(ports),
+        workers=tuple(_worker(bridge, number) for number in range(workers)),
+        addresses=tuple(_address(entry, names) for entry in bridge.fdb_dump()),
+    )
+
+
+def _guest_port(bridge: core.Bridge, source: GuestSource) -> Port:
+    queues = tuple(
+        Queue(
+            number=pair,
+            rx=_traffic(bridge.queue_stats(source.port, pair, core.RX)),
+            tx=_traffic(bridge.queue_stats(source.port, pair, core.TX)),
+            rx_ring=_ring(bridge.ring_state(source.port, 2 * pair)),
+            tx_ring=_ring(bridge.ring_state(source.port, 2 * pair + 1)),
+        )
+        for pair in range(source.pairs)
+    )
+    return Port(source.name, source.port, queues, guest=source.guest)
+
+
+def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
+    queues = tuple(
+        Queue(
+            number=queue,
+            rx=_traffic(bridge.queue_stats(source.port, queue, core.RX)),
+            tx=_traffic(bridge.queue_stats(source.port, queue, core.TX)),
+            xsk=_xsk(bridge.netdev_xsk_stats(source.port, queue)),
+        )
+        for queue in range(source.queues)
+    )
+    netdev = Netdev(
+        interface=name,
+        ifindex=source.ifindex,
+        alive=source.alive,
+        mode=source.mode,
+        zerocopy=any(queue.xsk.zerocopy for queue in queues if queue.xsk),
+        policy=source.zerocopy,
+        verdicts=dict(source.verdicts()),
+    )
+    return Port(name, source.port, queues, netdev=netdev)
+
+
+def _traffic(stats: core.QueueStats) -> Traffic:
+    return Traffic(
+        packets=stats.packets,
+        bytes=stats.bytes,
+        drops=dict(stats.drops),
+        copies=stats.copies,
+        bursts=stats.bursts,
+        kicks=stats.kicks,
+        kicks_saved=stats.kicks_saved,
+        calls=stats.calls,
+        calls_saved=stats.calls_saved,
+        chains=stats.chains,
+        csum_completed=stats.csum_completed,
+        in_place=stats.in_place,
+        breaks=stats.breaks,
+    )
+
+
+def _ring(state: core.RingState) -> Ring:
+    return Ring(
+        size=state.num,
+        started=bool(state.started),
+        enabled=bool(state.enabled),
+        broken=state.broken,
+        worker=state.worker,
+        available=state.avail_idx,
+        used=state.used_idx,
+        available_event=state.avail_event,
+        used_event=state.used_event,
+        last_available=state.last_avail,
+    )
+
+
+def _xsk(stats: core.XskStats) -> Xsk:
+    return Xsk(
+        open=bool(stats.open),
+        zerocopy=bool(stats.zerocopy),
+        statistics={name: getattr(stats, name) for name in XDP_STATISTICS},
+        frames_free=stats.frames_free,
+        frames_fill=stats.frames_fill,
+        frames_tx=stats.frames_tx,
+        in_flight=stats.in_flight,
+        umem=stats.umem,
+    )
+
+
+def _worker(bridge: core.Bridge, number: int) -> Worker:
+    stats = bridge.worker_stats(number)
+    return Worker(number, stats.cpu, stats.tid, stats.loops, stats.sleeps, stats.busy_cycles, stats.packets)
+
+
+def _address(entry: core.FdbEntry, names: Mapping[int, str]) -> Address:
+    return Address(
+        mac=entry.mac.hex(":"),
+        vlan=-1 if entry.vlan == 0xFFFF else entry.vlan,
+        port=names.get(entry.port, str(entry.port)),
+        static=bool(entry.is_static),
+        age_s=entry.age_s,
+    )

@@ -1,0 +1,474 @@
+"""One network interface as a port of the bridge: all that needs privilege is here, in bpf/ and in group.py.
+
+Owns, in this order: the port, the loaded program; and while attached the AF_XDP sockets, the AF_PACKET socket and the
+bpf_link. The link comes last and goes first, so no frame is steered to a socket that is not there; it dies with the
+process, so the host always gets its frames back. Never replaces another's program. The host's own address is never
+steered to a guest. Reference: kernel Documentation/networking/af_xdp.rst.
+
+    open() --> attached <--> detached --> close()
+               watch(): the interface went, came, changed its MTU
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Literal
+
+from xdpnet import core
+from xdpnet.bpf import loader
+from xdpnet.errors import SetupError
+from xdpnet.group import GroupSocket
+from xdpnet.link import Link, features, find_link, require_link
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "native", "generic"]
+State = Literal["up", "down", "gone"]
+
+XDP_FLAGS: dict[str, int] = {"native": 4, "generic": 2}  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
+ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
+MAX_FRAME = 4096 - 256  # a frame of the arena less XDP_PACKET_HEADROOM
+MAX_MTU = MAX_FRAME - ETH_OVERHEAD
+# Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
+# (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
+COPYING = frozenset({"veth"})
+RTMGRP_LINK = 1
+
+MAX_MACS = 8192
+PATIENCE_S = 2.0  # the kernel frees queues and programs of a process that ended some 10-300 ms later
+RETRY_S = 0.05
+BACKOFF_S = (0.1, 5.0)  # first and longest pause between attempts to attach again
+SETTLE_S = 0.05  # link events come in bursts
+RENEW_PAUSE_S = 5.0  # between changes of guest memory that are followed: each costs a few tens of milliseconds
+RENEW_RETRY_S = 0.005
+PROBE_S = 5.0  # a link that an administrator detached makes no event
+
+REMEDIES = {
+    errno.EPERM: "run as root, or with CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF (CAP_SYS_ADMIN before Linux 5.8)",
+    errno.ENOBUFS: "raise the limit of locked memory: ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
+    errno.ENOMEM: "free memory, or open fewer queues",
+    errno.EAFNOSUPPORT: "use a kernel with CONFIG_XDP_SOCKETS",
+    errno.ERANGE: "lower the MTU: native XDP takes at most about 3500 (on veth: of the peer), or mode=generic",
+    errno.EOPNOTSUPP: "use mode=generic: this driver has no native XDP",
+}
+
+
+class BusyError(SetupError):
+    """Another process has the queue or the XDP hook; a process that just ended may still seem to."""
+
+
+class Netdev:
+    """A netdev port. All calls from the control thread."""
+
+    def __init__(
+        self,
+        bridge: core.Bridge,
+        ifname: str,
+        queues: int | None = None,
+        mode: Mode = "auto",
+        zerocopy: core.ZeroCopy = "auto",
+    ) -> None:
+        self.name = ifname
+        self.port = -1
+        self.queues = queues or 0  # 0: all that the interface has
+        self.mode = ""  # as obtained: "native" or "generic"
+        self.zerocopy = zerocopy  # the policy; what became of it is in the counters
+        self.ifindex = 0
+        self.state: State = "gone"
+        self._bridge = bridge
+        self._wanted_mode = mode
+        self._program: loader.Program | None = None
+        self._group: GroupSocket | None = None
+        self._link_fd = -1
+        self._mtu = 0
+        self._address = b""
+        self._macs: set[bytes] = set()  # in the program's map
+        self._wanted_macs: frozenset[bytes] = frozenset()
+        self._refused: frozenset[bytes] = frozenset()
+        self._attached = ExitStack()
+        self._wake = asyncio.Event()
+        self._renewal: asyncio.TimerHandle | None = None
+        self._renew_due = False
+        self._renewed_at = -RENEW_PAUSE_S
+
+    # ---- opening and closing ----
+
+    def open(self) -> None:
+        """All or nothing; SetupError names what is missing and the remedy."""
+        # 1. The interface and its queues.
+        link = require_link(self.name)
+        self.queues = choose_queues(link, self.queues)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            # 2. The port and the program; both outlive the interface.
+            self.port = self._bridge.add_netdev(self.queues)
+            self._program = loader.load(self.queues, MAX_MACS)
+            # 3. The sockets and the link.
+            deadline = time.monotonic() + PATIENCE_S
+            while True:
+                try:
+                    self._attach(require_link(self.name))
+                    break
+                except OSError as error:
+                    raise setup_error(f"interface {self.name}", error) from error
+                except BusyError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(RETRY_S)
+            undo.pop_all()
+        self.state = "up" if link.running else "down"
+        for advice in advise(link, self.queues, self.mode):
+            log.warning("%s", advice)
+
+    def close(self) -> None:
+        """Idempotent; the port is gone afterwards."""
+        if self._renewal:
+            self._renewal.cancel()
+            self._renewal = None
+        self._detach()
+        if self._program:
+            self._program.close()
+            self._program = None
+        self._macs.clear()
+        if self.port >= 0:
+            self._bridge.remove_port(self.port)
+            self.port = -1
+
+    def _attach(self, link: Link) -> None:
+        program = self._program
+        if program is None:
+            raise SetupError(f"interface {self.name}: not open")
+        # 1. Is it fit, and free?
+        check_link(link)
+        with ExitStack() as undo:
+            # 2. An AF_XDP socket a queue, known to the program.
+            for queue in range(self.queues):
+                undo.callback(self._bridge.netdev_close_queue, self.port, queue)
+                self._open_queue(link, queue)
+            # 3. The AF_PACKET socket for group-addressed frames, and the receive filters.
+            group = self._open_group(link)
+            undo.callback(group.close)
+            group.add(self._macs)
+            self._bridge.netdev_set_group_fd(self.port, group.fileno())
+            undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
+            # 4. From here on frames flow.
+            link_fd, mode = self._attach_program(link, program.prog_fd)
+            undo.callback(os.close, link_fd)
+            self._attached = undo.pop_all()
+        self._group, self._link_fd, self.mode = group, link_fd, mode
+        self.ifindex, self._mtu = link.index, link.mtu
+        self._claim(link.address)
+        log.info("%s: attached, %s XDP, queues: %d, ifindex %d", self.name, mode, self.queues, link.index)
+
+    def _detach(self) -> None:
+        self._link_fd = -1
+        self._group = None
+        self.ifindex = 0
+        self._attached.close()
+
+    def _open_queue(self, link: Link, queue: int) -> None:
+        what = f"interface {self.name}: AF_XDP socket of queue {queue}"
+        max_frame, copies = link.mtu + ETH_OVERHEAD, link.kind in COPYING
+        try:
+            self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, self.zerocopy, copies)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                remedy = "end the other AF_XDP program: ss --xdp -a -p names it"
+                raise BusyError(f"{what}: in use", remedy) from error
+            failure = setup_error(what, error)
+            try:
+                self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, "off")
+            except OSError:
+                raise failure from error
+            log.warning("%s with guest memory; frames are copied", failure.message)
+        if self._program:
+            socket_fd = self._bridge.netdev_queue_fd(self.port, queue)
+            core.bpf_map_update(self._program.xsks_fd, struct.pack("=I", queue), struct.pack("=I", socket_fd))
+
+    async def _renew(self, link: Link) -> None:
+        """Close and open the sockets, which then have guest memory as it is now; the link stays."""
+        if not self._bridge.netdev_is_stale(self.port, self.zerocopy):
+            return
+        for queue in range(self.queues):
+            self._bridge.netdev_close_queue(self.port, queue)
+        try:
+            for queue in range(self.queues):
+                await self._reopen_queue(link, queue)
+            log.info("%s: sockets renewed, for guest memory has changed", self.name)
+        except (SetupError, OSError) as error:
+            log.warning("%s: sockets not renewed: %s", self.name, error)
+            self._detach()
+        self._renewed_at = time.monotonic()
+
+    async def _reopen_queue(self, link: Link, queue: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._open_queue(link, queue)
+            except BusyError:  # by what we just closed
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RENEW_RETRY_S)
+
+    def _open_group(self, link: Link) -> GroupSocket:
+        try:
+            return GroupSocket(link.name, link.index)
+        except OSError as error:
+            raise setup_error(f"interface {self.name}: AF_PACKET socket", error) from error
+
+    def _attach_program(self, link: Link, prog_fd: int) -> tuple[int, str]:
+        modes = ["native", "generic"] if self._wanted_mode == "auto" else [self._wanted_mode]
+        while True:
+            mode = modes.pop(0)
+            try:
+                return core.bpf_xdp_link(prog_fd, link.index, XDP_FLAGS[mode]), mode
+            except OSError as error:
+                failure = setup_error(f"interface {self.name}: attach in {mode} mode", error)
+                if error.errno in (errno.EBUSY, errno.EEXIST):
+                    raise occupied(require_link(self.name)) from error
+                if not modes or error.errno == errno.EPERM:
+                    raise failure from error
+                log.warning("%s; falling back to generic mode, which is slower", failure.message)
+
+    # ---- addresses and counters ----
+
+    def _claim(self, address: bytes) -> None:
+        """The interface's own address is no guest's to use: neither does the bridge let one, nor is it steered."""
+        self._address = address
+        try:
+            self._bridge.set_mac(self.port, address, False)
+        except OSError as error:
+            log.warning("%s: its address %s is in use in the bridge: %s", self.name, address.hex(":"), error)
+        self.sync_macs(self._wanted_macs)
+
+    def sync_macs(self, macs: Iterable[bytes]) -> None:
+        """Steer exactly these unicast addresses to the guests; remembered while the interface is away."""
+        self._wanted_macs = frozenset(macs)
+        if self._program is None:
+            return
+        wanted = {mac for mac in self._wanted_macs if len(mac) == 6 and not mac[0] & 1 and any(mac)}
+        refused = self._wanted_macs & {self._address}
+        if refused - self._refused:
+            log.warning("%s: a guest uses this interface's own address; its frames stay the host's", self.name)
+        self._refused = refused
+        wanted -= refused
+        kept = self._macs & wanted
+        added = sorted(wanted - kept)
+        room = self._program.max_macs - len(kept)
+        if len(added) > room:
+            log.warning("%s: %d guest addresses more than the program holds", self.name, len(added) - room)
+            del added[room:]
+        removed = self._macs - kept
+        for mac in removed:
+            core.bpf_map_delete(self._program.macs_fd, mac_key(mac))
+            self._macs.discard(mac)
+        for mac in added:
+            core.bpf_map_update(self._program.macs_fd, mac_key(mac), struct.pack("=I", 1))
+            self._macs.add(mac)
+        if self._group:
+            self._group.drop(removed)
+            self._group.add(added)
+
+    def verdicts(self) -> dict[str, int]:
+        """What the program did with frames, by verdict; never runs backwards while the port lives."""
+        if self._program is None:
+            return dict.fromkeys(loader.VERDICTS, 0)
+        cpus = possible_cpus()
+        totals = {}
+        for key, name in enumerate(loader.VERDICTS):
+            value = core.bpf_map_lookup(self._program.verdicts_fd, struct.pack("=I", key), 8 * cpus)
+            totals[name] = sum(struct.unpack(f"={cpus}Q", value))
+        return totals
+
+    @property
+    def alive(self) -> bool:
+        """Attached to an interface that is still there, in this network namespace."""
+        return self._link_fd >= 0 and core.bpf_link_ifindex(self._link_fd) == self.ifindex
+
+    # ---- the interface's life ----
+
+    def poke(self) -> None:
+        """Have watch() look at the interface now, as after a socket error."""
+        self._wake.set()
+
+    def memory_changed(self) -> None:
+        """Have watch() give the sockets guest memory as it is now: at once, but not again and again."""
+        if self._renewal or not self._bridge.netdev_is_stale(self.port, self.zerocopy):
+            return
+        pause = max(0.0, self._renewed_at + RENEW_PAUSE_S - time.monotonic())
+        self._renewal = asyncio.get_running_loop().call_later(pause, self._renewal_is_due)
+
+    def _renewal_is_due(self) -> None:
+        self._renewal = None
+        self._renew_due = True
+        self._wake.set()
+
+    async def watch(self, on_change: Callable[["Netdev"], None]) -> None:
+        """Follow the interface until cancelled: detach when it goes, attach when it is back, by name.
+
+        on_change is called whenever .state has changed. rtnetlink only says when to look; what counts is what is found.
+        """
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE) as events:
+            events.bind((0, RTMGRP_LINK))
+            loop.add_reader(events, self._drain, events)
+            try:
+                await self._follow(on_change)
+            finally:
+                loop.remove_reader(events)
+
+    def _drain(self, events: socket.socket) -> None:
+        self._wake.set()
+        while True:
+            try:
+                events.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # events were lost: all the more reason to look
+                    raise
+
+    async def _follow(self, on_change: Callable[["Netdev"], None]) -> None:
+        pause = BACKOFF_S[0]
+        seen: Link | None = None
+        said = ""
+        quiet_until = 0.0
+        while True:
+            try:
+                link = find_link(self.name)
+            except SetupError as error:  # the question failed, which says nothing about the interface
+                log.warning("%s", error)
+                await asyncio.sleep(BACKOFF_S[1])
+                continue
+            if self._link_fd >= 0 and (link is None or link.index != self.ifindex or not self.alive):
+                log.warning("%s: %s", self.name, "detached by somebody else" if link else "the interface is gone")
+                self._detach()
+                quiet_until = time.monotonic() + PATIENCE_S
+            elif self._link_fd >= 0 and link and link.mtu != self._mtu:
+                log.info("%s: MTU changed from %d to %d", self.name, self._mtu, link.mtu)
+                self._detach()
+                quiet_until = time.monotonic() + PATIENCE_S
+                await asyncio.sleep(RETRY_S)
+                continue  # the answer above still has our own program
+            if self._renew_due and self._link_fd >= 0 and link:
+                await self._renew(link)
+            self._renew_due = False
+            if self._link_fd >= 0 and link and link.address != self._address:
+                self._claim(link.address)
+            if self._link_fd < 0 and link and link.up:
+                if seen is None or (seen.index, seen.up, seen.mtu) != (link.index, link.up, link.mtu):
+                    pause = BACKOFF_S[0]
+                try:
+                    self._attach(link)
+                    said = ""
+                    pause = BACKOFF_S[0]
+                except (SetupError, OSError) as error:
+                    ours = isinstance(error, BusyError) and time.monotonic() < quiet_until  # not yet released
+                    if str(error) != said and not ours:
+                        log.warning("%s: not attached: %s", self.name, error)
+                        said = str(error)
+            seen = link
+            state: State = "gone" if link is None else "up" if self._link_fd >= 0 and link.running else "down"
+            if state != self.state:
+                log.info("%s: %s", self.name, state)
+                self.state = state
+                on_change(self)
+            if self._link_fd >= 0 or not (link and link.up):
+                await self._next_event()
+            else:  # our own attempts make events too: here time alone counts
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, BACKOFF_S[1])
+
+    async def _next_event(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_S):  # wait_for() of Python 3.11 can swallow a cancellation
+                    await self._wake.wait()
+                await asyncio.sleep(SETTLE_S)
+            if self._wake.is_set() or (self._link_fd >= 0 and not self.alive):
+                self._wake.clear()
+                return
+
+
+def choose_queues(link: Link, wanted: int) -> int:
+    """How many AF_XDP sockets to open: a socket gets the frames of its own queue only."""
+    if wanted > link.rx_queues:
+        raise SetupError(
+            f"interface {link.name}: {wanted} queues asked for, it has {link.rx_queues}",
+            f"queues={link.rx_queues}, or ethtool -L {link.name} combined {wanted} (veth: rx {wanted})",
+        )
+    queues = wanted or link.rx_queues
+    if queues > core.MAX_NETDEV_QUEUES:
+        raise SetupError(
+            f"interface {link.name}: {queues} queues, at most {core.MAX_NETDEV_QUEUES} are possible",
+            f"ethtool -L {link.name} combined {core.MAX_NETDEV_QUEUES} (veth: rx {core.MAX_NETDEV_QUEUES})",
+        )
+    return queues
+
+
+def check_link(link: Link) -> None:
+    """SetupError unless AF_XDP sockets and a program can be put on it now."""
+    if len(link.address) != 6:
+        raise SetupError(f"interface {link.name}: not an Ethernet device", "choose one with a MAC address")
+    if link.xdp_id:
+        raise occupied(link)
+    if not link.up:
+        raise SetupError(f"interface {link.name}: down", f"ip link set dev {link.name} up")
+    if link.mtu > MAX_MTU:
+        raise SetupError(
+            f"interface {link.name}: MTU {link.mtu} is above {MAX_MTU}, the most that an AF_XDP frame holds",
+            f"ip link set dev {link.name} mtu {MAX_MTU} (or less)",
+        )
+
+
+def advise(link: Link, queues: int, mode: str) -> list[str]:
+    """What works, but not as somebody may expect; with the remedy."""
+    name, advice = link.name, []
+    if link.rx_queues > queues:
+        advice.append(
+            f"interface {name}: {link.rx_queues} receive queues and {queues} AF_XDP sockets, guests' frames on the "
+            f"other queues go to the host; ethtool -L {name} combined {queues} (veth: rx {queues}), "
+            f"or ethtool -X {name} equal {queues}"
+        )
+    offloads = features(name)
+    if offloads.get("rx-vlan-hw-parse"):
+        advice.append(
+            f"interface {name}: it takes VLAN tags out of received frames, and AF_XDP loses them; "
+            f"ethtool -K {name} rxvlan off (veth: txvlan off at the peer), unless nobody uses tags"
+        )
+    if mode == "generic" and offloads.get("rx-gro"):
+        advice.append(
+            f"interface {name}: generic mode sees the large frames that GRO makes, and AF_XDP drops them; "
+            f"ethtool -K {name} gro off"
+        )
+    return advice
+
+
+def occupied(link: Link) -> BusyError:
+    return BusyError(
+        f"interface {link.name}: XDP program {link.xdp_id} ({link.xdp_mode or 'just gone'}) is attached already",
+        f"look at it with bpftool net show dev {link.name}; remove it, if nobody needs it, by ending its owner or with "
+        f"ip link set dev {link.name} xdp off",
+    )
+
+
+def setup_error(what: str, error: OSError) -> SetupError:
+    number = error.errno or 0
+    return SetupError(f"{what}: {os.strerror(number) if number else error}", REMEDIES.get(number, ""))
+
+
+def mac_key(mac: bytes) -> bytes:
+    return mac + b"\0\0"  # struct mac_key
+
+
+def possible_cpus() -> int:
+    """A per-CPU map has a value for each of these."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().replace("-", ",").rsplit(",", 1)[-1]
+    return int(last) + 1

@@ -1,0 +1,142 @@
+"""Listening UNIX sockets: who may take a path, and who gives it back.
+
+Invariant: nothing is ever unlinked but a socket of our own user that nobody listens on, and at close the very inode
+that we bound. Looking, unlinking and binding happen under a lock on the directory, so that of two daemons that race
+for a path one gets it and the other is told that it is taken; no lock file stays behind.
+
+Reference: unix(7).
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from types import TracebackType
+from typing import Self
+
+from xdpnet.errors import SocketPathError
+
+PATH_MAX = 107  # sun_path of unix(7), less its terminating zero
+BACKLOG = 16
+LOCK_S = 1.0  # the lock is held for some microseconds; whoever holds it longer is not one of us
+
+
+class ListeningSocket:
+    """A bound and listening socket that owns its path until close()."""
+
+    def __init__(self, path: str, sock: socket.socket, inode: tuple[int, int]) -> None:
+        self.path = path
+        self.socket = sock
+        self._inode = inode
+
+    def close(self) -> None:
+        """Stops listening; the path goes only if it still names our socket."""
+        self.socket.close()
+        try:
+            if _inode(os.lstat(self.path)) == self._inode:
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass  # somebody removed it: nothing to give back
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_path(path: str) -> None:
+    """Refuses what can never be the path of a UNIX socket."""
+    size = len(os.fsencode(path))
+    if not path or "\0" in path:
+        raise SocketPathError(path or '""', "not a path")
+    if size > PATH_MAX:
+        raise SocketPathError(path, f"{size} bytes long, at most {PATH_MAX} are possible", "name a shorter path")
+
+
+def listen_unix(path: str, mode: int = 0o660) -> ListeningSocket:
+    """A non-blocking listening stream socket at path, with exactly these permissions."""
+    check_path(path)
+    directory = _lock_directory(path)
+    try:
+        _clear(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # The umask, rather than a chmod afterwards: at no time may more people connect than mode says.
+            umask = os.umask(0o777 & ~mode)
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(umask)
+            inode = _inode(os.lstat(path))
+            sock.listen(BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise SocketPathError(path, f"bind: {error.strerror}", _remedy(error)) from error
+        return ListeningSocket(path, sock, inode)
+    finally:
+        os.close(directory)
+
+
+def _lock_directory(path: str) -> int:
+    directory = os.path.dirname(path) or "."
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SocketPathError(path, f"directory {directory}: {error.strerror}", _remedy(error)) from error
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise SocketPathError(
+                    path, f"directory {directory} is locked by another process", f"see: fuser -v {directory}"
+                ) from error
+            time.sleep(0.01)
+        except OSError as error:
+            os.close(fd)
+            raise SocketPathError(path, f"lock directory {directory}: {error.strerror}") from error
+
+
+def _clear(path: str) -> None:
+    """Unlinks our own stale socket; refuses everything else that is there."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SocketPathError(path, error.strerror or str(error), _remedy(error)) from error
+    if stat.S_ISLNK(found.st_mode):
+        raise SocketPathError(path, "is a symbolic link", "remove it, or name the path it points to")
+    if not stat.S_ISSOCK(found.st_mode):
+        raise SocketPathError(path, "exists and is not a socket", "name another path")
+    if found.st_uid != os.geteuid():
+        raise SocketPathError(path, f"belongs to user {found.st_uid}", "name another path, or have its owner remove it")
+    if not _is_stale(path):
+        raise SocketPathError(path, "another process listens on it", "stop that process, or name another path")
+    os.unlink(path)
+
+
+def _is_stale(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        # Only a refused connection tells that nobody listens; a full backlog or a socket of another type is alive.
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+def _inode(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _remedy(error: OSError) -> str:
+    return {
+        errno.ENOENT: "create the directory first",
+        errno.EACCES: "run as a user who may write to the directory",
+        errno.EROFS: "name a path on a writable file system",
+    }.get(error.errno or 0, "")

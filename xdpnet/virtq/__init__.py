@@ -1,0 +1,1 @@
+"""The vhost-user backend: bytes (message), socket (connection), order (session), rings and memory (device)."""

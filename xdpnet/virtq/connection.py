@@ -1,0 +1,183 @@
+"""One frontend's socket: bytes and descriptors in, whole messages to the session, replies out. Never blocks.
+
+Invariant: a descriptor is owned by an Fd from the call that received it; a header is checked before one byte of its
+payload is awaited; while a reply waits for room no further request is read. Half a message, or a reply that nobody
+reads, ends the connection after some seconds.
+
+Reference: unix(7), "Ancillary messages"; QEMU docs/interop/vhost-user.rst, "Communication".
+"""
+
+import array
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from xdpnet.virtq.counters import Counters
+from xdpnet.virtq.fd import Fd
+from xdpnet.virtq.message import HEADER_SIZE, MAX_FDS, FramingError, Header, Message, ProtocolError, Reason
+from xdpnet.virtq.session import Session
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0  # for the rest of a message that has begun, and for room for a reply
+MESSAGES_PER_TURN = 16  # then the event loop serves the other sockets
+ANCILLARY_ROOM = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+
+
+class Connection:
+    """Reads one frontend's socket until either side ends it; then calls on_close, once."""
+
+    def __init__(self, sock: socket.socket, session: Session, counters: Counters, on_close: Callable[[], None]) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self._session = session
+        self._counters = counters
+        self._on_close = on_close
+        self._name = session.device.name
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._header: Header | None = None
+        self._received = bytearray()  # of the message that is coming in, header included
+        self._fds: list[Fd] = []
+        self._unsent = b""
+        self._open = True
+        self._loop.add_reader(sock, self._on_readable)
+
+    def close(self) -> None:
+        """Ends the connection; the device forgets its frontend."""
+        if not self._open:
+            return
+        self._open = False
+        self._stop_timer()
+        self._loop.remove_reader(self.socket)
+        self._loop.remove_writer(self.socket)
+        for fd in self._fds:
+            fd.close()
+        try:
+            self._session.close()
+        finally:
+            self._counters.disconnects += 1
+            self._on_close()
+            self.socket.close()  # last: a frontend that sees the end knows that nothing of it is in use
+
+    # ---- in ----
+
+    def _on_readable(self) -> None:
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                if not self._receive():
+                    return
+                message, fds = self._take()
+                answer = self._session.handle(message, fds)
+                if answer is not None and not self._send(answer):
+                    return
+        except ProtocolError as error:
+            self._fail(error)
+        except (ConnectionError, EOFError) as error:
+            log.info("%s: the frontend is gone: %s", self._name, error)
+            self.close()
+        except Exception:
+            log.exception("%s: internal error, the frontend is disconnected", self._name)
+            self._counters.errors["internal"] += 1
+            self.close()
+
+    def _receive(self) -> bool:
+        """True once a whole message is there."""
+        if not self._fill(HEADER_SIZE):
+            return False
+        if self._header is None:
+            self._header = Header.unpack(bytes(self._received))
+        return self._fill(HEADER_SIZE + self._header.size)
+
+    def _take(self) -> tuple[Message, list[Fd]]:
+        if self._header is None:
+            raise ValueError("no message is there")
+        message, fds = Message(self._header, bytes(self._received[HEADER_SIZE:])), self._fds
+        self._header, self._received, self._fds = None, bytearray(), []
+        self._stop_timer()
+        return message, fds
+
+    def _fill(self, size: int) -> bool:
+        """Reads until the message has so many bytes; False if no more are there yet."""
+        while len(self._received) < size:
+            try:
+                data, ancillary, flags, _ = self.socket.recvmsg(
+                    size - len(self._received), ANCILLARY_ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                if self._received:
+                    self._start_timer("timeout", "half a message, and no more")
+                return False
+            self._keep_fds(ancillary, flags)
+            if not data:
+                if self._received:
+                    raise FramingError("size", "the connection ended inside a message")
+                raise EOFError("end of stream")
+            self._received += data
+        return True
+
+    def _keep_fds(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
+        """Descriptors belong to a message's first byte; all that came are owned before any is judged."""
+        fds: list[Fd] = []
+        foreign = False
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers = array.array("i")
+                numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+                fds += map(Fd, numbers)
+            else:
+                foreign = True
+        early = not self._received
+        self._fds += fds
+        if flags & socket.MSG_CTRUNC:
+            raise FramingError("fds", f"more than {MAX_FDS} descriptors with a message, or no room for them")
+        if foreign or (fds and not early):
+            raise FramingError("fds", "ancillary data that does not belong to a message's first byte")
+
+    # ---- out ----
+
+    def _send(self, data: bytes) -> bool:
+        """True if all of it went out; else reading pauses until it has."""
+        sent = self._try_send(data)
+        if sent == len(data):
+            return True
+        self._unsent = data[sent:]
+        self._loop.remove_reader(self.socket)
+        self._loop.add_writer(self.socket, self._on_writable)
+        self._start_timer("send_stall", "the frontend does not read its replies")
+        return False
+
+    def _on_writable(self) -> None:
+        try:
+            self._unsent = self._unsent[self._try_send(self._unsent) :]
+        except ConnectionError as error:
+            log.info("%s: the frontend is gone: %s", self._name, error)
+            self.close()
+            return
+        if not self._unsent:
+            self._stop_timer()
+            self._loop.remove_writer(self.socket)
+            self._loop.add_reader(self.socket, self._on_readable)
+
+    def _try_send(self, data: bytes) -> int:
+        try:
+            return self.socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+
+    # ---- patience ----
+
+    def _start_timer(self, reason: Reason, text: str) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(PATIENCE_S, self._fail, FramingError(reason, text))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _fail(self, error: ProtocolError) -> None:
+        log.warning("%s: the frontend is disconnected: %s", self._name, error)
+        self._counters.count_error(error)
+        self.close()

@@ -1,0 +1,21 @@
+"""What is counted about one vhost-user socket; it outlives every connection and never runs backwards."""
+
+from dataclasses import dataclass, field
+
+from xdpnet.virtq.message import REASONS, ProtocolError
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counters of one socket."""
+
+    messages: int = 0
+    connects: int = 0
+    disconnects: int = 0
+    mem_unsealed: int = 0  # regions accepted whose file the frontend may still shrink
+    errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    # connections turned away: another frontend is served; no descriptors or memory to accept it with
+    refused: dict[str, int] = field(default_factory=lambda: {"busy": 0, "resources": 0})
+
+    def count_error(self, error: ProtocolError) -> None:
+        self.errors[error.reason] += 1

@@ -1,0 +1,251 @@
+"""One guest port: the rings and memory that a frontend has configured, and their way into the core.
+
+Survives its frontends; release() takes everything back from one that is gone. Invariant: what is refused leaves the
+state as it was; `running` of a ring is true exactly while the core polls it.
+
+Reference: QEMU docs/interop/vhost-user.rst, "Ring states"; c/xdpnet.h, "guest ports".
+"""
+
+import errno
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from xdpnet.core import MAX_REGIONS, Bridge, Region
+from xdpnet.virtq import features
+from xdpnet.virtq.fd import Fd, number_of
+from xdpnet.virtq.memory import check_file, check_table
+from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
+from xdpnet.virtq.virtqueue import Virtqueue
+
+log = logging.getLogger(__name__)
+
+MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1
+MAX_RING = 32768  # virtio 1.2, 2.7
+
+
+class GuestDevice:
+    """What a session drives."""
+
+    def __init__(self, bridge: Bridge, name: str, port: int, pairs: int, mtu: int | None = None) -> None:
+        self.name = name
+        self.port = port
+        self.pairs = pairs
+        self.mtu = mtu
+        self.offered = features.offered(pairs, mtu)
+        self.features = 0  # as negotiated, VHOST_USER_F_PROTOCOL_FEATURES included
+        self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
+        self.rings = [Virtqueue(index) for index in range(2 * pairs)]
+        self.memory: list[MemoryRegion] = []
+        self._bridge = bridge
+
+    # ---- features ----
+
+    @property
+    def packed(self) -> bool:
+        """Whether the packed ring layout was negotiated."""
+        return bool(self.features & features.RING_PACKED)
+
+    def set_features(self, bits: int) -> None:
+        if unknown := bits & ~self.offered:
+            raise ProtocolError("features", f"features not offered: {', '.join(features.names(unknown))}")
+        changed = (bits ^ self.features) & ~features.CHANGEABLE_LIVE
+        if changed and any(ring.running for ring in self.rings):
+            raise ProtocolError("features", f"{', '.join(features.names(changed))} cannot change while rings run")
+        with _refusing("features", "set features"):
+            self._bridge.guest_set_features(self.port, bits & ~features.PROTOCOL_FEATURES)
+        self.features = bits
+        if not bits & features.PROTOCOL_FEATURES:
+            # Such a frontend knows no SET_VRING_ENABLE.
+            for ring in self.rings:
+                self.enable(ring, True)
+
+    def set_mtu(self, mtu: int) -> None:
+        limit = self.mtu or MAX_MTU
+        if not MIN_MTU <= mtu <= limit:
+            raise ProtocolError("mtu", f"MTU {mtu}, possible are {MIN_MTU} to {limit}")
+        self.guest_mtu = mtu
+
+    # ---- memory: each tells how many of its regions the frontend can shrink; descriptors stay the caller's ----
+
+    def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> int:
+        check_table(regions)
+        sealed = [check_file(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        table = [_core_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        with _refusing("mem", "map the memory table"):
+            self._bridge.guest_set_memory(self.port, table)
+        self.memory = list(regions)
+        self._follow_memory()
+        return sealed.count(False)
+
+    def add_region(self, region: MemoryRegion, fd: Fd) -> int:
+        if 0 < self.memory.count(region) < len(self.rings) // 2:
+            # QEMU before 8.0 adds each region once for each queue pair, and removes it as often.
+            self.memory.append(region)
+            return 0
+        if len(set(self.memory)) >= MAX_REGIONS:
+            raise ProtocolError("mem_limit", f"all {MAX_REGIONS} memory slots are in use")
+        check_table([*set(self.memory), region])
+        sealed = check_file(region, fd)
+        with _refusing("mem", "map the region"):
+            self._bridge.guest_add_region(self.port, _core_region(region, fd))
+        self.memory.append(region)
+        self._follow_memory()
+        return int(not sealed)
+
+    def remove_region(self, region: MemoryRegion) -> None:
+        """Identified by its guest address, user address and size alone."""
+        known = next((have for have in self.memory if _identity(have) == _identity(region)), None)
+        if known is None:
+            raise ProtocolError("mem", f"no region at {region.guest_addr:#x} of {region.size:#x} bytes")
+        if self.memory.count(known) == 1:
+            with _refusing("mem", "unmap the region"):
+                self._bridge.guest_remove_region(self.port, _core_region(known, None))
+        self.memory.remove(known)
+        self._follow_memory()
+
+    def _follow_memory(self) -> None:
+        """Rings that the core stopped for want of memory wait; rings that waited for it start."""
+        for ring in self.rings:
+            if ring.running and not self._bridge.ring_state(self.port, ring.index).started:
+                self._halt(ring)
+            try:
+                self._start_if_complete(ring)
+            except ProtocolError as error:
+                log.info("%s: ring %d waits for its memory: %s", self.name, ring.index, error)
+
+    # ---- rings ----
+
+    def set_num(self, ring: Virtqueue, num: int) -> None:
+        _require_halted(ring, "size")
+        if not 1 <= num <= MAX_RING or (num & (num - 1) and not self.packed):
+            possible = f"1 to {MAX_RING}" if self.packed else f"powers of 2 to {MAX_RING}"
+            raise ProtocolError("vring_num", f"ring {ring.index}: size {num}, possible are {possible}")
+        old, ring.num = ring.num, num
+        try:
+            self._start_if_complete(ring)
+        except ProtocolError:
+            ring.num = old
+            raise
+
+    def set_addr(self, ring: Virtqueue, addr: VringAddr) -> None:
+        if addr.flags & addr.FLAG_LOG:
+            raise ProtocolError("ring_addr", f"ring {ring.index}: logging is not offered")
+        align = 4 if self.packed else 2
+        if addr.desc % 16 or addr.avail % align or addr.used % 4:
+            raise ProtocolError("ring_addr", f"ring {ring.index}: not aligned to 16, {align} and 4 bytes")
+        if addr == ring.addr:
+            return
+        _require_halted(ring, "addresses")
+        old, ring.addr = ring.addr, addr
+        try:
+            self._start_if_complete(ring)
+        except ProtocolError:
+            ring.addr = old
+            raise
+
+    def set_base(self, ring: Virtqueue, base: int) -> None:
+        _require_halted(ring, "base")
+        if self.packed:  # index and wrap counter; the upper half, of the used ring, is the same at every stop
+            if (base & 0x7FFF) >= (ring.num or MAX_RING):
+                raise ProtocolError("vring_base", f"ring {ring.index}: base {base & 0x7FFF} of {ring.num} entries")
+        elif base > 0xFFFF:
+            raise ProtocolError("vring_base", f"ring {ring.index}: base {base:#x} is wider than 16 bits")
+        ring.base = base
+
+    def start(self, ring: Virtqueue, kick: Fd | None) -> None:
+        """SET_VRING_KICK. A running ring goes on where it is with the new descriptor."""
+        self._halt(ring)
+        ring.start(kick)
+        try:
+            self._start_if_complete(ring)
+        except ProtocolError:
+            ring.stop()
+            raise
+
+    def stop(self, ring: Virtqueue) -> int:
+        """GET_VRING_BASE: once this returns nothing touches the ring; the index at which to go on."""
+        self._halt(ring)
+        ring.stop()
+        return ring.base
+
+    def enable(self, ring: Virtqueue, on: bool) -> None:
+        self._bridge.ring_enable(self.port, ring.index, on)
+        ring.enabled = on
+
+    def set_call(self, ring: Virtqueue, fd: Fd | None) -> None:
+        if ring.running:
+            with _refusing("event_fd", "set the call descriptor"):
+                self._bridge.ring_set_call(self.port, ring.index, number_of(fd))
+        ring.set_call(fd)
+
+    def set_err(self, ring: Virtqueue, fd: Fd | None) -> None:
+        if ring.running:
+            with _refusing("event_fd", "set the err descriptor"):
+                self._bridge.ring_set_err(self.port, ring.index, number_of(fd))
+        ring.set_err(fd)
+
+    def _start_if_complete(self, ring: Virtqueue) -> None:
+        config = ring.config()
+        if ring.running or config is None or not self.memory:
+            return
+        with _refusing("ring_addr", f"start ring {ring.index}"):
+            self._bridge.ring_start(self.port, ring.index, config)
+        ring.running = True
+
+    def _halt(self, ring: Virtqueue) -> None:
+        if ring.running:
+            ring.base = self._bridge.ring_stop(self.port, ring.index)
+            ring.running = False
+
+    # ---- resets ----
+
+    def driver_reset(self) -> None:
+        """SET_STATUS 0: all rings stop. The rest stays: QEMU asks for the bases afterwards, and sends no slot twice."""
+        for ring in self.rings:
+            self.stop(ring)
+
+    def reset(self) -> None:
+        """RESET_DEVICE: all rings as in the beginning; the memory stays, as it is the frontend's, not the device's."""
+        for ring in self.rings:
+            self.stop(ring)
+            self.enable(ring, False)
+            ring.forget()
+        self.features = 0
+        self.guest_mtu = None
+        self._bridge.guest_set_features(self.port, 0)
+
+    def release(self) -> None:
+        """The frontend is gone: no ring runs, nothing of its memory stays mapped, no descriptor of it stays open."""
+        self.reset()
+        self._bridge.guest_set_memory(self.port, [])
+        self.memory = []
+
+
+@contextmanager
+def _refusing(reason: Reason, verb: str) -> Iterator[None]:
+    """What the core refuses is refused to the frontend."""
+    try:
+        yield
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "error")
+        raise ProtocolError(reason, f"{verb}: {name}: {error}") from error
+
+
+def _require_halted(ring: Virtqueue, what: str) -> None:
+    if ring.running:
+        raise ProtocolError("state", f"ring {ring.index} runs: its {what} cannot change")
+
+
+def _core_region(region: MemoryRegion, fd: Fd | None) -> Region:
+    return Region(
+        guest_addr=region.guest_addr,
+        size=region.size,
+        user_addr=region.user_addr,
+        offset=region.offset,
+        fd=number_of(fd),
+    )
+
+
+def _identity(region: MemoryRegion) -> tuple[int, int, int]:
+    return region.guest_addr, region.user_addr, region.size

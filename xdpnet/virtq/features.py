@@ -1,0 +1,161 @@
+"""Feature bits by their names in the specifications, and which of them we offer.
+
+Owns the two tables of what a device offers; a later feature is one more line here. The length of the virtio_net_hdr and
+everything else that a bit decides in the data path follows in the core from the negotiated bits.
+
+Reference: virtio 1.2 sections 5.1.3 and 6; QEMU docs/interop/vhost-user.rst, "Protocol features".
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+
+
+class VirtioFeature(IntEnum):
+    """Bits of GET_FEATURES and SET_FEATURES."""
+
+    VIRTIO_NET_F_CSUM = 0
+    VIRTIO_NET_F_GUEST_CSUM = 1
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS = 2
+    VIRTIO_NET_F_MTU = 3
+    VIRTIO_NET_F_MAC = 5
+    VIRTIO_NET_F_GSO = 6
+    VIRTIO_NET_F_GUEST_TSO4 = 7
+    VIRTIO_NET_F_GUEST_TSO6 = 8
+    VIRTIO_NET_F_GUEST_ECN = 9
+    VIRTIO_NET_F_GUEST_UFO = 10
+    VIRTIO_NET_F_HOST_TSO4 = 11
+    VIRTIO_NET_F_HOST_TSO6 = 12
+    VIRTIO_NET_F_HOST_ECN = 13
+    VIRTIO_NET_F_HOST_UFO = 14
+    VIRTIO_NET_F_MRG_RXBUF = 15
+    VIRTIO_NET_F_STATUS = 16
+    VIRTIO_NET_F_CTRL_VQ = 17
+    VIRTIO_NET_F_CTRL_RX = 18
+    VIRTIO_NET_F_CTRL_VLAN = 19
+    VIRTIO_NET_F_CTRL_RX_EXTRA = 20
+    VIRTIO_NET_F_GUEST_ANNOUNCE = 21
+    VIRTIO_NET_F_MQ = 22
+    VIRTIO_NET_F_CTRL_MAC_ADDR = 23
+    VIRTIO_F_NOTIFY_ON_EMPTY = 24
+    VHOST_F_LOG_ALL = 26
+    VIRTIO_F_ANY_LAYOUT = 27
+    VIRTIO_RING_F_INDIRECT_DESC = 28
+    VIRTIO_RING_F_EVENT_IDX = 29
+    VHOST_USER_F_PROTOCOL_FEATURES = 30
+    VIRTIO_F_VERSION_1 = 32
+    VIRTIO_F_ACCESS_PLATFORM = 33
+    VIRTIO_F_RING_PACKED = 34
+    VIRTIO_F_IN_ORDER = 35
+    VIRTIO_F_ORDER_PLATFORM = 36
+    VIRTIO_F_SR_IOV = 37
+    VIRTIO_F_NOTIFICATION_DATA = 38
+    VIRTIO_F_NOTIF_CONFIG_DATA = 39
+    VIRTIO_F_RING_RESET = 40
+    VIRTIO_NET_F_NOTF_COAL = 53
+    VIRTIO_NET_F_GUEST_USO4 = 54
+    VIRTIO_NET_F_GUEST_USO6 = 55
+    VIRTIO_NET_F_HOST_USO = 56
+    VIRTIO_NET_F_HASH_REPORT = 57
+    VIRTIO_NET_F_GUEST_HDRLEN = 59
+    VIRTIO_NET_F_RSS = 60
+    VIRTIO_NET_F_RSC_EXT = 61
+    VIRTIO_NET_F_STANDBY = 62
+    VIRTIO_NET_F_SPEED_DUPLEX = 63
+
+
+class ProtocolFeature(IntEnum):
+    """Bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES."""
+
+    VHOST_USER_PROTOCOL_F_MQ = 0
+    VHOST_USER_PROTOCOL_F_LOG_SHMFD = 1
+    VHOST_USER_PROTOCOL_F_RARP = 2
+    VHOST_USER_PROTOCOL_F_REPLY_ACK = 3
+    VHOST_USER_PROTOCOL_F_NET_MTU = 4
+    VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5
+    VHOST_USER_PROTOCOL_F_CROSS_ENDIAN = 6
+    VHOST_USER_PROTOCOL_F_CRYPTO_SESSION = 7
+    VHOST_USER_PROTOCOL_F_PAGEFAULT = 8
+    VHOST_USER_PROTOCOL_F_CONFIG = 9
+    VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD = 10
+    VHOST_USER_PROTOCOL_F_HOST_NOTIFIER = 11
+    VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12
+    VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13
+    VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS = 14
+    VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15
+    VHOST_USER_PROTOCOL_F_STATUS = 16
+    VHOST_USER_PROTOCOL_F_XEN_MMAP = 17
+    VHOST_USER_PROTOCOL_F_SHARED_OBJECT = 18
+    VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19
+
+
+Condition = Callable[[int, int | None], bool]
+
+
+def _always(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
+    return True
+
+
+def _multiqueue(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
+    return pairs > 1
+
+
+def _mtu_known(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
+    return mtu is not None
+
+
+# The control queue and the configuration space stay with the frontend: QEMU and DPDK's virtio-user add CTRL_VQ, STATUS
+# and MAC themselves. A frontend that passed the control queue on would hang its guest if we offered CTRL_VQ without
+# serving it, so MQ comes alone; QEMU asks the backend for MQ, MTU and the ring's own bits (hw/net/vhost_net.c,
+# user_feature_bits). QEMU's host_mtu works with and without our MTU bit, and reaches us as NET_SET_MTU either way.
+# RING_RESET is not offered, though rings stop and start one by one: QEMU would let the guest reset a ring and tell no
+# vhost-user backend of it (hw/net/virtio-net.c, virtio_net_queue_reset); the ring would be polled in memory given back.
+OFFERED: dict[VirtioFeature, Condition] = {
+    VirtioFeature.VIRTIO_F_VERSION_1: _always,
+    VirtioFeature.VIRTIO_F_ANY_LAYOUT: _always,
+    VirtioFeature.VIRTIO_RING_F_EVENT_IDX: _always,
+    VirtioFeature.VIRTIO_RING_F_INDIRECT_DESC: _always,
+    VirtioFeature.VIRTIO_F_RING_PACKED: _always,
+    VirtioFeature.VIRTIO_F_IN_ORDER: _always,  # the core hands every chain back in the order in which it took them
+    VirtioFeature.VIRTIO_F_ORDER_PLATFORM: _always,  # its barriers are those of the processor, not only the compiler's
+    VirtioFeature.VIRTIO_NET_F_MRG_RXBUF: _always,
+    VirtioFeature.VIRTIO_NET_F_MQ: _multiqueue,
+    VirtioFeature.VIRTIO_NET_F_MTU: _mtu_known,
+    VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES: _always,
+}
+
+OFFERED_PROTOCOL: tuple[ProtocolFeature, ...] = (
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_NET_MTU,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS,
+)
+
+
+def mask(*bits: int) -> int:
+    """The word with exactly these bits set."""
+    return sum(1 << bit for bit in set(bits))
+
+
+PROTOCOL_FEATURES = mask(VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
+RING_PACKED = mask(VirtioFeature.VIRTIO_F_RING_PACKED)
+# The bits that may change while a ring runs: neither alters the layout of anything.
+CHANGEABLE_LIVE = PROTOCOL_FEATURES | mask(VirtioFeature.VHOST_F_LOG_ALL)
+
+
+def offered(pairs: int, mtu: int | None) -> int:
+    """The answer to GET_FEATURES of a device with so many queue pairs and this MTU, if one is known."""
+    return mask(*(bit for bit, condition in OFFERED.items() if condition(pairs, mtu)))
+
+
+def offered_protocol() -> int:
+    """The answer to GET_PROTOCOL_FEATURES."""
+    return mask(*OFFERED_PROTOCOL)
+
+
+def names(bits: int, kind: type[VirtioFeature] | type[ProtocolFeature] = VirtioFeature) -> list[str]:
+    """The names of the set bits, lowest first; a bit without a name shows as "bit N"."""
+    known = {member.value: member.name for member in kind}
+    return [known.get(bit, f"bit {bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]

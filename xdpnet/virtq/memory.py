@@ -1,0 +1,85 @@
+"""Guest memory and event descriptors, examined before the core maps or polls them.
+
+A region is accepted only on a file whose faults cannot hang and whose pages we may write: a regular file on tmpfs (so
+every memfd) or hugetlbfs, opened read-write. A frontend that can still shrink the file is accepted and counted; the
+core survives the SIGBUS. Invariant: what these checks pass never overflows 64 bits and never overlaps. No file system
+is asked anything before it is known to be one of the two: a hostile FUSE server would leave even fstat() waiting.
+
+Reference: QEMU docs/interop/vhost-user.rst, "Memory access"; F_GET_SEALS in fcntl(2); eventfd(2).
+"""
+
+import fcntl
+import itertools
+import os
+from collections.abc import Sequence
+
+from xdpnet.virtq.fd import Fd
+from xdpnet.virtq.message import MemoryRegion, ProtocolError
+
+ADDRESS_SPACE = 1 << 64
+MAX_MEMORY = 8 << 40  # of one guest; our own address space of 47 bits has room for a dozen such
+
+
+def check_table(regions: Sequence[MemoryRegion]) -> None:
+    """The geometry of a whole table: sizes, overflow, overlap, total."""
+    for region in regions:
+        _check_range(region)
+    for what in ("guest_addr", "user_addr"):
+        ordered = sorted(regions, key=lambda region: int(getattr(region, what)))
+        for low, high in itertools.pairwise(ordered):
+            if getattr(low, what) + low.size > getattr(high, what):
+                raise ProtocolError("mem", f"{_name(low)} and {_name(high)} overlap in {what}")
+    total = sum(region.size for region in regions)
+    if total > MAX_MEMORY:
+        raise ProtocolError("mem_limit", f"{total} bytes of guest memory, at most {MAX_MEMORY} are served")
+
+
+def check_file(region: MemoryRegion, fd: Fd) -> bool:
+    """The file behind a region; True if it is sealed against shrinking."""
+    number = fd.fileno()
+    try:
+        seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
+    except OSError as error:
+        # The kernel knows of seals on regular files of tmpfs and hugetlbfs alone (mm/memfd.c).
+        raise ProtocolError("mem_fd", f"{_name(region)}: not a file on tmpfs or hugetlbfs") from error
+    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise ProtocolError("mem_fd", f"{_name(region)}: not opened read-write")
+    page = os.fstatvfs(number).f_bsize  # on hugetlbfs that of the huge pages
+    if region.offset % page:
+        raise ProtocolError("mem_size", f"{_name(region)}: offset {region.offset:#x} is not a multiple of {page} bytes")
+    size = os.fstat(number).st_size
+    if region.offset + region.size > size:
+        raise ProtocolError("mem_size", f"{_name(region)}: ends behind the {size} bytes of its file")
+    return bool(seals & fcntl.F_SEAL_SHRINK)
+
+
+def check_eventfd(fd: Fd) -> None:
+    """Accepts plain eventfds only, and makes them non-blocking."""
+    kind = _kind(fd)
+    if kind != "anon_inode:[eventfd]":
+        raise ProtocolError("event_fd", f"{kind} where an eventfd is needed")
+    os.set_blocking(fd.fileno(), False)
+
+
+def check_socket(fd: Fd) -> None:
+    """Accepts sockets only, and makes them non-blocking."""
+    kind = _kind(fd)
+    if not kind.startswith("socket:["):
+        raise ProtocolError("fds", f"{kind} where a socket is needed")
+    os.set_blocking(fd.fileno(), False)
+
+
+def _check_range(region: MemoryRegion) -> None:
+    if region.size == 0:
+        raise ProtocolError("mem", f"{_name(region)}: empty")
+    for what in ("guest_addr", "user_addr", "offset"):
+        if getattr(region, what) + region.size >= ADDRESS_SPACE:
+            raise ProtocolError("mem", f"{_name(region)}: {what} + size overflows")
+
+
+def _kind(fd: Fd) -> str:
+    return os.readlink(f"/proc/self/fd/{fd.fileno()}")
+
+
+def _name(region: MemoryRegion) -> str:
+    return f"region {region.guest_addr:#x}+{region.size:#x}"

@@ -1,0 +1,183 @@
+"""A guest's vhost-user socket: waits for its frontend, serves one at a time, and waits again when it has gone.
+
+Three ways to meet: listening on a path, connecting to a path (the frontend listens; retried until it is there), or a
+socket inherited as a descriptor, connected or listening. Who may connect is decided by the permissions of the socket's
+path, mode 0660, and by nothing else; who did is logged. Invariant: a second frontend never disturbs the first, and
+between two frontends the device is bare: no ring runs, nothing is mapped, every descriptor of the old one is closed.
+
+Reference: QEMU docs/interop/vhost-user.rst, "Backend program conventions"; xdpnet.sockets for who gets a path.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import socket
+import struct
+
+from xdpnet.errors import SetupError
+from xdpnet.sockets import ListeningSocket, check_path, listen_unix
+from xdpnet.virtq.connection import Connection
+from xdpnet.virtq.counters import Counters
+from xdpnet.virtq.device import GuestDevice
+from xdpnet.virtq.session import Session
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_S, RETRY_MAX_S = 0.05, 0.5  # of a client whose server is not there
+ACCEPT_PAUSE_S = 1.0  # when there is no descriptor left to accept with
+
+
+class GuestSocket:
+    """Brings frontends to a device: `path` to listen on or, as a client, to connect to; or an inherited `fd`."""
+
+    def __init__(self, device: GuestDevice, path: str | None, client: bool = False, fd: int | None = None) -> None:
+        if (path is None) == (fd is None):
+            raise ValueError("a guest's socket is a path or a descriptor")
+        self.device = device
+        self.path = path
+        self.counters = Counters()
+        self.ended = asyncio.Event()  # an inherited connection is over: there will be no other
+        self._client = client
+        self._fd = fd
+        self._connection: Connection | None = None
+        self._listening: ListeningSocket | None = None
+        self._acceptor: socket.socket | None = None
+        self._connector: asyncio.Task[None] | None = None
+        self._pause: asyncio.TimerHandle | None = None
+        self._free = asyncio.Event()  # no frontend is connected
+        self._free.set()
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    async def start(self) -> None:
+        """Listens, begins to connect, or serves the inherited socket. Raises SocketPathError or SetupError."""
+        if self._fd is not None:
+            self._inherit(self._fd)
+        elif self.path is not None and self._client:
+            check_path(self.path)
+            self._connector = asyncio.create_task(self._connect(self.path))
+        elif self.path is not None:
+            self._listening = listen_unix(self.path)
+            self._listen(self._listening.socket)
+
+    async def stop(self) -> None:
+        """Ends the connection and gives the path back."""
+        if self._connector is not None:
+            self._connector.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._connector
+            self._connector = None
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._acceptor is not None:
+            asyncio.get_running_loop().remove_reader(self._acceptor)
+            self._acceptor.close()
+            self._acceptor = None
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Ends the present connection, if there is one; the next frontend is welcome."""
+        if self._connection is not None:
+            self._connection.close()
+
+    # ---- the three ways ----
+
+    def _listen(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._acceptor = sock
+        asyncio.get_running_loop().add_reader(sock, self._accept)
+
+    def _inherit(self, fd: int) -> None:
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise SetupError(f"descriptor {fd}: {error.strerror}", "pass a UNIX stream socket") from error
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            sock.close()
+            raise SetupError(f"descriptor {fd}: not a UNIX stream socket")
+        os.set_inheritable(fd, False)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self._listen(sock)
+        else:
+            self._serve(sock)
+
+    async def _connect(self, path: str) -> None:
+        """Connects, and connects again whenever the frontend has gone."""
+        delay = RETRY_FIRST_S
+        complaint = ""
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                sock.connect(path)  # of a UNIX socket either done at once or refused
+            except OSError as error:
+                sock.close()
+                if str(error) != complaint:
+                    complaint = str(error)
+                    log.info("%s: waiting for a frontend on %s: %s", self.device.name, path, error.strerror)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, RETRY_MAX_S)
+                continue
+            complaint, delay = "", RETRY_FIRST_S
+            self._serve(sock)
+            await self._free.wait()
+            await asyncio.sleep(delay)
+
+    # ---- frontends ----
+
+    def _accept(self) -> None:
+        if self._acceptor is None:
+            return
+        try:
+            sock, _ = self._acceptor.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            # Out of descriptors or memory. The socket stays readable: without a pause we would spin on it.
+            log.warning("%s: cannot accept a frontend: %s", self.device.name, error)
+            self.counters.refused["resources"] += 1
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._acceptor)
+            self._pause = loop.call_later(ACCEPT_PAUSE_S, self._listen, self._acceptor)
+            return
+        if self._connection is not None and _hung_up(self._connection.socket):
+            # It has gone and we have not read its end yet; its successor need not suffer for that.
+            self._connection.close()
+        if self._connection is not None:
+            self.counters.refused["busy"] += 1
+            log.warning("%s: %s refused: another frontend is connected", self.device.name, _peer(sock))
+            sock.close()
+            return
+        self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        log.info("%s: frontend connected: %s", self.device.name, _peer(sock))
+        self.counters.connects += 1
+        self._free.clear()
+        session = Session(self.device, self.counters)
+        self._connection = Connection(sock, session, self.counters, self._on_close)
+
+    def _on_close(self) -> None:
+        log.info("%s: frontend disconnected", self.device.name)
+        self._connection = None
+        self._free.set()
+        if self._fd is not None and self._acceptor is None:
+            self.ended.set()
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, 0)  # POLLHUP is always reported
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
+def _peer(sock: socket.socket) -> str:
+    layout = struct.Struct("=iII")  # struct ucred
+    pid, uid, gid = layout.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))
+    return f"process {pid}, user {uid}, group {gid}"

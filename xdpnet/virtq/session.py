@@ -1,0 +1,278 @@
+"""One frontend's session: which request is legal now, and what it does.
+
+The table RULES is the protocol as we speak it. A request that cannot be served is refused: with a non-zero REPLY_ACK if
+the frontend asked for one, else by ending the connection, the only other answer there is. Invariant: handle() closes
+every descriptor that no handler took over, whatever happens.
+
+Reference: QEMU docs/interop/vhost-user.rst, "Front-end message types".
+"""
+
+import logging
+import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from xdpnet.core import MAX_REGIONS
+from xdpnet.virtq import features
+from xdpnet.virtq.counters import Counters
+from xdpnet.virtq.device import GuestDevice
+from xdpnet.virtq.fd import Fd
+from xdpnet.virtq.features import ProtocolFeature
+from xdpnet.virtq.memory import check_eventfd, check_socket
+from xdpnet.virtq.message import (
+    MAX_FDS,
+    REQUESTS,
+    U64,
+    FramingError,
+    MemoryTable,
+    Message,
+    Nothing,
+    Payload,
+    ProtocolError,
+    Request,
+    SingleRegion,
+    VringAddr,
+    VringFile,
+    VringState,
+    reply,
+)
+from xdpnet.virtq.virtqueue import Virtqueue
+
+log = logging.getLogger(__name__)
+
+LOG_INTERVAL_S = 1.0  # a frontend may be refused a million times a second; the log says so once
+SUCCESS, FAILURE = U64(0), U64(1)
+
+P = TypeVar("P")
+
+
+class Session:
+    """The state machine that a connection feeds with messages."""
+
+    def __init__(self, device: GuestDevice, counters: Counters) -> None:
+        self.device = device
+        self.counters = counters
+        self.protocol_features = 0
+        self.status = 0
+        self.backend_channel: Fd | None = None
+        self._fds: list[Fd] = []  # of the request being served; a handler takes out what it keeps
+        self._quiet_until = 0.0
+
+    def handle(self, message: Message, fds: list[Fd]) -> bytes | None:
+        """Serves one request; the reply, if it has one. A ProtocolError means that the connection must end."""
+        self.counters.messages += 1
+        self._fds = fds
+        rule = RULES.get(message.header.request)
+        acked = (
+            message.header.need_reply
+            and self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK)
+            and not (rule and rule.own_reply)
+        )
+        try:
+            answer = self._serve(rule, message) or (SUCCESS if acked else None)
+        except FramingError:
+            raise
+        except ProtocolError as error:
+            if not acked:
+                raise
+            self.counters.count_error(error)
+            self._complain(message, error)
+            answer = FAILURE
+        finally:
+            for fd in fds:
+                fd.close()
+        return None if answer is None else reply(message.header.request, answer)
+
+    def close(self) -> None:
+        """The connection is over: the device forgets this frontend."""
+        if self.backend_channel is not None:
+            self.backend_channel.close()
+        self.device.release()
+
+    def _serve(self, rule: "Rule[Any] | None", message: Message) -> Payload | None:
+        if rule is None:
+            known = message.header.request in REQUESTS
+            raise ProtocolError("unsupported" if known else "request", f"{message.name} is not offered")
+        if rule.feature is not None and not self._has(rule.feature):
+            raise ProtocolError("features", f"{message.name} without {rule.feature.name}")
+        if len(self._fds) not in rule.fds:
+            raise ProtocolError("fds", f"{message.name} with {len(self._fds)} descriptors")
+        return rule.handler(self, rule.payload(message.payload))
+
+    def _has(self, feature: ProtocolFeature) -> bool:
+        return bool(self.protocol_features >> feature & 1)
+
+    def _complain(self, message: Message, error: ProtocolError) -> None:
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + LOG_INTERVAL_S
+            log.warning("%s: %s refused: %s", self.device.name, message.name, error)
+
+    def _ring(self, index: int) -> Virtqueue:
+        if index >= len(self.device.rings):
+            raise ProtocolError("index", f"ring {index}, there are {len(self.device.rings)}")
+        return self.device.rings[index]
+
+    # ---- features ----
+
+    def get_features(self, _: Nothing) -> Payload:
+        return U64(self.device.offered)
+
+    def set_features(self, bits: U64) -> None:
+        self.device.set_features(bits.value)
+
+    def get_protocol_features(self, _: Nothing) -> Payload:
+        return U64(features.offered_protocol())
+
+    def set_protocol_features(self, bits: U64) -> None:
+        if unknown := bits.value & ~features.offered_protocol():
+            names = ", ".join(features.names(unknown, ProtocolFeature))
+            raise ProtocolError("features", f"protocol features not offered: {names}")
+        self.protocol_features = bits.value
+
+    def get_queue_num(self, _: Nothing) -> Payload:
+        return U64(self.device.pairs)  # of a network device, frontends count pairs
+
+    # ---- device ----
+
+    def set_owner(self, _: Nothing) -> None:
+        """Nothing to do: a frontend owns the device as long as it is connected."""
+
+    def reset_owner(self, _: Nothing) -> None:
+        for ring in self.device.rings:
+            self.device.enable(ring, False)
+
+    def reset_device(self, _: Nothing) -> None:
+        self.device.reset()
+        self.status = 0
+
+    def set_status(self, status: U64) -> None:
+        if status.value > 0xFF:
+            raise ProtocolError("status", f"device status {status.value:#x} is wider than 8 bits")
+        if status.value == 0:
+            self.device.driver_reset()
+        self.status = status.value
+
+    def get_status(self, _: Nothing) -> Payload:
+        return U64(self.status)
+
+    def net_set_mtu(self, mtu: U64) -> None:
+        self.device.set_mtu(mtu.value)
+
+    def set_backend_req_fd(self, _: Nothing) -> None:
+        check_socket(self._fds[0])
+        if self.backend_channel is not None:
+            self.backend_channel.close()
+        self.backend_channel = self._fds.pop()
+
+    # ---- memory ----
+
+    def set_mem_table(self, table: MemoryTable) -> None:
+        if len(self._fds) != len(table.regions):
+            raise ProtocolError("mem", f"{len(table.regions)} regions with {len(self._fds)} descriptors")
+        self.counters.mem_unsealed += self.device.set_memory(table.regions, self._fds)
+
+    def get_max_mem_slots(self, _: Nothing) -> Payload:
+        return U64(MAX_REGIONS)
+
+    def add_mem_reg(self, single: SingleRegion) -> None:
+        self.counters.mem_unsealed += self.device.add_region(single.region, self._fds[0])
+
+    def rem_mem_reg(self, single: SingleRegion) -> None:
+        self.device.remove_region(single.region)
+
+    # ---- rings ----
+
+    def set_vring_num(self, state: VringState) -> None:
+        self.device.set_num(self._ring(state.index), state.num)
+
+    def set_vring_addr(self, addr: VringAddr) -> None:
+        self.device.set_addr(self._ring(addr.index), addr)
+
+    def set_vring_base(self, state: VringState) -> None:
+        self.device.set_base(self._ring(state.index), state.num)
+
+    def get_vring_base(self, state: VringState) -> Payload:
+        return VringState(state.index, self.device.stop(self._ring(state.index)))
+
+    def set_vring_enable(self, state: VringState) -> None:
+        if state.num > 1:
+            raise ProtocolError("state", f"ring {state.index}: enable is 0 or 1, not {state.num}")
+        self.device.enable(self._ring(state.index), bool(state.num))
+
+    def set_vring_kick(self, file: VringFile) -> None:
+        ring, fd = self._ring_file(file)
+        self.device.start(ring, fd)
+        self._fds.clear()  # the ring's now
+
+    def set_vring_call(self, file: VringFile) -> None:
+        ring, fd = self._ring_file(file)
+        self.device.set_call(ring, fd)
+        self._fds.clear()  # the ring's now
+
+    def set_vring_err(self, file: VringFile) -> None:
+        ring, fd = self._ring_file(file)
+        self.device.set_err(ring, fd)
+        self._fds.clear()  # the ring's now
+
+    def _ring_file(self, file: VringFile) -> tuple[Virtqueue, Fd | None]:
+        ring = self._ring(file.index)
+        if len(self._fds) != (0 if file.nofd else 1):
+            raise ProtocolError(
+                "fds", f"ring {file.index}: {len(self._fds)} descriptors, no-descriptor flag {file.nofd}"
+            )
+        if file.nofd:
+            return ring, None
+        check_eventfd(self._fds[0])
+        return ring, self._fds[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule(Generic[P]):
+    """How one request is served."""
+
+    handler: Callable[[Session, P], Payload | None]
+    payload: Callable[[bytes], P]
+    fds: Container[int] = (0,)  # how many descriptors may come with it
+    feature: ProtocolFeature | None = None  # must have been negotiated
+    own_reply: bool = False  # answers by itself, so REPLY_ACK does not apply
+
+
+_REQ = ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+_RESET = ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
+_SLOTS = ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+_STATUS = ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
+_MTU = ProtocolFeature.VHOST_USER_PROTOCOL_F_NET_MTU
+_ANY = range(MAX_FDS + 1)
+
+# Feature bits may be asked for, and SET_VRING_ENABLE be sent (QEMU probes with it), before anything is negotiated.
+# fmt: off
+RULES: dict[int, Rule[Any]] = {
+    Request.GET_FEATURES:          Rule(Session.get_features, Nothing.unpack, own_reply=True),
+    Request.SET_FEATURES:          Rule(Session.set_features, U64.unpack),
+    Request.SET_OWNER:             Rule(Session.set_owner, Nothing.unpack),
+    Request.RESET_OWNER:           Rule(Session.reset_owner, Nothing.unpack),
+    Request.SET_MEM_TABLE:         Rule(Session.set_mem_table, MemoryTable.unpack, fds=_ANY),
+    Request.SET_VRING_NUM:         Rule(Session.set_vring_num, VringState.unpack),
+    Request.SET_VRING_ADDR:        Rule(Session.set_vring_addr, VringAddr.unpack),
+    Request.SET_VRING_BASE:        Rule(Session.set_vring_base, VringState.unpack),
+    Request.GET_VRING_BASE:        Rule(Session.get_vring_base, VringState.unpack, own_reply=True),
+    Request.SET_VRING_KICK:        Rule(Session.set_vring_kick, VringFile.unpack, fds=(0, 1)),
+    Request.SET_VRING_CALL:        Rule(Session.set_vring_call, VringFile.unpack, fds=(0, 1)),
+    Request.SET_VRING_ERR:         Rule(Session.set_vring_err, VringFile.unpack, fds=(0, 1)),
+    Request.GET_PROTOCOL_FEATURES: Rule(Session.get_protocol_features, Nothing.unpack, own_reply=True),
+    Request.SET_PROTOCOL_FEATURES: Rule(Session.set_protocol_features, U64.unpack),
+    Request.GET_QUEUE_NUM:         Rule(Session.get_queue_num, Nothing.unpack, own_reply=True),
+    Request.SET_VRING_ENABLE:      Rule(Session.set_vring_enable, VringState.unpack),
+    Request.NET_SET_MTU:           Rule(Session.net_set_mtu, U64.unpack, feature=_MTU),
+    Request.SET_BACKEND_REQ_FD:    Rule(Session.set_backend_req_fd, Nothing.unpack, fds=(1,), feature=_REQ),
+    Request.RESET_DEVICE:          Rule(Session.reset_device, Nothing.unpack, feature=_RESET),
+    Request.GET_MAX_MEM_SLOTS:     Rule(Session.get_max_mem_slots, Nothing.unpack, feature=_SLOTS, own_reply=True),
+    Request.ADD_MEM_REG:           Rule(Session.add_mem_reg, SingleRegion.unpack, fds=(1,), feature=_SLOTS),
+    # a descriptor here is an old frontend's mistake, tolerated and closed
+    Request.REM_MEM_REG:           Rule(Session.rem_mem_reg, SingleRegion.unpack, fds=(0, 1), feature=_SLOTS),
+    Request.SET_STATUS:            Rule(Session.set_status, U64.unpack, feature=_STATUS),
+    Request.GET_STATUS:            Rule(Session.get_status, Nothing.unpack, feature=_STATUS, own_reply=True),
+}
+# fmt: on
