@@ -30,6 +30,7 @@ struct source {
 	bool active;
 	bool spins;	 /* polled for a time after its last frame; else until it is empty */
 	bool dead;	 /* brings nothing until it is added anew: not even without an fd is it polled for ever */
+	bool unwatched;	 /* while it is active its fd is not in the epoll set, where each wake-up takes a lock */
 	bool woken;	 /* by its fd, since it last brought something */
 	u64 last_work;	 /* cycles */
 	u64 spin;	 /* cycles that it is polled after its last frame; follows what its traffic is like */

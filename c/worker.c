@@ -27,6 +27,19 @@ enum {
 
 /* ---- sources ---- */
 
+/* Edge-triggered: nobody reads the eventfd, so a kick costs the worker no system call. */
+static int watch(struct worker *w, struct source *s)
+{
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = s};
+
+	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, s->fd, &event) < 0 ? -errno : 0;
+}
+
+static void unwatch(struct worker *w, const struct source *s)
+{
+	(void)epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, s->fd, NULL);
+}
+
 static void activate(struct worker *w, struct source *s)
 {
 	if (s->active)
@@ -34,19 +47,26 @@ static void activate(struct worker *w, struct source *s)
 	s->active = true;
 	s->last_work = cycles();
 	w->active[w->active_n++] = s;
+	if (s->unwatched)
+		unwatch(w, s);
 	if (s->ops->disarm)
 		s->ops->disarm(s);
 }
 
+void worker_keep_active(struct worker *w, struct source *s)
+{
+	if (s->worker != w)
+		return;
+	activate(w, s);
+	s->last_work = w->turn;
+}
+
 int worker_add_source(struct worker *w, struct source *s)
 {
-	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = s};
+	int r = w->sources_n == WORKER_SOURCES ? -ENOSPC : s->fd >= 0 ? watch(w, s) : 0;
 
-	if (w->sources_n == WORKER_SOURCES)
-		return -ENOSPC;
-	/* Edge-triggered: nobody reads the eventfd, so a kick costs the worker no system call. */
-	if (s->fd >= 0 && epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, s->fd, &event) < 0)
-		return -errno;
+	if (r)
+		return r;
 	s->worker = w;
 	s->spin = w->bridge->spin_cycles;
 	s->slot = w->sources_n;
@@ -60,7 +80,7 @@ void worker_remove_source(struct source *s)
 	struct worker *w = s->worker;
 
 	if (s->fd >= 0)
-		(void)epoll_ctl(w->epoll_fd, EPOLL_CTL_DEL, s->fd, NULL);
+		unwatch(w, s);
 	for (u32 i = 0; i < w->active_n; i++)
 		if (w->active[i] == s) {
 			w->active[i] = w->active[--w->active_n];
@@ -126,7 +146,7 @@ static u32 poll_sources(struct worker *w, u64 now)
 		}
 		/* Without an fd to wake it, it stays. */
 		if ((s->fd < 0 && !s->dead) || (s->spins && now - s->last_work < s->spin) ||
-		    (s->ops->arm && s->ops->arm(s))) {
+		    (s->ops->arm && s->ops->arm(s)) || (s->unwatched && watch(w, s) < 0)) {
 			i++;
 			continue;
 		}
@@ -262,7 +282,7 @@ static void *run(void *argument)
 	w->stats.tid = gettid();
 	w->now = (u32)(monotonic_ns() / 1000000000u);
 	while (__atomic_load_n(&b->running, __ATOMIC_ACQUIRE)) {
-		u64 now = cycles();
+		u64 now = w->turn = cycles();
 		u32 moved = poll_sources(w, now);
 
 		int wait = SLEEP_MS;

@@ -39,6 +39,7 @@ struct worker {
 	int epoll_fd;
 	int wake_fd; /* eventfd: look at parking.wanted */
 	u32 now;     /* seconds, monotonic; refreshed at least every turn of the epoll set */
+	u64 turn;    /* cycles, when this turn began */
 
 	struct source *sources[WORKER_SOURCES]; /* owned; written while parked */
 	u32 sources_n;
@@ -85,6 +86,8 @@ void workers_resume(struct xn_bridge *b);
 /* While parked: gives a source to a worker (it is polled at least once, whatever its fd says), or takes it away. */
 int worker_add_source(struct worker *w, struct source *s);
 void worker_remove_source(struct source *s);
+/* Has a source of this worker polled for as long as if it had just brought something. */
+void worker_keep_active(struct worker *w, struct source *s);
 /* While parked: forgets what the worker owes this ring or socket. */
 void worker_forget_ring(struct worker *w, const struct virtqueue *q);
 void worker_forget_xsk(struct worker *w, const struct xsk *x);
@@ -109,6 +112,8 @@ static inline void worker_waits(struct worker *w, struct virtqueue *q)
 static inline void worker_owes_kick(struct worker *w, struct xsk *x, u32 frames)
 {
 	w->kick_frames += frames;
+	/* Of each frame that is sent, the kernel wakes whoever waits for the socket. */
+	worker_keep_active(w, &x->source);
 	if (w->kick_n && w->kick[w->kick_n - 1] == x)
 		return;
 	for (u32 i = 0; i < w->kick_n; i++)
