@@ -178,6 +178,7 @@ static void layout_ring(struct virtqueue *q, u64 features)
 	q->event_idx = features >> VIRTIO_RING_F_EVENT_IDX & 1;
 	q->indirect = features >> VIRTIO_RING_F_INDIRECT_DESC & 1;
 	q->mergeable = features >> VIRTIO_NET_F_MRG_RXBUF & 1;
+	q->in_order = features >> VIRTIO_F_IN_ORDER & 1;
 	q->hdr_len = q->mergeable || features >> VIRTIO_F_VERSION_1 & 1 ? sizeof(struct virtio_net_hdr_mrg_rxbuf)
 									: sizeof(struct virtio_net_hdr);
 }
@@ -294,7 +295,8 @@ int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_r
 int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
 {
 	const u64 layout = 1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_RING_F_INDIRECT_DESC |
-			   1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_RING_PACKED;
+			   1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_RING_PACKED |
+			   1ull << VIRTIO_F_IN_ORDER;
 	struct port *p = bridge_port(b, port, PORT_GUEST);
 
 	if (!p)
@@ -372,7 +374,6 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 		q->next.pos = g_load16(&q->split.used->idx);
 	q->used = q->next;
 	q->avail_idx = q->next.pos;
-	q->held = false;
 	q->unchecked = 0;
 	q->signalled_valid = false;
 	q->broken = XN_RING_OK;

@@ -71,7 +71,8 @@ static __attribute__((noinline)) void fill_any_place(const struct virtqueue *q, 
 }
 
 /* Copies what has been placed and pushes its chains. */
-static always_inline void commit(struct worker *w, struct virtqueue *q, const struct place *places, u32 n, bool packed)
+static always_inline void commit(struct worker *w, struct virtqueue *q, struct pushing *push,
+				 const struct place *places, u32 n, bool packed)
 {
 	const u32 hdr_len = q->hdr_len;
 	u64 bytes = 0;
@@ -89,16 +90,17 @@ static always_inline void commit(struct worker *w, struct virtqueue *q, const st
 		if (likely(p->pieces->len >= left && v->n == 1 && v->len >= VIEW_HEAD && has_header(to, hdr_len, 1))) {
 			memcpy(to + hdr_len, v->head, VIEW_HEAD);
 			copy_bytes(to + hdr_len + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
-			vring_push(q, w->chains[p->chain].chain, left, packed);
+			vring_push(q, push, w->chains[p->chain].chain, left, packed);
 			continue;
 		}
 		fill_any_place(q, p);
-		for (u32 c = 0; c < p->chains_n; c++) {
-			u32 written = min_u32(w->chains[p->chain + c].capacity, left);
+		for (u32 c = 0; c + 1 < p->chains_n; c++) {
+			u32 written = w->chains[p->chain + c].capacity;
 
-			vring_push(q, w->chains[p->chain + c].chain, written, packed);
+			vring_push(q, push, w->chains[p->chain + c].chain, written, packed);
 			left -= written;
 		}
+		vring_push(q, push, w->chains[p->chain + p->chains_n - 1].chain, left, packed);
 	}
 	count(&q->stats.packets, n);
 	count(&q->stats.bytes, bytes);
@@ -117,9 +119,9 @@ enum placing { PLACED, PLACE_LATER, PLACE_NEVER };
  * Takes chains for one frame. PLACE_LATER: commit what is placed and come again. PLACE_NEVER: the frame is dropped for
  * *why; its chains stay in the ring, unless one of them is unfit for any frame like it.
  */
-static __attribute__((noinline)) enum placing place_any(struct worker *w, struct virtqueue *q, const struct view *v,
-							struct scratch *s, struct place *p, enum xn_drop *why,
-							bool packed)
+static __attribute__((noinline)) enum placing place_any(struct worker *w, struct virtqueue *q, struct pushing *push,
+							const struct view *v, struct scratch *s, struct place *p,
+							enum xn_drop *why, bool packed)
 {
 	u64 need = (u64)q->hdr_len + v->len, have = 0;
 	const struct scratch start = *s;
@@ -159,7 +161,7 @@ static __attribute__((noinline)) enum placing place_any(struct worker *w, struct
 				return PLACE_LATER;
 			/* Nothing is before it: hand all of it back with nothing in it, or no frame would ever pass. */
 			for (u32 i = 0; i < p->chains_n; i++)
-				vring_push(q, w->chains[i].chain, 0, packed);
+				vring_push(q, push, w->chains[i].chain, 0, packed);
 			q->next = at;
 			count(&q->stats.chains, p->chains_n);
 			return PLACE_NEVER;
@@ -171,26 +173,22 @@ static __attribute__((noinline)) enum placing place_any(struct worker *w, struct
 	return PLACED;
 }
 
-/* The same for a frame that fits into one chain of one piece, which nearly all do; else place_any looks anew. */
-static always_inline enum placing place(struct worker *w, struct virtqueue *q, const struct view *v, struct scratch *s,
-					struct place *p, enum xn_drop *why, bool packed)
+/* A frame that fits into one chain of one piece, which nearly all do. */
+static always_inline bool place(struct worker *w, struct virtqueue *q, struct cursor at, const struct view *v,
+				const struct scratch *s, struct place *p, bool packed)
 {
 	struct piece *piece = &w->to_pieces[s->pieces];
 	u64 capacity;
 
-	if (unlikely(!vring_peek(q, q->next, packed) ||
-		     !pop_single(q, q->next, true, piece, &capacity, &w->chains[s->chains].chain, packed) ||
+	if (unlikely(!vring_peek(q, at, packed) ||
+		     !pop_single(q, at, true, piece, &capacity, &w->chains[s->chains].chain, packed) ||
 		     capacity < q->hdr_len + v->len))
-		return place_any(w, q, v, s, p, why, packed);
+		return false;
 	/* The header is only read, most of the time: that line is better not taken away from the guest. */
 	prefetch(piece->ptr);
 	prefetch_write(piece->ptr + q->hdr_len);
-	w->chains[s->chains].capacity = piece->len;
 	*p = (struct place){v, piece, s->chains, 1};
-	s->pieces++;
-	s->chains++;
-	cursor_advance(q, &q->next, 1, packed);
-	return PLACED;
+	return true;
 }
 
 static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q, const struct view *views,
@@ -198,35 +196,51 @@ static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q,
 {
 	struct place places[XN_BURST];
 	struct scratch scratch = {0};
-	struct cursor before = q->used;
+	struct pushing push = vring_begin(q);
+	struct cursor at = q->next;
 	u32 placed = 0;
 
-	if (vring_peek(q, q->next, packed))
-		vring_prefetch(q, n, packed);
 	for (u32 i = 0; i < n;) {
-		enum xn_drop why;
-		enum placing r = place(w, q, &views[which[i]], &scratch, &places[placed], &why, packed);
+		const struct view *v = &views[which[i]];
 
-		if (likely(r == PLACED)) {
+		if (likely(place(w, q, at, v, &scratch, &places[placed], packed))) {
+			cursor_advance(q, &at, 1, packed);
+			scratch.pieces++;
+			scratch.chains++;
 			placed++;
 			i++;
 			continue;
 		}
-		if (r == PLACE_NEVER) {
-			count(&q->stats.drops[why], 1);
-			i++;
+		/* Copies, so that the loop has its own in registers. */
+		struct scratch used = scratch;
+		struct pushing back = push;
+		enum xn_drop why;
+
+		q->next = at;
+		enum placing r = place_any(w, q, &back, v, &used, &places[placed], &why, packed);
+
+		at = q->next;
+		scratch = used;
+		push = back;
+		if (r == PLACE_LATER) {
+			commit(w, q, &push, places, placed, packed);
+			placed = 0;
+			scratch = (struct scratch){0};
 			continue;
 		}
-		commit(w, q, places, placed, packed);
-		placed = 0;
-		scratch = (struct scratch){0};
+		if (r == PLACED)
+			placed++;
+		else
+			count(&q->stats.drops[why], 1);
+		i++;
 	}
-	commit(w, q, places, placed, packed);
+	q->next = at;
+	commit(w, q, &push, places, placed, packed);
 	count(&q->stats.bursts, 1);
-	if (q->used.pos == before.pos && q->used.wrap == before.wrap)
-		return;
-	vring_publish(q, packed);
-	worker_owes(w, q);
+	if (vring_publish(q, &push, packed))
+		worker_owes(w, q);
+	/* For the next burst: buffers are posted long before they are used, and nobody touches these lines until then. */
+	vring_prefetch(q, n, n, packed);
 }
 
 void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)

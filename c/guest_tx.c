@@ -97,11 +97,13 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 
 	if (!vring_peek(q, at, packed))
 		return 0;
-	vring_prefetch(q, most, packed);
+	vring_prefetch(q, most, q->in_order ? 1 : most, packed);
 	for (; n < most && vring_peek(q, at, packed); n++) {
 		struct view *v = &w->views[n];
 		int pieces;
 
+		if (packed)
+			packed_prefetch_ahead(q, at.pos);
 		/* Every chain may have as many pieces as the core gathers: what does not fit now waits for the next turn. */
 		if (unlikely(WORKER_PIECES - used < VRING_MAX_PIECES))
 			break;
@@ -138,6 +140,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 static always_inline u32 take_back(struct virtqueue *q, bool packed)
 {
 	const struct xsk *looked = NULL;
+	struct pushing push = vring_begin(q);
 	u32 n = 0;
 
 	while (q->loans_head != q->loans_tail) {
@@ -152,12 +155,11 @@ static always_inline u32 take_back(struct virtqueue *q, bool packed)
 		}
 		if (x)
 			break;
-		vring_push(q, loan->chain, 0, packed);
+		vring_push(q, &push, loan->chain, 0, packed);
 		q->loans_head++;
 		n++;
 	}
-	if (n)
-		vring_publish(q, packed);
+	(void)vring_publish(q, &push, packed);
 	return n;
 }
 
@@ -233,9 +235,14 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 		wait_for_loans(w, q, burst, n);
 		return n;
 	}
-	for (u32 i = 0; i < n; i++)
-		vring_push(q, burst[i].chain, 0, packed);
-	vring_publish(q, packed);
+	struct pushing push = vring_begin(q);
+
+	if (q->in_order)
+		vring_push_until(q, &push, burst[n - 1].after, burst[n - 1].chain, packed);
+	else
+		for (u32 i = 0; i < n; i++)
+			vring_push(q, &push, burst[i].chain, 0, packed);
+	(void)vring_publish(q, &push, packed);
 	worker_owes(w, q);
 	return n;
 }

@@ -422,7 +422,8 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		return r;
 	x->port = &b->ports[port];
 	x->queue = queue;
-	x->source = (struct source){.ops = &xsk_source, .fd = x->fd, .spins = true, .unwatched = true, .kicks = &nq->rx.kicks};
+	x->source = (struct source){
+		.ops = &xsk_source, .fd = x->fd, .spins = true, .unwatched = true, .kicks = &nq->rx.kicks};
 	workers_park(b);
 	r = worker_add_source(b->workers[queue % b->config.workers], &x->source);
 	if (!r)

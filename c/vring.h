@@ -59,6 +59,7 @@ struct virtqueue {
 	bool event_idx;
 	bool indirect;
 	bool mergeable;
+	bool in_order;
 	bool started;
 	bool enabled;
 	bool shared; /* several workers use it: the lock holds */
@@ -72,13 +73,10 @@ struct virtqueue {
 	/* Written by the owner. */
 	struct spinlock lock XN_ALIGNED;
 	struct cursor next;	 /* to take from */
-	struct cursor used;	 /* to push to */
+	struct cursor used;	 /* to push to, and published */
 	struct cursor signalled; /* `used` at the last notification check */
 	u16 avail_idx;		 /* split: the guest's index, as last read */
-	u16 held_flags;		 /* packed: of the first element since the last publish, which makes them all visible */
-	u16 held_pos;
 	u32 unchecked; /* packed: descriptors published since the last notification check; may be more than a lap */
-	bool held;
 	bool signalled_valid;
 	u8 broken; /* enum xn_broken */
 	u32 hint;  /* memory region of the last translation */
@@ -254,56 +252,103 @@ static always_inline int vring_pop(struct virtqueue *q, struct cursor *at, bool 
 	return n;
 }
 
-static always_inline void vring_push(struct virtqueue *q, chain_t chain, u32 written, bool packed)
+/*
+ * Chains being handed back. The guest sees none of them before vring_publish, and `used` of the ring stands still; kept
+ * apart from the ring so that a loop has it in registers.
+ */
+struct pushing {
+	struct cursor at;
+	u16 first_pos; /* packed: whose flags make them all visible, so they are stored last */
+	u16 first_flags;
+	bool any;
+};
+
+static always_inline struct pushing vring_begin(const struct virtqueue *q)
 {
-	if (packed) {
-		struct vring_packed_desc *d = &q->packed.desc[q->used.pos];
-		u16 flags = packed_used_flags(q->used.wrap);
-
-		/* The WRITE flag says that the length means something (2.8.4); so it does here even where it is 0. */
-		flags |= written ? VRING_DESC_F_WRITE : 0;
-		g_store32(&d->len, written);
-		g_store16(&d->id, chain_id(chain));
-		if (!q->held) {
-			q->held = true;
-			q->held_pos = q->used.pos;
-			q->held_flags = flags;
-		} else {
-			/* Release: length and id are visible before the flags; the first element's flags come last of all. */
-			g_store16_release(&d->flags, flags);
-		}
-		cursor_advance(q, &q->used, chain_descs(chain), true);
-		return;
-	}
-	const struct vring_used_elem element = {.id = chain_id(chain), .len = written};
-
-	g_copy_to(&q->split.used->ring[q->used.pos & (q->num - 1)], &element, sizeof(element));
-	q->used.pos++;
+	return (struct pushing){.at = q->used};
 }
 
-static always_inline void vring_publish(struct virtqueue *q, bool packed)
+static always_inline void push_packed(const struct virtqueue *q, struct pushing *p, chain_t chain, u32 written)
 {
-	if (!packed) {
-		/* Release: the buffers and used elements are visible before the index that announces them. */
-		g_store16_release(&q->split.used->idx, q->used.pos);
-	} else if (q->held) {
-		g_store16_release(&q->packed.desc[q->held_pos].flags, q->held_flags);
-		q->unchecked += q->used.pos - q->held_pos + (q->used.pos > q->held_pos ? 0 : q->num);
-		q->held = false;
+	struct vring_packed_desc *d = &q->packed.desc[p->at.pos];
+	/* The WRITE flag says that the length means something (2.8.4); so it does here even where it is 0. */
+	u16 flags = packed_used_flags(p->at.wrap) | (written ? VRING_DESC_F_WRITE : 0);
+
+	g_store32(&d->len, written);
+	g_store16(&d->id, chain_id(chain));
+	if (p->any) {
+		/* Release: length and id are visible before the flags. */
+		g_store16_release(&d->flags, flags);
+		return;
 	}
+	p->first_pos = p->at.pos;
+	p->first_flags = flags;
+}
+
+static always_inline void push_split(const struct virtqueue *q, const struct pushing *p, chain_t chain, u32 written)
+{
+	const struct vring_used_elem element = {.id = chain_id(chain), .len = written};
+
+	g_copy_to(&q->split.used->ring[p->at.pos & (q->num - 1)], &element, sizeof(element));
+}
+
+static always_inline void vring_push(const struct virtqueue *q, struct pushing *p, chain_t chain, u32 written,
+				     bool packed)
+{
+	if (packed)
+		push_packed(q, p, chain, written);
+	else
+		push_split(q, p, chain, written);
+	p->any = true;
+	cursor_advance(q, &p->at, packed ? chain_descs(chain) : 1, packed);
 }
 
 /*
- * Has the descriptors of the next n chains, and where n will be handed back, on their way into the cache. Both were last
- * touched by the guest; in a split ring, descriptors lie in no order that the hardware could guess.
+ * All chains up to the cursor `after`, of which `last` is the last, with nothing written into any: with IN_ORDER one
+ * element stands for all of them (2.7.9, 2.8.9).
  */
-static always_inline void vring_prefetch(struct virtqueue *q, u32 n, bool packed)
+static always_inline void vring_push_until(const struct virtqueue *q, struct pushing *p, struct cursor after,
+					   chain_t last, bool packed)
+{
+	if (packed)
+		push_packed(q, p, last, 0);
+	else
+		push_split(q, p, last, 0);
+	p->any = true;
+	p->at = after;
+}
+
+/* False: nothing was pushed. */
+static always_inline bool vring_publish(struct virtqueue *q, const struct pushing *p, bool packed)
+{
+	if (!p->any)
+		return false;
+	if (packed) {
+		g_store16_release(&q->packed.desc[p->first_pos].flags, p->first_flags);
+		q->unchecked += p->at.pos - q->used.pos + (p->at.wrap == q->used.wrap ? 0 : q->num);
+	} else {
+		/* Release: the buffers and used elements are visible before the index that announces them. */
+		g_store16_release(&q->split.used->idx, p->at.pos);
+	}
+	q->used = p->at;
+	return true;
+}
+
+/*
+ * Has the descriptors of the next n chains, and where `elements` will be handed back, on their way into the cache. Both were
+ * last touched by the guest; in a split ring, descriptors lie in no order that the hardware could guess.
+ */
+static always_inline void vring_prefetch(struct virtqueue *q, u32 n, u32 elements, bool packed)
 {
 	if (packed) {
-		/* A ring of descriptors in order, used where they were taken: the hardware follows, once started. */
-		prefetch_write(&q->packed.desc[q->next.pos]);
+		const u32 line = XN_CACHELINE / sizeof(struct vring_packed_desc);
+
+		/* They are handed back where they were taken. */
+		for (u32 i = 0; i < elements; i += line)
+			prefetch_write(&q->packed.desc[q->next.pos + i < q->num ? q->next.pos + i : i]);
 		return;
 	}
+	const u32 line = XN_CACHELINE / sizeof(struct vring_used_elem);
 	u32 known = min_u32((u16)(q->avail_idx - q->next.pos), n);
 
 	for (u32 i = 0; i < known; i++) {
@@ -312,10 +357,17 @@ static always_inline void vring_prefetch(struct virtqueue *q, u32 n, bool packed
 		if (likely(head < q->num))
 			prefetch(&q->split.desc[head]);
 	}
-	const u32 line = XN_CACHELINE / sizeof(struct vring_used_elem);
-
-	for (u32 i = 0; i < n + line; i += line)
+	for (u32 i = 0; i < elements; i += line)
 		prefetch_write(&q->split.used->ring[(q->used.pos + i) & (q->num - 1)]);
+}
+
+/* How many are available shows in the descriptors alone: so a packed ring is looked at a little way ahead, line by line. */
+static always_inline void packed_prefetch_ahead(const struct virtqueue *q, u32 pos)
+{
+	const u32 line = XN_CACHELINE / sizeof(struct vring_packed_desc);
+
+	if (pos % line == 0)
+		prefetch(&q->packed.desc[pos + 2 * line < q->num ? pos + 2 * line : 0]);
 }
 
 /* Stops asking for kicks. Split with event index: a stale index in the past does that by itself. */

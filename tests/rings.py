@@ -202,6 +202,8 @@ class Ring(abc.ABC):
         self.memory = memory
         self.num = num
         self.event_idx = bool(features & EVENT_IDX)
+        self.in_order = bool(features & IN_ORDER)
+        self.batch: deque[tuple[int, int]] = deque()  # in order: used, by an element that was read, and not yet collected
         self.allocate(region)
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -329,6 +331,13 @@ class Ring(abc.ABC):
                 self.memory.give(table.addr, table.size)
         return found
 
+    def batch_of(self, ident: int) -> list[int]:
+        """The chains that an element is about: in order, all from the oldest to its own (2.7.9, 2.8.9)."""
+        if not self.in_order:
+            return [ident]
+        posted = list(self.chains)
+        return posted[: posted.index(ident) + 1]
+
     def sleep(self, deadline: float) -> bool:
         """Until the device has handed something back. False: no interrupt by the deadline."""
         while not self.pending():
@@ -373,6 +382,7 @@ class SplitRing(Ring):
         self.next_avail = self.last_used = self.kicked = base
         self.free = deque(range(self.num))
         self.chains = {}
+        self.batch.clear()
         self.collected = 0
         for addr, size in self.parts():
             self.memory.write(addr, bytes(size))
@@ -460,8 +470,11 @@ class SplitRing(Ring):
     def next_used(self) -> tuple[int, int, Chain] | None:
         if self.used_idx() == self.last_used:
             return None
-        entry = self.memory.read(self.used + 4 + 8 * (self.last_used % self.num), 8)
-        head, written = struct.unpack("<II", entry)
+        if not self.batch:
+            entry = self.memory.read(self.used + 4 + 8 * (self.last_used % self.num), 8)
+            head, written = struct.unpack("<II", entry)
+            self.batch.extend((each, written if each == head else 0) for each in self.batch_of(head))
+        head, written = self.batch.popleft()
         chain = self.chains.pop(head)
         self.free.extend(chain.descriptors)
         self.last_used = (self.last_used + 1) & 0xFFFF
@@ -509,6 +522,7 @@ class PackedRing(Ring):
         self.in_use = 0
         self.held: tuple[int, int] | None = None  # address and value of the flags that make a batch available
         self.chains = {}
+        self.batch.clear()
         self.collected = 0
         self.memory.write(self.driver, bytes(4))
         self.memory.write(self.device, bytes(4))
@@ -599,9 +613,10 @@ class PackedRing(Ring):
     def pending(self) -> int:
         n, found = self.last_used, 0
         while self.is_used(n):
-            ident = self.memory.load16(self.desc + 16 * (n % self.num) + 12)
-            n += len(self.chains[ident].descriptors)
-            found += 1
+            batch = self.batch_of(self.memory.load16(self.desc + 16 * (n % self.num) + 12))
+            batch = batch[found:] if self.in_order else batch
+            n += sum(len(self.chains[ident].descriptors) for ident in batch)
+            found += len(batch)
         return found
 
     def is_used(self, n: int) -> bool:
@@ -610,12 +625,15 @@ class PackedRing(Ring):
         return n < self.next_avail and flags & (AVAIL | USED) == (AVAIL | USED) * wrap
 
     def next_used(self) -> tuple[int, int, Chain] | None:
-        if not self.is_used(self.last_used):
-            return None
-        at = self.desc + 16 * (self.last_used % self.num)
-        written, ident, flags = struct.unpack("<IHH", self.memory.read(at + 8, 8))
-        if bool(flags & WRITE) != bool(written):
-            raise ValueError(f"a used descriptor of length {written} with flags {flags:#x}")
+        if not self.batch:
+            if not self.is_used(self.last_used):
+                return None
+            at = self.desc + 16 * (self.last_used % self.num)
+            written, ident, flags = struct.unpack("<IHH", self.memory.read(at + 8, 8))
+            if bool(flags & WRITE) != bool(written):
+                raise ValueError(f"a used descriptor of length {written} with flags {flags:#x}")
+            self.batch.extend((each, written if each == ident else 0) for each in self.batch_of(ident))
+        ident, written = self.batch.popleft()
         chain = self.chains.pop(ident)
         self.free.append(ident)
         self.in_use -= len(chain.descriptors)
