@@ -203,7 +203,7 @@ class Ring(abc.ABC):
         self.num = num
         self.event_idx = bool(features & EVENT_IDX)
         self.in_order = bool(features & IN_ORDER)
-        self.batch: deque[tuple[int, int]] = deque()  # in order: used, by an element that was read, and not yet collected
+        self.batch: deque[tuple[int, int]] = deque()  # of an element that was read, to be collected
         self.allocate(region)
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
