@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tests import dpdk
 from tests.bench import latency, plot, report, scale, throughput
-from tests.bench.lab import Lab, Row
+from tests.bench.lab import Cores, Lab, Row
 from xdpnet.demo import process
 from xdpnet.errors import XdpnetError
 
@@ -65,6 +65,7 @@ def measure(rows: list[Row], runs: int, seconds: float, results: report.Results,
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xdpn-")))
         huge = stack.enter_context(dpdk.huge_pages(HUGE_MIB, base))
+        cores = Cores(base)
         for row in rows:
             result = report.Result(report.today(), {name: {} for name in row.contenders})
             for run in range(runs):
@@ -75,7 +76,7 @@ def measure(rows: list[Row], runs: int, seconds: float, results: report.Results,
                     directory = base / str(turn)
                     directory.mkdir()
                     try:
-                        values = contend(Lab(directory, huge, seconds))
+                        values = cores.run(contend, Lab(directory, huge, seconds))
                     except FAILURES as error:
                         result.skipped[name] = str(error).partition("\n")[0].partition(";")[0]
                         console.print(f"{row.name} {name} skipped: {error}")

@@ -6,6 +6,7 @@ Rows ending in "-unordered" do without VIRTIO_F_IN_ORDER, "-packed" have packed 
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from tests.bench.lab import (
@@ -69,15 +70,17 @@ def guest_to_veth(contender: Contender, length: int) -> Callable[[Lab], Values]:
     return measure
 
 
-def raw_tx(length: int) -> Callable[[Lab], Values]:
-    """The limit: one AF_XDP socket that sends the same frame from aligned memory for ever, and no guest."""
+def raw(length: int, back: bool = False) -> Callable[[Lab], Values]:
+    """The limit: one AF_XDP socket that sends the same frames from aligned memory, and no guest; or sends back what the
+    reflector sends back.
+    """
 
     def measure(lab: Lab) -> Values:
         program = lab.directory / "rawtx"
         subprocess.run(["gcc", "-O2", "-o", str(program), str(RAW)], check=True)
-        with topology.topology() as net:
+        with topology.topology() as net, reflector(net, lab) if back else nullcontext():
             command = ["taskset", "-c", str(BACKEND_CPU), str(program), topology.HOST_IF, str(length)]
-            sender = net.host.spawn(command, lab.directory / "rawtx.log")
+            sender = net.host.spawn([*command, *(["back"] if back else [])], lab.directory / "rawtx.log")
             try:
                 return rate(lambda: net.far.counters(topology.FAR_IF)["rx"]["packets"], lab)
             finally:
@@ -139,7 +142,7 @@ ROWS = [
             f"guest to veth, {length} B",
             UNITS,
             {name: guest_to_veth(contender, length) for name, contender in (BACKENDS | ZEROCOPY).items()}
-            | {"raw AF_XDP": raw_tx(length)},
+            | {"raw AF_XDP": raw(length)},
         )
         for length in (64, 1500)
     ),
@@ -148,7 +151,8 @@ ROWS = [
             f"veth-and-back-{length}",
             f"through veth and back, {length} B",
             UNITS,
-            {name: veth_and_back(contender, length) for name, contender in (BACKENDS | ZEROCOPY).items()},
+            {name: veth_and_back(contender, length) for name, contender in (BACKENDS | ZEROCOPY).items()}
+            | {"raw AF_XDP": raw(length, back=True)},
         )
         for length in (64, 1500)
     ),
