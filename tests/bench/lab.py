@@ -51,7 +51,7 @@ class Row:
 class Cores:
     """Whether the backend's CPU and the client's share a cache.
 
-    A host moves its guests' CPUs, and all that two cores do together takes two to three times as long while theirs are on
+    A host moves its guests' CPUs, and what two cores do together takes two to three times as long while theirs are on
     different parts of a processor.
     """
 
