@@ -1,5 +1,7 @@
 #include "bridge.h"
 
+#include "csum.h"
+
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -74,6 +76,12 @@ static void classify(struct worker *w, const struct port *from, struct view *vie
 	}
 }
 
+/* Frames that a view is on the wire; no more than the smallest set of frames has room for. */
+static u32 wire_frames(const struct view *v)
+{
+	return min_u32(vnet_segments(v), XN_MIN_FRAMES / 2);
+}
+
 /* How many views, from the first, can go before one finds its netdev full. */
 static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 n)
 {
@@ -88,26 +96,118 @@ static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 
 			if (port != VIEW_DROPPED)
 				continue;
 			port = views[i].port;
-			room = netdev_room(w, &b->ports[port], queue);
+			room = netdev_room(w, &b->ports[port], queue, wire_frames(&views[i]));
 		}
-		if (!room)
+		u32 wanted = wire_frames(&views[i]);
+
+		if (room < wanted)
 			return i;
-		room--;
+		room -= wanted;
 	}
 	return n;
 }
 
-static void deliver(struct worker *w, struct port *to, u32 queue, const struct view *views, u64 mask)
+static void deliver_plain(struct worker *w, struct port *to, u32 queue, const struct view *views, const u8 *which,
+			  u32 n)
 {
-	u8 which[XN_BURST];
-	u32 n = 0;
-
-	for (; mask; mask &= mask - 1)
-		which[n++] = (u8)__builtin_ctzll(mask);
 	if (likely(to->kind == PORT_GUEST))
 		guest_deliver(w, to, queue, views, which, n);
 	else
 		netdev_deliver(w, to, queue, views, which, n);
+}
+
+/* What a port does itself: a guest what it has agreed to; an interface's checksums are made as the frame is copied. */
+static u8 takes(const struct port *to)
+{
+	return to->kind == PORT_GUEST ? to->guest.takes : NEED_CSUM;
+}
+
+/* Cuts a frame that the port does not take whole. */
+static void deliver_cut(struct worker *w, struct port *to, u32 queue, struct view *whole, struct xn_queue_stats *stats)
+{
+	struct virtqueue *lender = w->lender;
+	struct gso_room *room = &w->cut;
+	u8 which[XN_BURST];
+	struct gso cut;
+	u32 made = 0, n;
+
+	/* The payload of a segment is no chain of its own. */
+	w->lender = NULL;
+	gso_start(&cut, whole);
+	while ((n = gso_next(&cut, room))) {
+		for (u32 i = 0; i < n; i++) {
+			which[i] = (u8)i;
+			if (room->views[i].needs & ~takes(to))
+				csum_complete(&room->views[i]);
+		}
+		deliver_plain(w, to, queue, room->views, which, n);
+		made += n;
+	}
+	w->lender = lender;
+	count(&stats->cut, 1);
+	count(&stats->segments, made - 1);
+}
+
+/* In order: what the port takes as it is in runs, the others changed into what it does take. */
+static __attribute__((noinline)) void deliver_changed(struct worker *w, struct port *to, u32 queue, struct view *views,
+						      u8 *which, u32 n, struct xn_queue_stats *stats)
+{
+	u32 from = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		struct view *v = &views[which[i]];
+		u8 missing = v->needs & (u8)~takes(to);
+
+		if (missing & NEED_CUT) {
+			deliver_plain(w, to, queue, views, which + from, i - from);
+			deliver_cut(w, to, queue, v, stats);
+			from = i + 1;
+		} else if (missing) {
+			csum_complete(v);
+			count(&stats->csum_completed, 1);
+		} else if (v->needs && to->kind == PORT_GUEST) {
+			count(&stats->csum_partial, 1);
+		}
+	}
+	deliver_plain(w, to, queue, views, which + from, n - from);
+}
+
+static void deliver(struct worker *w, struct port *to, u32 queue, struct view *views, u64 mask,
+		    struct xn_queue_stats *stats)
+{
+	u8 which[XN_BURST], needs = 0;
+	u32 n = 0;
+
+	for (; mask; mask &= mask - 1) {
+		u32 i = (u32)__builtin_ctzll(mask);
+
+		which[n++] = (u8)i;
+		needs |= views[i].needs;
+	}
+	if (likely(!needs))
+		deliver_plain(w, to, queue, views, which, n);
+	else
+		deliver_changed(w, to, queue, views, which, n, stats);
+}
+
+/* From the wire to the one guest that it is for: frames of a flow in one, where it takes such. */
+static u64 join(struct worker *w, const struct port *to, struct view *views, u64 mask, struct xn_queue_stats *stats)
+{
+	struct gro_done done = {0};
+	u8 which[XN_BURST];
+	u32 n = 0;
+	u64 left = 0;
+
+	for (u64 m = mask; m; m &= m - 1)
+		which[n++] = (u8)__builtin_ctzll(m);
+	n = gro_join(&w->joined, views, which, n, takes(to), &done);
+	if (!done.joined && !done.verified)
+		return mask;
+	for (u32 i = 0; i < n; i++)
+		left |= 1ull << which[i];
+	count(&stats->joined, done.joined);
+	count(&stats->csum_verified, done.verified);
+	return left;
 }
 
 static bool floods_to(const struct port *from, const struct port *to)
@@ -115,7 +215,7 @@ static bool floods_to(const struct port *from, const struct port *to)
 	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV);
 }
 
-static void flood(struct worker *w, struct port *from, u32 queue, const struct view *views, u64 mask,
+static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask,
 		  struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
@@ -125,7 +225,7 @@ static void flood(struct worker *w, struct port *from, u32 queue, const struct v
 		if (!floods_to(from, &b->ports[i]))
 			continue;
 		ports++;
-		deliver(w, &b->ports[i], queue, views, mask);
+		deliver(w, &b->ports[i], queue, views, mask, stats);
 	}
 	if (ports)
 		count(&stats->copies, (u64)(ports - 1) * frames);
@@ -164,7 +264,12 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 		for (u64 left = unicast & (unicast - 1); left; left &= left - 1)
 			if (unlikely(views[__builtin_ctzll(left)].port != port))
 				mask &= ~(left & -left);
-		deliver(w, &w->bridge->ports[port], queue, views, mask);
+		struct port *to = &w->bridge->ports[port];
+		u64 whole = mask;
+
+		if (from->kind == PORT_NETDEV && takes(to) & NEED_CUT)
+			whole = join(w, to, views, mask, stats);
+		deliver(w, to, queue, views, whole, stats);
 		unicast &= ~mask;
 	}
 	if (unlikely(group))
@@ -185,9 +290,10 @@ void bridge_event(struct xn_bridge *b, enum xn_event event)
 
 /* ---- public: the bridge ---- */
 
-static const char *const drop_names[] = {"short",     "runt",	  "oversize", "pieces",	   "offload",
-					 "spoof",     "disabled", "no_port",  "no_buffer", "too_small",
-					 "not_ready", "broken",	  "no_frame", "bad_frame", "truncated"};
+static const char *const drop_names[] = {"short",     "runt",	   "oversize", "pieces",   "gso_type",	"gso_size",
+					 "gso_csum",  "gso_proto", "csum",     "l3",	   "l4",	"ipv6_ext",
+					 "fragment",  "vlan",	   "spoof",    "disabled", "no_port",	"no_buffer",
+					 "too_small", "not_ready", "broken",   "no_frame", "bad_frame", "truncated"};
 _Static_assert(ARRAY_LEN(drop_names) == XN_DROP_COUNT, "a name for every drop reason");
 _Static_assert(ARRAY_LEN(((struct xn_queue_stats *)0)->drops) == XN_DROP_COUNT, "a counter for every drop reason");
 
@@ -220,8 +326,8 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 {
 	u32 frames = config->frames_per_queue;
 
-	if (!config->workers || config->workers > XN_MAX_WORKERS || config->zerocopy > XN_ZEROCOPY_ON || frames < 256 ||
-	    frames > 65536 || frames & (frames - 1)) {
+	if (!config->workers || config->workers > XN_MAX_WORKERS || config->zerocopy > XN_ZEROCOPY_ON ||
+	    frames < XN_MIN_FRAMES || frames > 65536 || frames & (frames - 1)) {
 		errno = EINVAL;
 		return NULL;
 	}

@@ -20,6 +20,8 @@ struct guest {
 	u32 ready[XN_MAX_PAIRS]; /* pairs whose receive ring takes frames */
 	bool rx_shared;		 /* several workers may deliver to one of them */
 	u64 features;
+	u8 sends; /* enum view_need: what it may ask for, and what it takes */
+	u8 takes;
 	struct mem *mem;
 	u32 mem_lost;		 /* raised by the SIGBUS handler */
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
@@ -86,8 +88,8 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 /* The ports' half of it. Views are given by index; what is delivered or lost is counted there. */
 void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
-/* Frames that the netdev's queue takes now without loss; UINT32_MAX: it will drop, not wait. */
-u32 netdev_room(struct worker *w, struct port *p, u32 queue);
+/* Frames that the netdev's queue takes now without loss, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
+u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted);
 /* Takes back what the kernel has sent. */
 void netdev_reap(struct xsk *x);
 /* A loan takes too long: copies what can be, and asks for the socket to be closed and opened again. */

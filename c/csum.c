@@ -1,125 +1,198 @@
 #include "csum.h"
 
-#include <arpa/inet.h>
 #include <linux/if_ether.h>
 #include <netinet/in.h>
 
-enum { VXLAN_PORT = 4789, VXLAN_HDR = 8, UDP_HDR = 8, TCP_HDR = 20, IPV4_HDR = 20, IPV6_HDR = 40, VLAN_HDR = 4 };
+#include "packet.h"
 
-static u16 load16(const u8 *p)
+enum { VXLAN_PORT = 4789, VXLAN_HDR = 8 };
+
+/* ---- sums ---- */
+
+typedef u64 lanes __attribute__((vector_size(32)));
+
+/* Each lane is two 32-bit words, summed apart: 2^32 of them fit. */
+static inline void add_lanes(lanes *low, lanes *high, const lanes *v)
 {
-	u16 v;
-
-	memcpy(&v, p, sizeof(v));
-	return v;
+	*low += *v & 0xffffffff;
+	*high += *v >> 32;
 }
 
-/* Sum of the bytes as 16-bit words in memory order, unfolded; odd lengths are padded with a zero. */
-static u64 sum_bytes(const u8 *p, u32 len)
+static inline u64 sum_lanes(const lanes *low, const lanes *high)
+{
+	const lanes all = *low + *high;
+
+	return all[0] + all[1] + all[2] + all[3];
+}
+
+static u64 sum_tail(const u8 *p, u32 n)
 {
 	u64 sum = 0;
 
-	for (; len >= 32; len -= 32, p += 32) {
-		u32 w[8];
+	for (; n >= 2; n -= 2, p += 2) {
+		u16 word;
 
-		memcpy(w, p, sizeof(w));
-		sum += (u64)w[0] + w[1] + w[2] + w[3] + ((u64)w[4] + w[5] + w[6] + w[7]);
+		memcpy(&word, p, sizeof(word));
+		sum += word;
 	}
-	for (; len >= 2; len -= 2, p += 2)
-		sum += load16(p);
-	if (len) {
+	if (n) {
 		const u8 last[2] = {*p, 0};
+		u16 word;
 
-		sum += load16(last);
+		memcpy(&word, last, sizeof(word));
+		sum += word;
 	}
 	return sum;
 }
 
-static u16 fold(u64 sum)
+u64 csum_bytes(const u8 *p, u32 n)
 {
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (u16)sum;
+	lanes low = {0}, high = {0}, v;
+
+	for (; n >= sizeof(v); n -= sizeof(v), p += sizeof(v)) {
+		memcpy(&v, p, sizeof(v));
+		add_lanes(&low, &high, &v);
+	}
+	return sum_lanes(&low, &high) + sum_tail(p, n);
 }
 
-static bool complete(u8 *frame, u32 len, u32 depth)
+u64 csum_copy(u8 *to, const u8 *from, u32 n)
 {
-	u32 at = ETH_HLEN;
-	u16 type;
+	lanes low = {0}, high = {0}, v;
 
-	if (len < ETH_HLEN + IPV4_HDR)
-		return false;
-	type = ntohs(load16(frame + 12));
-	for (u32 tags = 0; tags < 2 && (type == ETH_P_8021Q || type == ETH_P_8021AD); tags++) {
-		at += VLAN_HDR;
-		if (at + IPV4_HDR > len)
-			return false;
-		type = ntohs(load16(frame + at - 2));
+	/* A block goes through registers: what is summed is what is stored, whatever becomes of `from`. */
+	for (; n >= sizeof(v); n -= sizeof(v), from += sizeof(v), to += sizeof(v)) {
+		g_copy_from(&v, from, sizeof(v));
+		memcpy(to, &v, sizeof(v));
+		add_lanes(&low, &high, &v);
 	}
+	g_copy_from(to, from, n);
+	return sum_lanes(&low, &high) + sum_tail(to, n);
+}
 
-	u8 *ip = frame + at;
-	u8 proto;
-	u32 l4_len;
-	u64 pseudo;
+u64 csum_pseudo(const u8 *ip, u8 version, u8 protocol, u32 l4_len)
+{
+	const u8 tail[8] = {(u8)(l4_len >> 24), (u8)(l4_len >> 16), (u8)(l4_len >> 8), (u8)l4_len, 0, 0, 0, protocol};
+	u64 addresses = version == 4 ? csum_bytes(ip + 12, 8) : csum_bytes(ip + 8, 32);
 
-	if (type == ETH_P_IP) {
-		u32 ihl = (ip[0] & 0xf) * 4u, total = ntohs(load16(ip + 2));
+	return addresses + csum_bytes(tail, sizeof(tail));
+}
 
-		/* Fragments have no checksum of their own: MF or an offset. */
-		if (ip[0] >> 4 != 4 || ihl < IPV4_HDR || total < ihl || total > len - at ||
-		    ntohs(load16(ip + 6)) & 0x3fff)
-			return false;
-		proto = ip[9];
-		l4_len = total - ihl;
-		pseudo = sum_bytes(ip + 12, 8);
-		at += ihl;
-	} else if (type == ETH_P_IPV6) {
-		u32 payload;
+/* ---- frames ---- */
 
-		if (len - at < IPV6_HDR)
-			return false;
-		payload = ntohs(load16(ip + 4));
-		if (ip[0] >> 4 != 6 || payload > len - at - IPV6_HDR)
-			return false;
-		proto = ip[6];
-		l4_len = payload;
-		pseudo = sum_bytes(ip + 8, 32);
-		at += IPV6_HDR;
-	} else {
-		return false;
+void csum_copy_view(u8 *to, const struct view *v)
+{
+	const u32 start = v->vnet.csum_start, field = start + v->vnet.csum_offset;
+	u64 sum = 0;
+	u32 at = 0;
+
+	for (u32 i = 0; i < v->n && at < v->len; i++) {
+		const u8 *from = v->pieces[i].ptr;
+		u32 n = min_u32(v->pieces[i].len, v->len - at), before = at < start ? min_u32(start - at, n) : 0;
+
+		g_copy_from(to + at, from, before);
+		at += before;
+		sum = csum_add(sum, csum_copy(to + at, from + before, n - before), at - start);
+		at += n - before;
 	}
+	u16 done = csum_mangle((u16)~csum_fold(sum));
 
-	u8 *l4 = frame + at, *field;
+	memcpy(to + field, &done, sizeof(done));
+}
 
-	if (proto == IPPROTO_TCP && l4_len >= TCP_HDR)
-		field = l4 + 16;
-	else if (proto == IPPROTO_UDP && l4_len >= UDP_HDR)
-		field = l4 + 6;
-	else
+void csum_complete(struct view *v)
+{
+	const u32 start = v->vnet.csum_start, field = start + v->vnet.csum_offset;
+	u64 sum = 0;
+	u32 at = 0;
+
+	for (u32 i = 0; i < v->n && at < v->len; i++) {
+		u32 n = min_u32(v->pieces[i].len, v->len - at), before = at < start ? min_u32(start - at, n) : 0;
+
+		at += before;
+		sum = csum_add(sum, csum_bytes(v->pieces[i].ptr + before, n - before), at - start);
+		at += n - before;
+	}
+	u16 done = csum_mangle((u16)~csum_fold(sum));
+
+	memcpy(v->pieces->ptr + field, &done, sizeof(done));
+	if (field < VIEW_HEAD)
+		memcpy(v->head, v->pieces->ptr, min_u32(VIEW_HEAD, v->pieces->len));
+	v->vnet.flags = 0;
+	v->vnet.csum_start = v->vnet.csum_offset = 0;
+	v->needs &= (u8)~NEED_CSUM;
+}
+
+/* The offset of the field, if it holds no more than the pseudo header's sum; 0: it does not. */
+static u32 partial_field(const u8 *frame, const struct packet *at)
+{
+	u32 field = at->l4 + (at->protocol == IPPROTO_TCP ? TCP_CSUM : UDP_CSUM);
+	u16 found;
+
+	if (at->fragment || (at->protocol != IPPROTO_TCP && at->protocol != IPPROTO_UDP))
+		return 0;
+	memcpy(&found, frame + field, sizeof(found));
+	if (!found && at->protocol == IPPROTO_UDP)
+		return 0;
+	return found == csum_fold(csum_pseudo(frame + at->l3, at->version, at->protocol, at->end - at->l4)) ? field : 0;
+}
+
+static bool set_partial(struct view *v, const struct packet *at, u32 field, u32 base)
+{
+	if (!field)
 		return false;
-
-	/* The outer checksum of a tunnel was made for a completed inner one, so the inner comes first. */
-	bool done = false;
-
-	if (proto == IPPROTO_UDP && !depth && ntohs(load16(l4 + 2)) == VXLAN_PORT && l4_len > UDP_HDR + VXLAN_HDR)
-		done = complete(l4 + UDP_HDR + VXLAN_HDR, l4_len - UDP_HDR - VXLAN_HDR, 1);
-	u16 found = load16(field);
-
-	/* Zero is "no checksum" in UDP. */
-	if ((!found && proto == IPPROTO_UDP) || found != fold(pseudo + htons((u16)l4_len) + htons(proto)))
-		return done;
-	/* The field still holds the pseudo header's sum: the sum over the segment includes it. */
-	u16 sum = (u16)~fold(sum_bytes(l4, l4_len));
-
-	if (!sum && proto == IPPROTO_UDP)
-		sum = 0xffff;
-	memcpy(field, &sum, sizeof(sum));
+	v->vnet.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
+	v->vnet.csum_start = (u16)(base + at->l4);
+	v->vnet.csum_offset = (u16)(field - at->l4);
+	v->needs |= NEED_CSUM;
 	return true;
 }
 
-bool csum_complete_partial(u8 *frame, u32 len)
+/* The frame in a VXLAN packet. */
+static bool find_inner(struct view *v, const u8 *frame, u32 have, const struct packet *outer)
 {
-	return complete(frame, len, 0);
+	u32 base = outer->payload + VXLAN_HDR;
+	struct packet inner;
+
+	if (outer->protocol != IPPROTO_UDP || outer->fragment || load_be16(frame + outer->l4 + 2) != VXLAN_PORT ||
+	    base >= min_u32(have, outer->end))
+		return false;
+	return packet_parse(frame + base, have - base, outer->end - base, &inner) && base + inner.end == outer->end &&
+	       set_partial(v, &inner, partial_field(frame + base, &inner), base);
+}
+
+void csum_find_partial(struct view *v)
+{
+	const u8 *frame = v->pieces->ptr;
+	struct packet at;
+
+	if (!packet_parse(frame, v->pieces->len, v->len, &at))
+		return;
+	u32 field = partial_field(frame, &at);
+
+	/* What is behind the IP packet is padding, and in no sum. */
+	if (find_inner(v, frame, v->pieces->len, &at)) {
+		view_trim(v, at.end);
+		if (!field)
+			return;
+		/* A frame can ask for one sum only, and the outer one is over the inner. */
+		csum_complete(v);
+	}
+	if (set_partial(v, &at, field, 0))
+		view_trim(v, at.end);
+}
+
+bool csum_is_right(const struct view *v, u32 l4, u32 end, u64 pseudo)
+{
+	u64 sum = pseudo;
+	u32 at = 0;
+
+	for (u32 i = 0; i < v->n && at < end; i++) {
+		u32 n = min_u32(v->pieces[i].len, end - at), before = at < l4 ? min_u32(l4 - at, n) : 0;
+
+		at += before;
+		sum = csum_add(sum, csum_bytes(v->pieces[i].ptr + before, n - before), at - l4);
+		at += n - before;
+	}
+	return csum_fold(sum) == 0xffff;
 }

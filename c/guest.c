@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "bridge.h"
+#include "vnet.h"
 
 enum {
 	/* How long frames that are being sent are waited for, and how often they are looked at. */
@@ -306,6 +307,8 @@ int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
 			if (p->guest.rings[i].started)
 				return -EBUSY;
 	p->guest.features = features;
+	p->guest.sends = vnet_sends(features);
+	p->guest.takes = vnet_takes(features);
 	return 0;
 }
 

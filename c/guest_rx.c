@@ -15,20 +15,19 @@ struct place {
 };
 
 /*
- * Whether a buffer starts with the header of a frame in n buffers: all zero but for that. Most do, from their last use,
- * and what is not written again stays shared with the guest, which has just read it.
+ * The header of a frame in one buffer. Most buffers start with it, from their last use, and what is not written again stays
+ * shared with the guest, which has just read it.
  */
-static always_inline bool has_header(const u8 *to, u32 len, u16 buffers)
+static always_inline void put_header(u8 *to, u32 len, const struct view *v)
 {
-	u64 first;
-	u32 rest;
+	const struct virtio_net_hdr_mrg_rxbuf header = vnet_header(v, 1);
 
-	memcpy(&first, to, sizeof(first));
-	if (likely(len == sizeof(struct virtio_net_hdr_mrg_rxbuf))) {
-		memcpy(&rest, to + sizeof(first), sizeof(rest));
-		return !first && le32toh(rest) == (u32)buffers << 16;
+	if (likely(len == sizeof(header))) {
+		if (unlikely(memcmp(to, &header, sizeof(header)) != 0))
+			g_copy_to(to, &header, sizeof(header));
+	} else if (memcmp(to, &header, sizeof(header.hdr)) != 0) {
+		g_copy_to(to, &header, sizeof(header.hdr));
 	}
-	return !first && !to[8] && !to[9];
 }
 
 /* Copies n bytes to where the cursor (piece, offset) stands, and moves it on. */
@@ -52,7 +51,7 @@ static void scatter(struct piece **at, u32 *offset, const u8 *from, u32 n)
 static __attribute__((noinline)) void fill_any_place(const struct virtqueue *q, const struct place *p)
 {
 	const struct view *v = p->view;
-	struct virtio_net_hdr_mrg_rxbuf hdr = {.num_buffers = (u16)p->chains_n};
+	const struct virtio_net_hdr_mrg_rxbuf hdr = vnet_header(v, (u16)p->chains_n);
 	struct piece *at = p->pieces;
 	u32 offset = 0, skip = min_u32(v->len, VIEW_HEAD);
 
@@ -86,8 +85,9 @@ static always_inline void commit(struct worker *w, struct virtqueue *q, struct p
 
 		bytes += v->len;
 		chains += p->chains_n;
-		/* One piece to one piece, and the header is there already: nearly all of them. */
-		if (likely(p->pieces->len >= left && v->n == 1 && v->len >= VIEW_HEAD && has_header(to, hdr_len, 1))) {
+		/* One piece to one piece: nearly all of them. */
+		if (likely(p->pieces->len >= left && v->n == 1 && v->len >= VIEW_HEAD)) {
+			put_header(to, hdr_len, v);
 			memcpy(to + hdr_len, v->head, VIEW_HEAD);
 			copy_bytes(to + hdr_len + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
 			vring_push(q, push, w->chains[p->chain].chain, left, packed);

@@ -8,22 +8,18 @@
 
 /* A loan that takes longer is no more waited for: the socket is taken to be stuck. */
 enum { LOAN_US = 1000000 };
+/* Frames that large ones may become in one turn: as many bytes as a burst of plain frames has, and a few. */
+enum { CUT_FRAMES = 4 * XN_BURST };
 
-/* What a header may not ask for, as its first two bytes: flags and gso_type. */
-static inline bool asks_offload(const u8 *hdr)
-{
-	return hdr[0] & VIRTIO_NET_HDR_F_NEEDS_CSUM || hdr[1] != VIRTIO_NET_HDR_GSO_NONE;
-}
-
-/* Reads the header off the front of the pieces, across as many as it is spread over; returns how many are left. */
-static u32 gather_header(u8 *raw, u32 hdr_len, struct piece **pieces, u32 n)
+/* Reads bytes off the front of the pieces, across as many as they are spread over; returns how many are left. */
+static u32 gather(u8 *to, u32 bytes, struct piece **pieces, u32 n)
 {
 	struct piece *p = *pieces;
 
-	for (u32 got = 0; got < hdr_len;) {
-		u32 part = min_u32(p->len, hdr_len - got);
+	for (u32 got = 0; got < bytes;) {
+		u32 part = min_u32(p->len, bytes - got);
 
-		g_copy_from(raw + got, p->ptr, part);
+		g_copy_from(to + got, p->ptr, part);
 		got += part;
 		p->ptr += part;
 		p->len -= part;
@@ -36,7 +32,24 @@ static u32 gather_header(u8 *raw, u32 hdr_len, struct piece **pieces, u32 n)
 	return n;
 }
 
-static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, struct view *v, u64 total)
+/*
+ * A frame that something is asked for: all that rests on its headers rests on a snapshot, which takes their place. There
+ * is room for one more piece in front.
+ */
+static void open_offload(const struct virtqueue *q, struct view *v, const u8 *raw, u8 *headers)
+{
+	const struct virtio_net_hdr hdr = vnet_read(raw);
+	struct piece *pieces = (struct piece *)v->pieces;
+	u32 have = min_u32(v->len, PACKET_HEADERS), left = gather(headers, have, &pieces, v->n);
+
+	*--pieces = (struct piece){headers, have};
+	v->pieces = pieces;
+	v->n = left + 1;
+	view_snapshot(v);
+	vnet_judge(v, &hdr, q->port->guest.sends, headers, have);
+}
+
+static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, struct view *v, u64 total, u8 *headers)
 {
 	struct piece *pieces = (struct piece *)v->pieces;
 	u8 hdr[sizeof(struct virtio_net_hdr_mrg_rxbuf)];
@@ -46,7 +59,7 @@ static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, 
 		view_drop(v, XN_DROP_SHORT);
 		return;
 	}
-	v->n = gather_header(hdr, q->hdr_len, &pieces, v->n);
+	v->n = gather(hdr, q->hdr_len, &pieces, v->n);
 	v->pieces = pieces;
 	if (total - q->hdr_len > XN_MAX_FRAME) {
 		view_drop(v, XN_DROP_OVERSIZE);
@@ -55,29 +68,31 @@ static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, 
 	v->len = (u32)(total - q->hdr_len);
 	if (v->len < ETH_HLEN)
 		view_drop(v, XN_DROP_RUNT);
-	else if (asks_offload(hdr))
-		view_drop(v, XN_DROP_OFFLOAD);
+	else if (vnet_asks(hdr))
+		open_offload(q, v, hdr, headers);
 	else
 		view_snapshot(v);
 }
 
 /* Makes a frame of a translated chain: takes the virtio_net_hdr off it, once, and judges it. */
-static always_inline void open_chain(const struct virtqueue *q, struct view *v, u64 total)
+static always_inline void open_chain(const struct virtqueue *q, struct view *v, u64 total, u8 *headers)
 {
 	struct piece *piece = (struct piece *)v->pieces;
-	u8 hdr[2];
+	u8 hdr[sizeof(struct virtio_net_hdr)];
 
+	v->needs = 0;
+	v->vnet = (struct virtio_net_hdr){0};
 	/* One piece, and room in it for header and snapshot: nearly all of them. */
 	if (unlikely(v->n != 1 || piece->len < (u32)q->hdr_len + VIEW_HEAD || piece->len > XN_MAX_FRAME)) {
-		open_any_chain(q, v, total);
+		open_any_chain(q, v, total, headers);
 		return;
 	}
 	g_copy_from(hdr, piece->ptr, sizeof(hdr));
 	piece->ptr += q->hdr_len;
 	piece->len -= q->hdr_len;
 	v->len = piece->len;
-	if (unlikely(asks_offload(hdr)))
-		view_drop(v, XN_DROP_OFFLOAD);
+	if (unlikely(vnet_asks(hdr)))
+		open_offload(q, v, hdr, headers);
 	else
 		g_copy_from(v->head, piece->ptr, VIEW_HEAD);
 }
@@ -93,7 +108,7 @@ struct burst {
 static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct burst *burst, u32 most, bool packed)
 {
 	struct cursor at = q->next;
-	u32 n = 0, used = 0;
+	u32 n = 0, used = 0, frames = 0;
 
 	if (!vring_peek(q, at, packed))
 		return 0;
@@ -105,12 +120,14 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 		if (packed)
 			packed_prefetch_ahead(q, at.pos);
 		/* Every chain may have as many pieces as the core gathers: what does not fit now waits for the next turn. */
-		if (unlikely(WORKER_PIECES - used < VRING_MAX_PIECES))
+		if (unlikely(WORKER_PIECES - used < VRING_MAX_PIECES + 1))
 			break;
+		/* In front of them is room for the snapshot of a frame's headers. */
+		struct piece *to = &w->pieces[used + 1];
+
 		v->port = VIEW_FLOOD;
-		v->pieces = &w->pieces[used];
-		pieces = vring_pop(q, &at, false, &w->pieces[used], VRING_MAX_PIECES, &burst[n].total, &burst[n].chain,
-				   packed);
+		v->pieces = to;
+		pieces = vring_pop(q, &at, false, to, VRING_MAX_PIECES, &burst[n].total, &burst[n].chain, packed);
 		burst[n].after = at;
 		if (unlikely(pieces == -EIO))
 			break;
@@ -120,7 +137,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 			continue;
 		}
 		v->n = (u32)pieces;
-		used += (u32)pieces;
+		used += (u32)pieces + 1;
 		if (likely(pieces)) {
 			/* Drivers put the header right before the frame, often at the end of another line. */
 			prefetch(v->pieces->ptr);
@@ -130,8 +147,12 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 	for (u32 i = 0; i < n; i++) {
 		struct view *v = &w->views[i];
 
-		if (likely(v->port != VIEW_DROPPED))
-			open_chain(q, v, burst[i].total);
+		if (unlikely(v->port == VIEW_DROPPED))
+			continue;
+		open_chain(q, v, burst[i].total, w->headers[i]);
+		/* What one turn can become has a limit; the rest is looked at anew in the next one. */
+		if (unlikely(v->needs & NEED_CUT) && (frames += vnet_segments(v)) >= CUT_FRAMES)
+			return i + 1;
 	}
 	return n;
 }

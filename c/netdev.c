@@ -23,20 +23,21 @@ enum {
 	PAGE = 4096
 };
 
-/* The view of a frame in memory of ours; completes checksums that a virtual interface left partial. */
-static void open_frame(struct view *v, struct piece *piece, u8 *frame, u32 len, struct xn_queue_stats *stats)
+/* The view of a frame in memory of ours. A virtual interface may have left its checksum partial. */
+static void open_frame(struct view *v, struct piece *piece, u8 *frame, u32 len)
 {
 	*piece = (struct piece){frame, len};
 	v->pieces = piece;
 	v->n = 1;
 	v->len = len;
 	v->port = VIEW_FLOOD;
+	v->needs = 0;
+	v->vnet = (struct virtio_net_hdr){0};
 	if (unlikely(len < ETH_HLEN)) {
 		view_drop(v, XN_DROP_RUNT);
 		return;
 	}
-	if (csum_complete_partial(frame, len))
-		count(&stats->csum_completed, 1);
+	csum_find_partial(v);
 	view_snapshot(v);
 }
 
@@ -66,7 +67,7 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 			view_drop(v, XN_DROP_BAD_FRAME);
 			continue;
 		}
-		open_frame(v, &w->pieces[i], x->arena->base + addr, len, stats);
+		open_frame(v, &w->pieces[i], x->arena->base + addr, len);
 	}
 	bridge_forward(w, x->port, x->queue, w->views, n, stats, false);
 	for (u32 i = 0; i < n; i++)
@@ -144,7 +145,7 @@ static u32 group_poll(struct worker *w, struct source *s)
 		}
 		u8 *frame = restore_tag(&msgs[i].msg_hdr, w->group_frames[i] + VLAN_TAG, &len);
 
-		open_frame(v, &w->pieces[i], frame, len, stats);
+		open_frame(v, &w->pieces[i], frame, len);
 	}
 	bridge_forward(w, p, 0, w->views, (u32)n, stats, false);
 	return (u32)n;
@@ -171,7 +172,7 @@ static void unlock_tx(struct xsk *x)
 		spin_unlock(&x->lock);
 }
 
-u32 netdev_room(struct worker *w, struct port *p, u32 queue)
+u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted)
 {
 	struct netdev *d = &p->netdev;
 
@@ -187,13 +188,13 @@ u32 netdev_room(struct worker *w, struct port *p, u32 queue)
 	xsk_reap(x);
 	u32 room = min_u32(x->free_n, xsk_tx_room(x));
 
-	if (unlikely(room < XN_BURST && x->pending)) {
+	if (unlikely((room < XN_BURST || room < wanted) && x->pending)) {
 		x->pending = !xsk_kick(x, &nq->tx.kicks);
 		xsk_reap(x);
 		room = min_u32(x->free_n, xsk_tx_room(x));
 	}
 	unlock_tx(x);
-	if (room) {
+	if (room >= wanted) {
 		x->blocked_since = 0;
 		return room;
 	}
@@ -206,9 +207,14 @@ u32 netdev_room(struct worker *w, struct port *p, u32 queue)
 }
 
 /* Shorter frames are padded with zeroes: the frame in the arena held somebody else's bytes before. */
-static u32 write_frame(u8 *to, const struct view *v)
+static u32 write_frame(u8 *to, const struct view *v, struct xn_queue_stats *stats)
 {
-	view_copy(to, v);
+	if (likely(!v->needs)) {
+		view_copy(to, v);
+	} else {
+		csum_copy_view(to, v);
+		count(&stats->csum_computed, 1);
+	}
 	if (likely(v->len >= ETH_ZLEN))
 		return v->len;
 	memset(to + v->len, 0, ETH_ZLEN - v->len);
@@ -228,7 +234,7 @@ void netdev_reap(struct xsk *x)
  */
 static bool can_lend(const struct worker *w, const struct xsk *x, const struct view *v)
 {
-	if (v->n != 1 || v->len < w->bridge->config.copybreak || v->len < ETH_ZLEN)
+	if (v->n != 1 || v->needs || v->len < w->bridge->config.copybreak || v->len < ETH_ZLEN)
 		return false;
 	return !x->zerocopy || (uintptr_t)v->pieces->ptr % PAGE + v->len <= PAGE;
 }
@@ -282,7 +288,7 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 		}
 		u64 addr = x->free[--x->free_n];
 
-		*desc = (struct xdp_desc){.addr = addr, .len = write_frame(x->arena->base + addr, v)};
+		*desc = (struct xdp_desc){.addr = addr, .len = write_frame(x->arena->base + addr, v, &nq->tx)};
 	}
 	if (!sent)
 		goto out;

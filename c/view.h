@@ -9,11 +9,27 @@
 
 #include <endian.h>
 #include <linux/if_ether.h>
+#include <linux/virtio_net.h>
 
 #include "mem.h"
 
 /* Ethernet header, one VLAN tag and a start of what follows; a multiple of the vector registers' 16 bytes. */
 enum { VIEW_HEAD = 32 };
+
+/*
+ * What a frame needs done before it is one of the wire: a receiver that takes it as it is does that itself. Several frames
+ * in one, by what they are cut into, need their checksums too.
+ */
+enum view_need {
+	NEED_CSUM = 1 << 0,
+	NEED_TSO4 = 1 << 1,
+	NEED_TSO6 = 1 << 2,
+	NEED_ECN = 1 << 3, /* the first frame alone has CWR */
+	NEED_UFO = 1 << 4, /* IP fragments */
+	NEED_USO4 = 1 << 5,
+	NEED_USO6 = 1 << 6,
+	NEED_CUT = NEED_TSO4 | NEED_TSO6 | NEED_ECN | NEED_UFO | NEED_USO4 | NEED_USO6
+};
 
 struct view {
 	u8 head[VIEW_HEAD];
@@ -21,7 +37,9 @@ struct view {
 	u32 n;
 	u32 len;  /* bytes of the frame */
 	u16 port; /* where it goes: a port, VIEW_FLOOD or VIEW_DROPPED */
-	u16 drop; /* enum xn_drop, with VIEW_DROPPED */
+	u8 drop;  /* enum xn_drop, with VIEW_DROPPED */
+	u8 needs; /* enum view_need; with any, the first piece is memory of ours and holds all headers */
+	struct virtio_net_hdr vnet; /* of the frame, checked, in host order; num_buffers is the receiver's */
 };
 
 enum { VIEW_FLOOD = XN_MAX_PORTS, VIEW_DROPPED };
@@ -29,7 +47,7 @@ enum { VIEW_FLOOD = XN_MAX_PORTS, VIEW_DROPPED };
 static inline void view_drop(struct view *v, enum xn_drop why)
 {
 	v->port = VIEW_DROPPED;
-	v->drop = (u16)why;
+	v->drop = (u8)why;
 }
 
 /* Six bytes of the snapshot as a number, the first on the wire lowest; one load, as there are more bytes behind. */
@@ -80,6 +98,24 @@ static inline void view_snapshot(struct view *v)
 
 		g_copy_from(v->head + done, v->pieces[i].ptr, part);
 		done += part;
+	}
+}
+
+/* Cuts off what is behind the first `len` bytes. */
+static inline void view_trim(struct view *v, u32 len)
+{
+	struct piece *pieces = (struct piece *)v->pieces;
+
+	if (likely(len >= v->len))
+		return;
+	v->len = len;
+	for (u32 i = 0; i < v->n; i++) {
+		if (len <= pieces[i].len) {
+			pieces[i].len = len;
+			v->n = i + 1;
+			return;
+		}
+		len -= pieces[i].len;
 	}
 }
 

@@ -76,11 +76,12 @@ struct virtqueue {
 	struct cursor used;	 /* to push to, and published */
 	struct cursor signalled; /* `used` at the last notification check */
 	u16 avail_idx;		 /* split: the guest's index, as last read */
-	u32 unchecked; /* packed: descriptors published since the last notification check; may be more than a lap */
+	u32 unchecked; /* descriptors (split: chains) published since the last notification check; may be more than a lap */
 	bool signalled_valid;
-	u8 broken; /* enum xn_broken */
-	u32 hint;  /* memory region of the last translation */
-	u32 dirty; /* workers that owe a notification check, one bit each */
+	u8 broken;    /* enum xn_broken */
+	u32 hint;     /* memory region of the last translation */
+	u32 dirty;    /* workers that owe a notification check, one bit each */
+	u64 call_due; /* cycles, when the guest is to be told of what it has back */
 	struct source source;
 
 	/* A transmit ring's chains between pop and push, oldest first, if one of them is lent; free-running indices. */
@@ -327,6 +328,7 @@ static always_inline bool vring_publish(struct virtqueue *q, const struct pushin
 		g_store16_release(&q->packed.desc[p->first_pos].flags, p->first_flags);
 		q->unchecked += p->at.pos - q->used.pos + (p->at.wrap == q->used.wrap ? 0 : q->num);
 	} else {
+		q->unchecked += (u16)(p->at.pos - q->used.pos);
 		/* Release: the buffers and used elements are visible before the index that announces them. */
 		g_store16_release(&q->split.used->idx, p->at.pos);
 	}

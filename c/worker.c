@@ -16,6 +16,13 @@ enum {
 	/* A system call is worth so many frames; for more to come they wait at most so many turns that bring something. */
 	KICK_FRAMES = XN_BURST,
 	KICK_TURNS = 8,
+	/*
+	 * So long a guest is not told that its frames are sent, if nothing else needs telling: drivers look at both rings
+	 * when a frame arrives, and an answer is often on its way.
+	 */
+	SENT_CALL_US = 200,
+	/* Or until so much of the ring is waiting for it: a driver may have nothing left to send with. */
+	SENT_CALL_PART = 4,
 	/* A source whose frames come in less than so many spin times is polled from one to the next. */
 	SPIN_STRETCH = 4,
 	/* Longest sleep: a lost kick, an interface that was down or a wedged queue is looked at again after this. */
@@ -195,21 +202,37 @@ static void end_loans(struct worker *w, u64 now)
 	w->lenders_n = kept;
 }
 
+/* Whether the guest is to be told now of what it has back; before the worker sleeps, in any case. */
+static bool call_is_due(const struct worker *w, const struct virtqueue *q)
+{
+	return !w->active_n || (int64_t)(w->turn - q->call_due) >= 0 || q->unchecked >= q->num / SENT_CALL_PART;
+}
+
 static void notify_guests(struct worker *w)
 {
-	if (!w->notify_n)
+	u32 kept = 0;
+	bool due = false;
+
+	for (u32 i = 0; i < w->notify_n && !due; i++)
+		due = call_is_due(w, w->notify[i]);
+	if (!due)
 		return;
 	/* The used indices of the whole turn are visible before any of the guests' event indices is read. */
 	full_fence();
 	for (u32 i = 0; i < w->notify_n; i++) {
 		struct virtqueue *q = w->notify[i];
 
+		if (!call_is_due(w, q)) {
+			w->notify[kept++] = q;
+			continue;
+		}
+
 		vring_lock(q);
 		q->dirty &= ~(1u << w->id);
 		vring_notify(q);
 		vring_unlock(q);
 	}
-	w->notify_n = 0;
+	w->notify_n = kept;
 }
 
 /* Sources that sleep are looked at without their asking: nothing may stay stuck on a kick that never came. */
@@ -323,6 +346,7 @@ struct worker *worker_new(struct xn_bridge *b, u32 id)
 	w->bridge = b;
 	w->id = id;
 	w->stats.cpu = b->config.cpus[id];
+	w->sent_call_delay = SENT_CALL_US * b->cycles_per_us;
 	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	if (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0) {

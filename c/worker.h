@@ -10,6 +10,8 @@
 
 #include <pthread.h>
 
+#include "gro.h"
+#include "gso.h"
 #include "source.h"
 #include "view.h"
 #include "vring.h"
@@ -54,7 +56,8 @@ struct worker {
 	u32 kick_turns;				   /* that these have waited for */
 	struct virtqueue *lenders[WORKER_SOURCES]; /* rings with chains that wait for a loan to end */
 	u32 lenders_n;
-	u32 lenders_wait; /* ms to sleep for them, the longer the longer it takes */
+	u64 sent_call_delay; /* cycles */
+	u32 lenders_wait;    /* ms to sleep for them, the longer the longer it takes */
 
 	/* Of the burst that is forwarded. */
 	struct virtqueue *lender; /* where it comes from, if its chains may be lent; else NULL */
@@ -65,6 +68,9 @@ struct worker {
 	/* Scratch of one burst. Source pieces and delivery pieces are apart: both live at once. */
 	struct view views[XN_BURST];
 	struct piece pieces[WORKER_PIECES];
+	u8 headers[XN_BURST][PACKET_HEADERS]; /* snapshots, of views that need something */
+	struct gso_room cut;
+	struct gro_room joined;
 	/* Delivery: a burst of plain frames has room behind what the others take. */
 	struct piece to_pieces[WORKER_PIECES + XN_BURST];
 	struct {
@@ -98,6 +104,7 @@ static inline void worker_owes(struct worker *w, struct virtqueue *q)
 	if (q->dirty & 1u << w->id)
 		return;
 	q->dirty |= 1u << w->id;
+	q->call_due = w->turn + (q->index % 2 == XN_TX ? w->sent_call_delay : 0);
 	w->notify[w->notify_n++] = q;
 }
 

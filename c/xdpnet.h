@@ -21,7 +21,8 @@ enum xn_limit {
 	XN_MAX_WORKERS = 16,
 	XN_MAX_REGIONS = 64,
 	XN_MAX_RING = 32768,
-	XN_FRAME_SIZE = 4096
+	XN_FRAME_SIZE = 4096,
+	XN_MIN_FRAMES = 256 /* of a netdev queue */
 };
 
 enum xn_direction { XN_RX, XN_TX };
@@ -32,7 +33,16 @@ enum xn_drop {
 	XN_DROP_RUNT,	   /* a frame shorter than an Ethernet header */
 	XN_DROP_OVERSIZE,  /* a frame longer than 64 KiB, or than the interface carries */
 	XN_DROP_PIECES,	   /* a chain of more pieces than the core gathers */
-	XN_DROP_OFFLOAD,   /* a virtio_net_hdr that asks for what was not negotiated */
+	XN_DROP_GSO_TYPE,  /* a virtio_net_hdr that asks for a segmentation that was not negotiated, or is none */
+	XN_DROP_GSO_SIZE,  /* for segments that are too small, or too many */
+	XN_DROP_GSO_CSUM,  /* for segments, and not for their checksums */
+	XN_DROP_GSO_PROTO, /* for segments of another protocol than the frame's */
+	XN_DROP_CSUM,	   /* for a checksum that was not negotiated, or where the frame has none */
+	XN_DROP_L3,	   /* to be segmented, and its IP header is not as it should be */
+	XN_DROP_L4,	   /* to be segmented, and its TCP or UDP header is not as it should be */
+	XN_DROP_IPV6_EXT,  /* to be segmented, and it has too many or broken extension headers */
+	XN_DROP_FRAGMENT,  /* to be segmented, and it is a fragment */
+	XN_DROP_VLAN,	   /* to be segmented, and it has more VLAN tags than two */
 	XN_DROP_SPOOF,	   /* a source address that is not the guest's own */
 	XN_DROP_DISABLED,  /* transmitted on a ring that is started but disabled */
 	XN_DROP_NO_PORT,   /* the destination is the port it came from, or there is no other */
@@ -116,7 +126,7 @@ struct xn_ring_config {
 struct xn_queue_stats {
 	uint64_t packets;
 	uint64_t bytes;		 /* of Ethernet frames, without virtio_net_hdr */
-	uint64_t drops[15];	 /* by enum xn_drop */
+	uint64_t drops[24];	 /* by enum xn_drop */
 	uint64_t copies;	 /* more ports than one that a frame of this queue was flooded to */
 	uint64_t bursts;	 /* polls that found something */
 	uint64_t kicks;		 /* guest rings: kicks taken. netdev tx: sendto() calls */
@@ -124,7 +134,13 @@ struct xn_queue_stats {
 	uint64_t calls;		 /* guest rings: interrupts sent */
 	uint64_t calls_saved;	 /* guest rings: used buffers published that the guest asked no interrupt for */
 	uint64_t chains;	 /* guest rings: descriptor chains taken */
-	uint64_t csum_completed; /* netdev rx: partial checksums completed */
+	uint64_t cut;		 /* frames that were cut into frames of the wire */
+	uint64_t segments;	 /* more frames than one that these became */
+	uint64_t joined;	 /* netdev rx: frames that became part of the one before, for the guest that took it */
+	uint64_t csum_computed;	 /* netdev tx: checksums made as the frame was copied */
+	uint64_t csum_completed; /* checksums made for a guest that does not take partial ones */
+	uint64_t csum_partial;	 /* frames handed to a guest with a partial checksum */
+	uint64_t csum_verified;	 /* netdev rx: checksums found right */
 	uint64_t in_place;	 /* netdev tx: packets that were sent from guest memory; the others were copied */
 	uint64_t breaks;	 /* times this ring broke */
 };

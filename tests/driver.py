@@ -280,6 +280,6 @@ def ledger(bridge: core.Bridge, ports: dict[int, int]) -> tuple[int, int]:
         for queue in range(queues):
             tx = bridge.queue_stats(port, queue, core.TX)
             rx = bridge.queue_stats(port, queue, core.RX)
-            into += tx.packets + tx.copies
+            into += tx.packets + tx.copies + tx.segments
             out += rx.packets + sum(rx.drops.values()) + sum(tx.drops.values())
     return into, out

@@ -22,7 +22,7 @@ DROPS = dict.fromkeys(("short", "spoof", "no_port", "no_buffer", "no_frame"), 0)
 
 
 def traffic(packets: int = 0, drops: dict[str, int] | None = None, **fields: int) -> Traffic:
-    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 10)
+    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 16)
     return replace(zero, **fields)  # type: ignore[arg-type]  # all of them are int
 
 

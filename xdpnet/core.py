@@ -90,7 +90,13 @@ class QueueStats:
     calls: int
     calls_saved: int
     chains: int
+    cut: int
+    segments: int
+    joined: int
+    csum_computed: int
     csum_completed: int
+    csum_partial: int
+    csum_verified: int
     in_place: int
     breaks: int
 
@@ -273,7 +279,13 @@ class Bridge:
             calls=out.calls,
             calls_saved=out.calls_saved,
             chains=out.chains,
+            cut=out.cut,
+            segments=out.segments,
+            joined=out.joined,
+            csum_computed=out.csum_computed,
             csum_completed=out.csum_completed,
+            csum_partial=out.csum_partial,
+            csum_verified=out.csum_verified,
             in_place=out.in_place,
             breaks=out.breaks,
         )

@@ -18,12 +18,12 @@ from pathlib import Path
 from rich.console import Console
 
 from tests import dpdk
-from tests.bench import latency, plot, report, scale, throughput
+from tests.bench import bulk, latency, plot, report, scale, throughput
 from tests.bench.lab import Cores, Lab, Row
 from xdpnet.demo import process
 from xdpnet.errors import XdpnetError
 
-ROWS = [*throughput.ROWS, *latency.ROWS, *scale.ROWS]
+ROWS = [*throughput.ROWS, *bulk.ROWS, *latency.ROWS, *scale.ROWS]
 HUGE_MIB = 640
 # What ends a contender's turns, and is said in the report: it cannot do this here.
 FAILURES = (XdpnetError, ChildProcessError, TimeoutError)

@@ -7,7 +7,7 @@ sockperf gives half of the round trip. "tap" is QEMU's own virtio device on a ta
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ ADDRESS = topology.GUEST_ADDRESSES[0]
 PORT = 11111
 IDLE_S = 10.0
 MIB = 1 << 20
-TAP = "xdpntap0"
+TAP = "xdpntap"
 
 
 @dataclass
@@ -37,31 +37,40 @@ class PinnedGuest(Guest):
 
 @contextmanager
 def linux_guest(
-    lab: Lab, net: topology.Topology, cards: Sequence[Card], enter: Sequence[str] = (), more: Sequence[str] = ()
+    lab: Lab,
+    net: topology.Topology,
+    cards: Sequence[Card],
+    number: int = 0,
+    enter: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> Iterator[Guest]:
     """Up, with an address, and reachable from the far end."""
     kernel = initramfs.find_kernel()
     initrd = initramfs.build(kernel, lab.directory / "initramfs", (*initramfs.PROGRAMS, "sockperf"))
-    guest = PinnedGuest(lab.directory, kernel, initrd, cards, name="xdpn-bench", enter=enter, more=more)
+    guest = PinnedGuest(lab.directory, kernel, initrd, cards, name=f"xdpn-bench{number}", enter=enter, more=more)
+    address = topology.GUEST_ADDRESSES[number]
     with closing(guest.start()):
-        guest.configure(ADDRESS, topology.PREFIX)
-        until(lambda: answers(net))
+        guest.configure(address, topology.PREFIX)
+        until(lambda: answers(net, address))
         yield guest
 
 
-def answers(net: topology.Topology) -> bool:
+def answers(net: topology.Topology, address: str = ADDRESS) -> bool:
     try:
-        net.far.run("busybox", "ping", "-c", "1", "-W", "1", ADDRESS)
+        net.far.run("busybox", "ping", "-c", "1", "-W", "1", address)
     except topology.CommandError:
         return False
     return True
 
 
 @contextmanager
-def served_guest(lab: Lab, contender: Contender) -> Iterator[tuple[topology.Topology, Served, Guest]]:
+def served_guest(
+    lab: Lab, contender: Contender, complete_checksums: bool = True
+) -> Iterator[tuple[topology.Topology, Served, Guest]]:
+    """With complete checksums from the far end, for DPDK passes partial ones on as they are."""
     with topology.topology() as net:
-        # Complete checksums, for DPDK passes partial ones on as they are.
-        net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
+        if complete_checksums:
+            net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
         with (
             contender(net, lab, [MAC], True) as served,
             linux_guest(lab, net, [Card(served.sockets[0], MAC)]) as guest,
@@ -70,18 +79,22 @@ def served_guest(lab: Lab, contender: Contender) -> Iterator[tuple[topology.Topo
 
 
 @contextmanager
-def tapped_guest(lab: Lab) -> Iterator[tuple[topology.Topology, Guest]]:
-    with topology.topology() as net:
-        net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
-        net.host.run("ip", "tuntap", "add", TAP, "mode", "tap")
+def taps(lab: Lab, macs: Sequence[str]) -> Iterator[tuple[topology.Topology, list[Guest]]]:
+    """A guest for each address, each on a tap, and all on a bridge of the kernel with the veth pair."""
+    with ExitStack() as stack:
+        net = stack.enter_context(topology.topology())
         net.host.run("ip", "link", "add", "bridge", "type", "bridge")
-        for interface in (TAP, topology.HOST_IF):
+        guests = []
+        for number in range(len(macs)):
+            net.host.run("ip", "tuntap", "add", f"{TAP}{number}", "mode", "tap")
+        for interface in (*(f"{TAP}{number}" for number in range(len(macs))), topology.HOST_IF):
             net.host.run("ip", "link", "set", interface, "up", "master", "bridge")
         net.host.run("ip", "link", "set", "bridge", "up")
-        tap = f"tap,id=tap,ifname={TAP},script=no,downscript=no,vhost=off"
-        card = ["-netdev", tap, "-device", f"virtio-net-pci,netdev=tap,mac={MAC},romfile=,vectors=0"]
-        with linux_guest(lab, net, [], net.host.command(), card) as guest:
-            yield net, guest
+        for number, mac in enumerate(macs):
+            tap = f"tap,id=tap,ifname={TAP}{number},script=no,downscript=no,vhost=off"
+            card = ["-netdev", tap, "-device", f"virtio-net-pci,netdev=tap,mac={mac},romfile=,vectors=0"]
+            guests.append(stack.enter_context(linux_guest(lab, net, [], number, net.host.command(), card)))
+        yield net, guests
 
 
 def ping_pong(lab: Lab, net: topology.Topology, guest: Guest) -> Values:
@@ -110,7 +123,8 @@ def ping_pong_served(contender: Contender) -> Callable[[Lab], Values]:
 
 
 def ping_pong_tap(lab: Lab) -> Values:
-    with tapped_guest(lab) as (net, guest):
+    with taps(lab, [MAC]) as (net, (guest,)):
+        net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
         return ping_pong(lab, net, guest)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -99,8 +100,8 @@ class Demo:
             snapshot = backend.settled()
             totals = snapshot.totals
             result.append(
-                f"{totals.frames_in} frames in + {totals.copies} copies = "
-                f"{totals.frames_out} out + {totals.drops} dropped"
+                f"{totals.frames_in} frames in + {totals.copies} copies + {totals.segments} segments = "
+                f"{totals.frames_out} out + {totals.joined} joined + {totals.drops} dropped"
             )
             if not balanced(snapshot):
                 raise DemoError(f"the counts do not add up: {result[0]}")
@@ -129,16 +130,23 @@ def iperf(
     server = net.far.spawn(["iperf3", "-s", "-1", "-B", topology.FAR_ADDRESS], directory / "iperf3.log")
     try:
         await_listener(net.far, 5201)
-        flags = f"-t {seconds} -P {streams} -J" + (" -R" if reverse else "")
-        status, said = guest.run(f"iperf3 -c {topology.FAR_ADDRESS} {flags}", timeout=seconds + 30)
-        report = json.loads(said)
-        if status != 0 or "error" in report:
-            raise DemoError(f"iperf3: status {status}: {report.get('error', said)}")
-        return float(report["end"]["sum_received"]["bits_per_second"])
-    except ValueError as error:
-        raise DemoError(f"iperf3 did not report: {said}") from error
+        flags = f"-t {seconds} -P {streams}" + (" -R" if reverse else "")
+        return float(iperf_client(guest, topology.FAR_ADDRESS, flags, seconds)["sum_received"]["bits_per_second"])
     finally:
         process.end(server)
+
+
+def iperf_client(guest: Guest, server: str, flags: str, seconds: int) -> dict[str, Any]:
+    """iperf3's own report of a run, what it says of the end."""
+    status, said = guest.run(f"iperf3 -c {server} {flags} -J", timeout=seconds + 30)
+    try:
+        report = json.loads(said)
+    except ValueError as error:
+        raise DemoError(f"iperf3 did not report: {said}") from error
+    if status != 0 or "error" in report:
+        raise DemoError(f"iperf3: status {status}: {report.get('error', said)}")
+    end: dict[str, Any] = report["end"]
+    return end
 
 
 def await_listener(where: topology.Namespace, port: int, patience: float = 5.0) -> None:

@@ -81,5 +81,4 @@ class Backend:
 
 
 def balanced(snapshot: Snapshot) -> bool:
-    totals = snapshot.totals
-    return totals.frames_in + totals.copies == totals.frames_out + totals.drops
+    return snapshot.totals.rest == 0

@@ -23,7 +23,13 @@ TRAFFIC = {
     "bytes": ("bytes", "Bytes of these frames, without virtio_net_hdr."),
     "copies": ("copies", "Copies beyond the first of frames that were flooded to several ports."),
     "bursts": ("bursts", "Polls that found something."),
-    "checksums_completed": ("csum_completed", "Partial checksums of frames from the wire that were completed."),
+    "frames_cut": ("cut", "Frames that stood for many and were cut into frames of the wire."),
+    "segments": ("segments", "More frames than one that these became."),
+    "frames_joined": ("joined", "Frames from the wire that became part of the one before, for the guest that took it."),
+    "checksums_computed": ("csum_computed", "Interface tx: checksums made as frames were copied."),
+    "checksums_completed": ("csum_completed", "Checksums made for a guest that does not take partial ones."),
+    "checksums_partial": ("csum_partial", "Frames handed to a guest with a partial checksum."),
+    "checksums_verified": ("csum_verified", "Checksums of frames from the wire that were found right."),
 }
 NOTIFICATIONS = {
     "kicks": ("kicks", "Guest queues: kicks taken. Interface tx: sendto() calls."),

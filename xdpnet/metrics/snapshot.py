@@ -2,7 +2,7 @@
 
 Values only: take.py reads them from the running daemon; another process reads them from the control socket's JSON.
 rx and tx of a guest are the guest's own view: tx is what it sent. On an interface rx comes from the wire.
-Invariant, exact when no frame is on its way: into the bridge + copies = out of it + drops.
+Invariant, exact when no frame is on its way: into the bridge + copies + segments = out of it + joined + drops.
 
 Counters never run backwards; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
 """
@@ -35,7 +35,13 @@ class Traffic:
     calls: int
     calls_saved: int
     chains: int
+    cut: int
+    segments: int
+    joined: int
+    csum_computed: int
     csum_completed: int
+    csum_partial: int
+    csum_verified: int
     in_place: int
     breaks: int
 
@@ -151,12 +157,22 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """frames_in + copies = frames_out + drops, but for frames on their way while the counters were read."""
+    """frames_in + copies + segments = frames_out + joined + drops, but for frames on their way during the reading.
+
+    segments: more frames than one that large ones became; joined: frames that became part of the one before.
+    """
 
     frames_in: int
     frames_out: int
     copies: int
+    segments: int
+    joined: int
     drops: int
+
+    @property
+    def rest(self) -> int:
+        """Frames on their way while this was read; never lost ones, which are in drops."""
+        return self.frames_in + self.copies + self.segments - self.frames_out - self.joined - self.drops
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +198,14 @@ class Snapshot:
 
 def total(ports: Iterable[Port]) -> Totals:
     """The bridge's books: what guests sent and the wire brought, against what was delivered, copied and lost."""
-    frames_in = frames_out = copies = drops = 0
+    frames_in = frames_out = copies = segments = joined = drops = 0
     for port in ports:
         for queue in port.queues:
             source, sink = (queue.tx, queue.rx) if port.guest else (queue.rx, queue.tx)
             frames_in += source.packets
             frames_out += sink.packets
-            copies += source.copies + sink.copies
+            copies += source.copies
+            segments += source.segments
+            joined += source.joined
             drops += sum(source.drops.values()) + sum(sink.drops.values())
-    return Totals(frames_in, frames_out, copies, drops)
+    return Totals(frames_in, frames_out, copies, segments, joined, drops)

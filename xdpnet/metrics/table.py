@@ -194,11 +194,13 @@ def _workers(now: Snapshot, before: Snapshot | None) -> Table:
 def _totals(now: Snapshot) -> Text:
     totals = now.totals
     text = Text("  ")
-    text.append(f"in {totals.frames_in:,} + copies {totals.copies:,} = out {totals.frames_out:,} ", style="bold")
+    text.append(f"in {totals.frames_in:,} + copies {totals.copies:,} ", style="bold")
+    text.append(f"+ segments {totals.segments:,} " if totals.segments else "", style="bold")
+    text.append(f"= out {totals.frames_out:,} ", style="bold")
+    text.append(f"+ joined {totals.joined:,} " if totals.joined else "", style="bold")
     text.append(f"+ drops {totals.drops:,}", style="bold yellow" if totals.drops else "bold")
-    rest = totals.frames_in + totals.copies - totals.frames_out - totals.drops
-    if rest:
-        text.append(f"   {rest:+,} on their way while this was read", style="yellow")
+    if totals.rest:
+        text.append(f"   {totals.rest:+,} on their way while this was read", style="yellow")
     else:
         text.append("   every frame accounted for", style="green")
     return text

@@ -125,7 +125,13 @@ def _traffic(stats: core.QueueStats) -> Traffic:
         calls=stats.calls,
         calls_saved=stats.calls_saved,
         chains=stats.chains,
+        cut=stats.cut,
+        segments=stats.segments,
+        joined=stats.joined,
+        csum_computed=stats.csum_computed,
         csum_completed=stats.csum_completed,
+        csum_partial=stats.csum_partial,
+        csum_verified=stats.csum_verified,
         in_place=stats.in_place,
         breaks=stats.breaks,
     )

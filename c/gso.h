@@ -1,0 +1,35 @@
+/*
+ * Cuts a frame that stands for many into the frames of the wire: TCP and UDP segments, or IP fragments.
+ *
+ * Nothing is copied but the headers: a segment is a view of a header of ours and of stretches of the whole frame's pieces.
+ * Segments of TCP and UDP still need their checksums; what a sum begins with is in the field, as with any partial one.
+ */
+#ifndef XN_GSO_H
+#define XN_GSO_H
+
+#include "packet.h"
+#include "vnet.h"
+
+/* Memory for the segments of one round: they live until the next. */
+struct gso_room {
+	struct view views[XN_BURST];
+	u8 headers[XN_BURST][PACKET_HEADERS + IPV6_FRAGMENT_HDR];
+	struct piece pieces[4096];
+};
+
+struct gso {
+	const struct view *whole;
+	struct packet at;
+	u32 done;   /* bytes of payload */
+	u32 number; /* of the next segment */
+	u32 piece;  /* of the whole frame, where the payload goes on */
+	u32 offset; /* in it */
+	u32 ident;  /* of IPv6 fragments */
+};
+
+/* A frame that has any of NEED_CUT, as vnet_judge left it. For fragments, its checksum is completed first. */
+void gso_start(struct gso *g, struct view *whole);
+/* The next segments, in room->views; how many. 0: that was all. */
+u32 gso_next(struct gso *g, struct gso_room *room);
+
+#endif

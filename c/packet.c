@@ -1,0 +1,118 @@
+#include "packet.h"
+
+#include <linux/if_ether.h>
+#include <netinet/in.h>
+
+enum { EXTENSIONS = 8 };
+
+static bool fault(struct packet *out, enum xn_drop why)
+{
+	out->fault = (u8)why;
+	return false;
+}
+
+static bool parse_ipv4(const u8 *p, u32 have, u32 len, struct packet *out)
+{
+	const u8 *ip = p + out->l3;
+
+	if (out->l3 + (u32)IPV4_HDR > have)
+		return fault(out, XN_DROP_L3);
+	u32 header = (ip[0] & 0xf) * 4u, total = load_be16(ip + 2);
+
+	if (ip[0] >> 4 != 4 || header < IPV4_HDR || out->l3 + header > have || total < header || total > len - out->l3)
+		return fault(out, XN_DROP_L3);
+	out->version = 4;
+	out->protocol = ip[9];
+	out->extended = header > IPV4_HDR;
+	/* More fragments to come, or an offset. */
+	out->fragment = load_be16(ip + 6) & 0x3fff;
+	out->l4 = (u16)(out->l3 + header);
+	out->end = out->l3 + total;
+	return true;
+}
+
+static bool parse_ipv6(const u8 *p, u32 have, u32 len, struct packet *out)
+{
+	const u8 *ip = p + out->l3;
+	u32 at = out->l3 + IPV6_HDR;
+
+	if (at > have)
+		return fault(out, XN_DROP_L3);
+	u32 payload = load_be16(ip + 4);
+
+	if (ip[0] >> 4 != 6 || payload > len - at)
+		return fault(out, XN_DROP_L3);
+	out->version = 6;
+	out->protocol = ip[6];
+	out->end = at + payload;
+	for (u32 n = 0;; n++) {
+		u32 size;
+
+		if (out->protocol != IPPROTO_HOPOPTS && out->protocol != IPPROTO_ROUTING &&
+		    out->protocol != IPPROTO_DSTOPTS && out->protocol != IPPROTO_FRAGMENT)
+			break;
+		if (n == EXTENSIONS || at + 8 > have || at + 8 > out->end)
+			return fault(out, XN_DROP_IPV6_EXT);
+		size = 8;
+		if (out->protocol == IPPROTO_FRAGMENT)
+			/* Alone in its packet ("atomic"), it is one all the same: what follows is nobody's to cut again. */
+			out->fragment = true;
+		else
+			size += p[at + 1] * 8u;
+		if (at + size > have || at + size > out->end)
+			return fault(out, XN_DROP_IPV6_EXT);
+		out->protocol = p[at];
+		out->extended = true;
+		at += size;
+		if (out->fragment)
+			break;
+	}
+	out->l4 = (u16)at;
+	return true;
+}
+
+bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out)
+{
+	u32 at = ETH_HLEN;
+	u16 type;
+
+	*out = (struct packet){0};
+	have = min_u32(min_u32(have, len), PACKET_HEADERS);
+	if (have < ETH_HLEN)
+		return fault(out, XN_DROP_RUNT);
+	type = load_be16(p + 12);
+	for (u32 tags = 0; type == ETH_P_8021Q || type == ETH_P_8021AD; tags++) {
+		if (tags == PACKET_TAGS || at + VLAN_HDR > have)
+			return fault(out, XN_DROP_VLAN);
+		type = load_be16(p + at + 2);
+		at += VLAN_HDR;
+	}
+	out->l3 = (u16)at;
+	out->type = type;
+	if (type != ETH_P_IP && type != ETH_P_IPV6)
+		return fault(out, XN_DROP_L3);
+	if (!(type == ETH_P_IP ? parse_ipv4(p, have, len, out) : parse_ipv6(p, have, len, out)))
+		return false;
+	out->payload = out->l4;
+	if (out->fragment)
+		return true;
+
+	u32 end = min_u32(have, out->end), size;
+
+	if (out->protocol == IPPROTO_TCP) {
+		if (out->l4 + (u32)TCP_HDR > end)
+			return fault(out, XN_DROP_L4);
+		size = (p[out->l4 + 12] >> 4) * 4u;
+		if (size < TCP_HDR || out->l4 + size > end)
+			return fault(out, XN_DROP_L4);
+		out->payload = (u16)(out->l4 + size);
+	} else if (out->protocol == IPPROTO_UDP) {
+		if (out->l4 + (u32)UDP_HDR > end)
+			return fault(out, XN_DROP_L4);
+		size = load_be16(p + out->l4 + 4);
+		if (size < UDP_HDR || size > out->end - out->l4)
+			return fault(out, XN_DROP_L4);
+		out->payload = (u16)(out->l4 + UDP_HDR);
+	}
+	return true;
+}

@@ -1,0 +1,105 @@
+"""Linux guests in QEMU: how much TCP carries, to the far end of a veth pair, from it, and between two guests.
+
+Guests run on CPU 1 under emulation, the worker on CPU 0. What the far end sends has partial checksums, as veth
+has them, but for DPDK, which passes them on as they are. "tap" is QEMU's own virtio device on taps of a kernel bridge.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from tests.bench.lab import BACKENDS, MAC, PEER_MAC, Contender, Lab, Row, Values
+from tests.bench.latency import linux_guest, taps
+from xdpnet.demo import await_listener, iperf_client, process, topology
+from xdpnet.demo.guest import Card, Guest
+
+UNITS = {"rate": "Gb/s", "retransmits": "segments sent again", "cpu": "% of a core per Gb/s, backend"}
+SECONDS = 4
+MACS = (MAC, PEER_MAC)
+
+# Guests with the backend's process id, if it is a process of its own.
+Scene = Callable[[Lab, int], AbstractContextManager[tuple[topology.Topology, list[Guest], int | None]]]
+
+
+def served(contender: Contender, complete_checksums: bool = False) -> Scene:
+    @contextmanager
+    def scene(lab: Lab, guests: int) -> Iterator[tuple[topology.Topology, list[Guest], int | None]]:
+        with ExitStack() as stack:
+            net = stack.enter_context(topology.topology())
+            if complete_checksums:
+                net.far.run("ethtool", "-K", topology.FAR_IF, "tx", "off")
+            backend = stack.enter_context(contender(net, lab, MACS[:guests], True))
+            made = [
+                stack.enter_context(linux_guest(lab, net, [Card(path, mac)], number))
+                for number, (path, mac) in enumerate(zip(backend.sockets, MACS, strict=False))
+            ]
+            yield net, made, backend.pid
+
+    return scene
+
+
+@contextmanager
+def tapped(lab: Lab, guests: int) -> Iterator[tuple[topology.Topology, list[Guest], int | None]]:
+    with taps(lab, MACS[:guests]) as (net, made):
+        yield net, made, None
+
+
+def client(guest: Guest, server: str, flags: str, pid: int | None) -> Values:
+    before, started = process.cpu_seconds(pid) if pid else 0.0, time.monotonic()
+    end = iperf_client(guest, server, f"-t {SECONDS} {flags}", SECONDS)
+    values = {"rate": end["sum_received"]["bits_per_second"] / 1e9, "retransmits": end["sum_sent"]["retransmits"]}
+    if pid:
+        used = (process.cpu_seconds(pid) - before) / (time.monotonic() - started) * 100
+        values["cpu"] = used / values["rate"]
+    return values
+
+
+def with_far_end(scene: Scene, reverse: bool) -> Callable[[Lab], Values]:
+    def measure(lab: Lab) -> Values:
+        with scene(lab, 1) as (net, (guest,), pid):
+            server = net.far.spawn(["iperf3", "-s", "-1", "-B", topology.FAR_ADDRESS], lab.directory / "iperf3.log")
+            try:
+                await_listener(net.far, 5201)
+                return client(guest, topology.FAR_ADDRESS, "-R" if reverse else "", pid)
+            finally:
+                process.end(server)
+
+    return measure
+
+
+def between_guests(scene: Scene) -> Callable[[Lab], Values]:
+    def measure(lab: Lab) -> Values:
+        with scene(lab, 2) as (_, (one, two), pid):
+            two.check("iperf3 -s -D")
+            time.sleep(1)
+            return client(one, topology.GUEST_ADDRESSES[1], "", pid)
+
+    return measure
+
+
+SCENES: dict[str, Scene] = {
+    "xdpnet": served(BACKENDS["xdpnet"]),
+    "DPDK": served(BACKENDS["DPDK"], complete_checksums=True),
+    "tap": tapped,
+}
+
+ROWS = [
+    Row(
+        "tcp-guest-to-host",
+        "TCP of a Linux guest to the far end",
+        UNITS,
+        {name: with_far_end(scene, reverse=False) for name, scene in SCENES.items()},
+    ),
+    Row(
+        "tcp-host-to-guest",
+        "TCP from the far end to a Linux guest",
+        UNITS,
+        {name: with_far_end(scene, reverse=True) for name, scene in SCENES.items()},
+    ),
+    Row(
+        "tcp-guest-to-guest",
+        "TCP between two Linux guests",
+        UNITS,
+        {name: between_guests(SCENES[name]) for name in ("xdpnet", "tap")},
+    ),
+]
