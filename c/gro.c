@@ -38,12 +38,13 @@ struct flow {
 	u32 seq; /* of the next byte */
 };
 
+/* Behind whatever options or extension headers: what may not be joined still keeps its place among the others. */
 static bool is_same_flow(const struct flow *f, const u8 *p, const struct packet *at)
 {
 	u32 addresses = at->version == 4 ? 12 : 8, size = at->version == 4 ? 8 : 32;
 
-	return f->at.l3 == at->l3 && f->at.l4 == at->l4 && f->at.version == at->version &&
-	       f->at.protocol == at->protocol && !memcmp(f->header + at->l4, p + at->l4, 4) &&
+	return f->at.l3 == at->l3 && f->at.version == at->version && f->at.protocol == at->protocol &&
+	       !memcmp(f->header + f->at.l4, p + at->l4, 4) &&
 	       !memcmp(f->header + at->l3 + addresses, p + at->l3 + addresses, size) && !memcmp(f->header, p, at->l3);
 }
 
@@ -106,6 +107,9 @@ static bool can_join(const struct view *v, const u8 *p, const struct packet *at,
 {
 	if (at->extended || v->n > GRO_FRAME_PIECES || at->end != v->len || at->payload == at->end ||
 	    !(takes & kind_of(at)))
+		return false;
+	/* A wrong sum would be made a right one. */
+	if (at->version == 4 && csum_fold(csum_bytes(p + at->l3, IPV4_HDR)) != 0xffff)
 		return false;
 	if (at->protocol == IPPROTO_UDP)
 		return load_be16(p + at->l4 + 4) == at->end - at->l4;

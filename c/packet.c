@@ -76,7 +76,7 @@ bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out)
 	u32 at = ETH_HLEN;
 	u16 type;
 
-	*out = (struct packet){0};
+	*out = (struct packet){.l3 = ETH_HLEN};
 	have = min_u32(min_u32(have, len), PACKET_HEADERS);
 	if (have < ETH_HLEN)
 		return fault(out, XN_DROP_RUNT);
@@ -86,8 +86,8 @@ bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out)
 			return fault(out, XN_DROP_VLAN);
 		type = load_be16(p + at + 2);
 		at += VLAN_HDR;
+		out->l3 = (u16)at;
 	}
-	out->l3 = (u16)at;
 	out->type = type;
 	if (type != ETH_P_IP && type != ETH_P_IPV6)
 		return fault(out, XN_DROP_L3);

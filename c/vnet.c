@@ -116,16 +116,18 @@ static void judge_gso(struct view *v, const struct virtio_net_hdr *hdr, u8 sends
 }
 
 /*
- * A checksum alone may be anywhere behind the Ethernet header: whoever the guest's stack has made it for. It is made in
- * a copy of ours, so the field must be in the snapshot. SCTP's is not of this kind.
+ * A checksum alone may be anywhere behind the Ethernet header and its tags, by which the frame finds its way: whoever the
+ * guest's stack has made it for. It is made in a copy of ours, so the field must be in the snapshot. SCTP's is not of
+ * this kind.
  */
 static void judge_csum(struct view *v, const struct virtio_net_hdr *hdr, u8 sends, const u8 *p, u32 have)
 {
 	u32 end = (u32)hdr->csum_start + hdr->csum_offset + 2;
 	struct packet at;
+	bool parsed = packet_parse(p, have, v->len, &at);
 
-	if (!(sends & NEED_CSUM) || hdr->csum_start < ETH_HLEN || end > have ||
-	    (packet_parse(p, have, v->len, &at) && !at.fragment && at.protocol == IPPROTO_SCTP)) {
+	if (!(sends & NEED_CSUM) || hdr->csum_start < at.l3 || end > have ||
+	    (parsed && !at.fragment && at.protocol == IPPROTO_SCTP)) {
 		view_drop(v, XN_DROP_CSUM);
 		return;
 	}

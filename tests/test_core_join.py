@@ -186,6 +186,13 @@ def test_a_wrong_checksum_stays_apart_and_is_not_called_right(scene: Scene) -> N
     assert [fields(each)[0] for each in got] == [DATA_VALID, 0, 0]
 
 
+def test_a_wrong_ip_checksum_is_not_made_a_right_one(scene: Scene) -> None:
+    wrong = bytearray(SECOND.frame())
+    wrong[24] ^= 1
+    sent = [FIRST.frame(), bytes(wrong), THIRD.frame()]
+    assert [each.frame for each in scene.through(sent)] == sent
+
+
 def test_padding_stays_apart(scene: Scene) -> None:
     sent = [FIRST.frame(), SECOND.frame() + b"\0" * 4, THIRD.frame()]
     assert [each.frame for each in scene.through(sent)] == sent

@@ -387,6 +387,15 @@ def test_c6_c7_c8_any_sum_within_the_first_256_bytes_is_made(
     still_works(a, b)
 
 
+@pytest.mark.parametrize(("start", "legal"), [(17, False), (18, True)])
+def test_c7_no_sum_is_made_within_a_tag(bridge: core.Bridge, guests: MakeGuest, start: int, legal: bool) -> None:
+    a, b = two(bridge, guests)
+    a.pair.send(frame(mac(2), mac(1), vlan=5), header=struct.pack("<BBHHHHH", NEEDS_CSUM, 0, 0, 0, start, 4, 0))
+    assert a.pair.wait_sent()
+    assert a.drops(core.TX) == ({} if legal else {"csum": 1})
+    assert len(b.pair.frames() if legal else b.pair.packets()) == legal
+
+
 def test_c8_sctp_has_no_sum_of_this_kind(bridge: core.Bridge, guests: MakeGuest) -> None:
     a, b = two(bridge, guests)
     sent = Packet(4, 132, noise(100))
