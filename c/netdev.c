@@ -236,6 +236,9 @@ static bool can_lend(const struct worker *w, const struct xsk *x, const struct v
 {
 	if (v->n != 1 || v->needs || v->len < w->bridge->config.copybreak || v->len < ETH_ZLEN)
 		return false;
+	/* A snapshot, whose checksum was made for another port. */
+	if (v->pieces->ptr >= w->headers[0] && v->pieces->ptr < (const u8 *)(w->headers + XN_BURST))
+		return false;
 	return !x->zerocopy || (uintptr_t)v->pieces->ptr % PAGE + v->len <= PAGE;
 }
 
