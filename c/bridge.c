@@ -159,7 +159,8 @@ static __attribute__((noinline)) void deliver_changed(struct worker *w, struct p
 		u8 missing = v->needs & (u8)~takes(to);
 
 		if (missing & NEED_CUT) {
-			deliver_plain(w, to, queue, views, which + from, i - from);
+			if (i > from)
+				deliver_plain(w, to, queue, views, which + from, i - from);
 			deliver_cut(w, to, queue, v, stats);
 			from = i + 1;
 		} else if (missing) {
@@ -169,7 +170,8 @@ static __attribute__((noinline)) void deliver_changed(struct worker *w, struct p
 			count(&stats->csum_partial, 1);
 		}
 	}
-	deliver_plain(w, to, queue, views, which + from, n - from);
+	if (n > from)
+		deliver_plain(w, to, queue, views, which + from, n - from);
 }
 
 static void deliver(struct worker *w, struct port *to, u32 queue, struct view *views, u64 mask,

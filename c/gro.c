@@ -4,6 +4,7 @@
 
 #include "csum.h"
 #include "packet.h"
+#include "vnet.h"
 
 #ifndef VIRTIO_NET_HDR_GSO_UDP_L4 /* Linux 6.2 */
 #define VIRTIO_NET_HDR_GSO_UDP_L4 5
@@ -38,14 +39,19 @@ struct flow {
 	u32 seq; /* of the next byte */
 };
 
-/* Behind whatever options or extension headers: what may not be joined still keeps its place among the others. */
-static bool is_same_flow(const struct flow *f, const u8 *p, const struct packet *at)
+/* Between the same two addresses, by the same protocol. */
+static bool is_same_way(const struct flow *f, const u8 *p, const struct packet *at)
 {
 	u32 addresses = at->version == 4 ? 12 : 8, size = at->version == 4 ? 8 : 32;
 
 	return f->at.l3 == at->l3 && f->at.version == at->version && f->at.protocol == at->protocol &&
-	       !memcmp(f->header + f->at.l4, p + at->l4, 4) &&
 	       !memcmp(f->header + at->l3 + addresses, p + at->l3 + addresses, size) && !memcmp(f->header, p, at->l3);
+}
+
+/* Behind whatever options or extension headers: what may not be joined still keeps its place among the others. */
+static bool is_same_flow(const struct flow *f, const u8 *p, const struct packet *at)
+{
+	return is_same_way(f, p, at) && !memcmp(f->header + f->at.l4, p + at->l4, 4);
 }
 
 /* Whether the fields of IP that a cut gives to every segment are the same, and its identification is the next. */
@@ -231,7 +237,8 @@ static struct flow start(const u8 *p, const struct packet *at, u32 i, bool fit)
 			     .first = (u8)i,
 			     .last = (u8)i,
 			     .frames = 1,
-			     .open = fit && !(tcp && p[at->l4 + TCP_FLAGS] & FLAG_PSH),
+			     /* Nobody would cut it again into segments that small (vnet_judge). */
+			     .open = fit && n >= GSO_MIN_SIZE && !(tcp && p[at->l4 + TCP_FLAGS] & FLAG_PSH),
 			     .ident = at->version == 4 ? load_be16(p + at->l3 + 4) : 0,
 			     .size = n,
 			     .payload = n,
@@ -253,9 +260,15 @@ u32 gro_join(struct gro_room *room, struct view *views, u8 *which, u32 n, u8 tak
 		struct flow *f = flows;
 		struct packet at;
 
-		if (!packet_parse(p, v->pieces->len, v->len, &at) || at.fragment ||
+		if (!packet_parse(p, v->pieces->len, v->len, &at) ||
 		    (at.protocol != IPPROTO_TCP && at.protocol != IPPROTO_UDP))
 			continue;
+		/* Nothing says to which of them it belongs. */
+		if (at.fragment) {
+			for (; f < flows + flows_n; f++)
+				f->open = f->open && !is_same_way(f, p, &at);
+			continue;
+		}
 		while (f < flows + flows_n && !is_same_flow(f, p, &at))
 			f++;
 		bool fit = can_join(v, p, &at, takes);

@@ -23,6 +23,11 @@ static u32 new_ident(void)
 	return __atomic_add_fetch(&last, 0x9e3779b1, __ATOMIC_RELAXED);
 }
 
+static u8 *field_of(const struct view *v, const struct virtio_net_hdr *hdr)
+{
+	return v->pieces->ptr + hdr->csum_start + hdr->csum_offset;
+}
+
 void gso_start(struct gso *g, struct view *whole)
 {
 	*g = (struct gso){.whole = whole};
@@ -30,11 +35,12 @@ void gso_start(struct gso *g, struct view *whole)
 	if (whole->needs & NEED_UFO) {
 		g->ident = new_ident();
 		/* The checksum of a datagram is of the whole of it. */
-		if (whole->needs & NEED_CSUM)
-			csum_complete(whole);
+		g->vnet = whole->vnet;
+		memcpy(&g->partial, field_of(whole, &g->vnet), sizeof(g->partial));
+		csum_complete(whole);
 	}
 	/* Where the payload begins. */
-	for (u32 left = whole->vnet.hdr_len; left;) {
+	for (u32 left = vnet_headers(whole); left;) {
 		u32 part = min_u32(left, whole->pieces[g->piece].len);
 
 		left -= part;
@@ -136,8 +142,8 @@ static u32 set_fragment(const struct gso *g, u8 *header, u32 n, bool last)
 
 u32 gso_next(struct gso *g, struct gso_room *room)
 {
-	const struct view *whole = g->whole;
-	const u32 headers = whole->vnet.hdr_len, payload = whole->len - headers, size = whole->vnet.gso_size;
+	struct view *whole = g->whole;
+	const u32 headers = vnet_headers(whole), payload = whole->len - headers, size = whole->vnet.gso_size;
 	u32 made = 0, used = 0;
 
 	for (; made < XN_BURST && ARRAY_LEN(room->pieces) - used >= SEGMENT_PIECES; made++) {
@@ -146,7 +152,7 @@ u32 gso_next(struct gso *g, struct gso_room *room)
 		u32 n = min_u32(size, payload - g->done), length = headers;
 		bool last = g->done + n == payload;
 
-		if (!n && g->number)
+		if (!n)
 			break;
 		memcpy(header, whole->pieces->ptr, headers);
 		*v = (struct view){.pieces = &room->pieces[used], .port = whole->port};
@@ -166,6 +172,12 @@ u32 gso_next(struct gso *g, struct gso_room *room)
 		view_snapshot(v);
 		g->done += n;
 		g->number++;
+	}
+	/* Another port may take the datagram as it came. */
+	if (!made && whole->needs & NEED_UFO) {
+		memcpy(field_of(whole, &g->vnet), &g->partial, sizeof(g->partial));
+		whole->vnet = g->vnet;
+		whole->needs |= NEED_CSUM;
 	}
 	return made;
 }

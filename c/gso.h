@@ -18,18 +18,21 @@ struct gso_room {
 };
 
 struct gso {
-	const struct view *whole;
+	struct view *whole;
 	struct packet at;
 	u32 done;   /* bytes of payload */
 	u32 number; /* of the next segment */
 	u32 piece;  /* of the whole frame, where the payload goes on */
 	u32 offset; /* in it */
 	u32 ident;  /* of IPv6 fragments */
+	/* Of a whole that is cut into fragments, while its checksum is complete. */
+	struct virtio_net_hdr vnet;
+	u16 partial;
 };
 
-/* A frame that has any of NEED_CUT, as vnet_judge left it. For fragments, its checksum is completed first. */
+/* A frame that has any of NEED_CUT, as vnet_judge left it. For fragments, its checksum is complete meanwhile. */
 void gso_start(struct gso *g, struct view *whole);
-/* The next segments, in room->views; how many. 0: that was all. */
+/* The next segments, in room->views; how many. 0: that was all, and the whole is as it was. */
 u32 gso_next(struct gso *g, struct gso_room *room);
 
 #endif

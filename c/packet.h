@@ -21,7 +21,7 @@ struct packet {
 	bool fragment; /* a fragment: there is no whole TCP or UDP in it, and nothing was looked at behind IP */
 	bool extended; /* IPv4 with options, IPv6 with extension headers */
 	u16 type;      /* EtherType, behind the tags */
-	u16 l3;	       /* offset of what follows the tags, the IP header, bytes */
+	u16 l3;	       /* offset of what follows the tags, the IP header, in the frame, bytes */
 	u16 l4;	       /* of what follows it */
 	u16 payload;   /* of what follows TCP or UDP; l4 where it is neither */
 	u32 end;       /* of the IP packet */

@@ -106,13 +106,16 @@ static void judge_gso(struct view *v, const struct virtio_net_hdr *hdr, u8 sends
 		view_drop(v, XN_DROP_GSO_SIZE);
 		return;
 	}
-	v->vnet = (struct virtio_net_hdr){.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
-					  .gso_type = hdr->gso_type,
-					  .hdr_len = headers,
-					  .gso_size = size,
-					  .csum_start = hdr->csum_start,
-					  .csum_offset = hdr->csum_offset};
-	v->needs = NEED_CSUM | ecn | kind_of(hdr->gso_type, at.version);
+	v->vnet = (struct virtio_net_hdr){
+		.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = hdr->csum_start, .csum_offset = hdr->csum_offset};
+	v->needs = NEED_CSUM;
+	/* One that fits into one segment is that already. */
+	if (v->len - headers <= size)
+		return;
+	v->vnet.gso_type = hdr->gso_type;
+	v->vnet.hdr_len = at.payload;
+	v->vnet.gso_size = size;
+	v->needs |= ecn | kind_of(hdr->gso_type, at.version);
 }
 
 /*

@@ -54,14 +54,18 @@ static inline struct virtio_net_hdr_mrg_rxbuf vnet_header(const struct view *v, 
  */
 void vnet_judge(struct view *v, const struct virtio_net_hdr *hdr, u8 sends, const u8 *p, u32 have);
 
+/* Bytes of headers that each of the frames gets which a frame is cut into: fragments of a datagram share its UDP header. */
+static inline u32 vnet_headers(const struct view *v)
+{
+	return v->needs & NEED_UFO ? v->vnet.hdr_len - (u32)UDP_HDR : v->vnet.hdr_len;
+}
+
 /* How many frames of the wire a frame is. */
 static inline u32 vnet_segments(const struct view *v)
 {
 	if (likely(!(v->needs & NEED_CUT)))
 		return 1;
-	u32 payload = v->len - v->vnet.hdr_len;
-
-	return payload <= v->vnet.gso_size ? 1 : (payload + v->vnet.gso_size - 1) / v->vnet.gso_size;
+	return (v->len - vnet_headers(v) + v->vnet.gso_size - 1) / v->vnet.gso_size;
 }
 
 #endif

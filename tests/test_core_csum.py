@@ -13,6 +13,7 @@ import pytest
 from tests.driver import Driver
 from tests.guests import BROADCAST, mac
 from tests.netns import Veth, Wire, needs_root, veth
+from tests.segments import fold
 from xdpnet import core
 from xdpnet.netdev import Netdev
 
@@ -20,15 +21,6 @@ pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 
 TCP, UDP, ICMP = 6, 17, 1
 PARTIAL, RIGHT = "partial", "right"
-
-
-def fold(data: bytes) -> int:
-    """The ones' complement sum, RFC 1071."""
-    data += b"\0" * (len(data) % 2)
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
 
 
 def packed(address: str) -> bytes:

@@ -20,7 +20,8 @@ from tests import dpdk
 from tests.driver import APART, CRUMBLED, LAYOUTS, TOGETHER, Driver, Layout
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, frame, mac
 from tests.netns import Veth, command, needs_root, veth
-from tests.rings import INDIRECT_DESC, MERGEABLE, MIB, VERSION_1, Buffer, GuestMemory, Span, eventually
+from tests.rings import INDIRECT_DESC, MERGEABLE, MIB, MODERN, VERSION_1, Buffer, GuestMemory, Span, eventually
+from tests.segments import TSO4, TSO6, Segment
 from xdpnet import core
 from xdpnet.netdev import Netdev
 from xdpnet.virtq.features import VirtioFeature, mask
@@ -423,6 +424,44 @@ def test_a_frame_flooded_to_two_interfaces_and_a_guest_is_lent_once(
         assert a.pair.wait_sent()
         assert sorted((port.sent, second.sent)) == [(0, 1), (1, 0)]
         bridge.remove_port(second.port)
+
+
+def test_a_frame_whose_checksum_was_made_for_a_guest_is_not_lent_behind_it(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth
+) -> None:
+    """Its headers, here all of it, lie in the core's own memory then."""
+    b = guests(bridge)
+    b.pair.fill()
+    port = wired(bridge, pair)
+    a = guests(bridge, features=MODERN | mask(VirtioFeature.VIRTIO_NET_F_CSUM))
+    port.renew()
+    whole = Segment(payload=bytes(100), to=BROADCAST)
+    with pair.wire() as wire:
+        a.pair.send(whole.frame(partial=True), header=whole.header())
+        assert b.pair.frames() == [whole.frame()]
+        assert wire.receive() == whole.frame()
+    assert a.pair.wait_sent()
+    assert port.sent == (0, 1)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_large_frame_leaves_as_copied_segments_and_plain_ones_around_it_in_place(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired, version: int
+) -> None:
+    tso = (VirtioFeature.VIRTIO_NET_F_HOST_TSO4, VirtioFeature.VIRTIO_NET_F_HOST_TSO6)
+    a = guests(bridge, features=MODERN | mask(VirtioFeature.VIRTIO_NET_F_CSUM, *tso))
+    port.renew()
+    whole = Segment(version=version, payload=bytes(i & 0xFF for i in range(5001)), to=FAR)
+    with pair.wire() as wire:
+        a.pair.queue(full(1))
+        a.pair.queue(whole.frame(partial=True), header=whole.header(TSO4 if version == 4 else TSO6, 1001))
+        a.pair.queue(full(2))
+        a.pair.tx.kick()
+        wanted = [full(1), *(part.frame() for part in whole.cut(1001)), full(2)]
+        assert [wire.receive() for _ in wanted] == wanted
+    assert a.pair.wait_sent()
+    assert port.sent == (2, 5)
+    assert port.tx.csum_computed == 5
 
 
 # ---- the order, and the end of a loan ----
