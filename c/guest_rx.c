@@ -15,19 +15,30 @@ struct place {
 };
 
 /*
- * The header of a frame in one buffer. Most buffers start with it, from their last use, and what is not written again stays
- * shared with the guest, which has just read it.
+ * Whether a buffer starts with the header of a plain frame: all zero but for one buffer. Most do, from their last use, and
+ * what is not written again stays shared with the guest, which has just read it.
  */
+static always_inline bool has_plain_header(const u8 *to, u32 len)
+{
+	u64 first;
+	u32 rest;
+
+	memcpy(&first, to, sizeof(first));
+	if (likely(len == sizeof(struct virtio_net_hdr_mrg_rxbuf))) {
+		memcpy(&rest, to + sizeof(first), sizeof(rest));
+		return !first && le32toh(rest) == 1u << 16;
+	}
+	return !first && !to[8] && !to[9];
+}
+
+/* The header of a frame in one buffer. */
 static always_inline void put_header(u8 *to, u32 len, const struct view *v)
 {
+	if (likely(!(v->vnet.flags | v->vnet.gso_type)) && likely(has_plain_header(to, len)))
+		return;
 	const struct virtio_net_hdr_mrg_rxbuf header = vnet_header(v, 1);
 
-	if (likely(len == sizeof(header))) {
-		if (unlikely(memcmp(to, &header, sizeof(header)) != 0))
-			g_copy_to(to, &header, sizeof(header));
-	} else if (memcmp(to, &header, sizeof(header.hdr)) != 0) {
-		g_copy_to(to, &header, sizeof(header.hdr));
-	}
+	g_copy_to(to, &header, len);
 }
 
 /* Copies n bytes to where the cursor (piece, offset) stands, and moves it on. */
