@@ -2,6 +2,7 @@
 
 #include "csum.h"
 
+#include <linux/if_arp.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -277,6 +278,43 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 	if (unlikely(group))
 		flood(w, from, queue, views, group, stats);
 	return n;
+}
+
+bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_queue_stats *stats)
+{
+	/* RFC 903: a request for the protocol address of the sender itself. Only its source matters to anybody. */
+	struct {
+		struct ethhdr eth;
+		__be16 hw_type, proto_type;
+		u8 hw_len, proto_len;
+		__be16 op;
+		u8 sender[ETH_ALEN], sender_ip[4];
+		u8 target[ETH_ALEN], target_ip[4];
+		u8 pad[18];
+	} __attribute__((packed)) frame = {.eth.h_dest = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
+					   .eth.h_proto = htobe16(ETH_P_RARP),
+					   .hw_type = htobe16(ARPHRD_ETHER),
+					   .proto_type = htobe16(ETH_P_IP),
+					   .hw_len = ETH_ALEN,
+					   .proto_len = 4,
+					   .op = htobe16(ARPOP_RREQUEST)};
+	struct piece piece = {(u8 *)&frame, sizeof(frame)};
+	struct view view = {.pieces = &piece, .n = 1, .len = sizeof(frame), .port = VIEW_FLOOD};
+
+	_Static_assert(sizeof(frame) == ETH_ZLEN, "the shortest frame, but for its checksum");
+	mac = htole64(mac);
+	memcpy(frame.eth.h_source, &mac, ETH_ALEN);
+	memcpy(frame.sender, &mac, ETH_ALEN);
+	memcpy(frame.target, &mac, ETH_ALEN);
+	view_snapshot(&view);
+	/* It may have slept for long, or not have begun. */
+	w->now = (u32)(monotonic_ns() / 1000000000u);
+	w->turn = cycles();
+	w->lender = NULL;
+	if (!learn(w, from, view_src(&view), 0))
+		return false;
+	bridge_forward(w, from, 0, &view, 1, stats, false);
+	return true;
 }
 
 void bridge_event(struct xn_bridge *b, enum xn_event event)

@@ -85,6 +85,12 @@ void bridge_event(struct xn_bridge *b, enum xn_event event);
 u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
 		   struct xn_queue_stats *stats, bool may_wait);
 
+/*
+ * While parked: floods a RARP with this source address, as a frame of the port. False: the address is not the port's to
+ * use, and nothing was sent.
+ */
+bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_queue_stats *stats);
+
 /* The ports' half of it. Views are given by index; what is delivered or lost is counted there. */
 void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);

@@ -428,6 +428,22 @@ int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *ba
 	return 0;
 }
 
+int xn_guest_announce(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+	u64 value = 0;
+
+	if (!p)
+		return -ENOENT;
+	memcpy(&value, mac, ETH_ALEN);
+	workers_park(b);
+	/* Worker 0 has the first pair of every guest: what it owes for this frame it does when it goes on. */
+	bool sent = bridge_announce(b->workers[0], p, le64toh(value), &p->guest.rings[XN_TX].stats);
+
+	workers_resume(b);
+	return sent ? 0 : -EPERM;
+}
+
 int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enabled)
 {
 	struct virtqueue *q = ring_of(b, port, ring);

@@ -238,6 +238,11 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
  * goes for whatever takes memory or a port away.
  */
 int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *base);
+/*
+ * Sends a RARP as if the guest had, whether its rings run or not, so that everybody learns where this address is. It is
+ * counted with the first transmit ring's frames. -EPERM: the address is not this port's to use.
+ */
+int xn_guest_announce(struct xn_bridge *b, uint32_t port, const uint8_t mac[6]);
 int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enabled);
 int xn_ring_set_call(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd);
 int xn_ring_set_err(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd);

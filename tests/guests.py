@@ -30,3 +30,9 @@ def frame(to: bytes, source: bytes, size: int = 64, vlan: int | None = None, mar
     tag = b"" if vlan is None else b"\x81\x00" + vlan.to_bytes(2, "big")
     head = to + source + tag + b"\x88\xb5" + mark
     return (head + bytes((7 * i + len(head)) & 0xFF for i in range(max(0, size - len(head)))))[:size]
+
+
+def rarp(source: bytes) -> bytes:
+    """The announcement of this address: a reverse ARP request for its own, as QEMU and DPDK make it."""
+    request = b"\0\1\x08\0\6\4\0\3" + source + bytes(4) + source + bytes(4)
+    return (BROADCAST + source + b"\x80\x35" + request).ljust(60, b"\0")

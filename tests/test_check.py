@@ -13,6 +13,8 @@ from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
 from xdpnet.link import xdp_features
 
+PEER = f"xdpn{os.getpid()}v998"
+
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
     return {line.name: line for line in checks}
@@ -127,12 +129,37 @@ def test_an_mtu_beyond_a_frame(pair: Veth) -> None:
 
 @needs_root
 @pytest.mark.net
-def test_vlan_offload_is_advice_and_goes_away_with_the_command(pair: Veth) -> None:
+def test_vlan_tags_beside_the_frame_are_advice_that_names_the_peer(pair: Veth) -> None:
     offloads = interface(pair)["offloads"]
     assert (offloads.ok, offloads.required) == (False, False)
-    assert f"ethtool -K {pair.ifname} rxvlan off" in offloads.remedy
-    command("ethtool", "-K", pair.ifname, "rxvlan", "off")
+    assert "ethtool -K PEER txvlan off" in offloads.remedy
+    command("ip", "-n", pair.namespace.name, "link", "set", pair.peer, "netns", str(os.getpid()), "name", PEER)
+    assert f"ethtool -K {PEER} txvlan off" in interface(pair)["offloads"].remedy
+    command("ethtool", "-K", PEER, "txvlan", "off")
     assert "offloads" not in interface(pair)
+
+
+@needs_root
+@pytest.mark.net
+def test_vlan_tags_that_hardware_takes_out_are_no_trouble(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netdev, "STRIPPED_BY_PEER", frozenset())
+    lines = interface(pair)
+    assert lines["VLAN tags"].ok
+    assert "offloads" not in lines
+    assert netdev.stripping(pair.ifname) == list(netdev.VLAN_STRIPPING)
+    for feature in netdev.VLAN_STRIPPING:
+        command("ethtool", "-K", pair.ifname, feature, "off")
+    assert "VLAN tags" not in interface(pair)
+
+
+@needs_root
+@pytest.mark.net
+def test_vlan_tags_that_hardware_always_takes_out_are_an_obstacle(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netdev, "STRIPPED_BY_PEER", frozenset())
+    monkeypatch.setattr(check, "fixed_features", lambda _: frozenset(netdev.VLAN_STRIPPING))
+    lines = interface(pair)
+    assert "VLAN tags" not in lines
+    assert "rx-vlan-hw-parse off" in lines["offloads"].remedy
 
 
 def test_a_driver_without_native_xdp_is_told_before_it_is_tried() -> None:

@@ -1,9 +1,11 @@
 """The bridge between guests: flooding, learning, ageing, own addresses, and where a frame is counted."""
 
+from contextlib import closing
+
 import pytest
 
 from tests.driver import Driver
-from tests.guests import BROADCAST, MULTICAST, MakeBridge, MakeGuest, frame, mac
+from tests.guests import BROADCAST, MULTICAST, MakeBridge, MakeGuest, frame, mac, rarp
 from tests.rings import eventually
 from xdpnet import core
 
@@ -327,3 +329,60 @@ def test_what_does_not_exist_is_not_found(bridge: core.Bridge) -> None:
     ):
         with pytest.raises(OSError, match="No such file"):
             call()
+
+
+# ---- announcements ----
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_announced_guest_is_known_to_all_others(make_bridge: MakeBridge, guests: MakeGuest, workers: int) -> None:
+    bridge = make_bridge(workers=workers)
+    drivers = three(bridge, guests)
+    bridge.guest_announce(drivers[0].port, mac(7))
+    assert [driver.pair.frames() for driver in drivers[1:]] == [[rarp(mac(7))]] * 2
+    assert received(drivers[0]) == []
+    stats = drivers[0].stats(core.TX)
+    assert (stats.packets, stats.bytes, stats.copies, stats.chains) == (1, 60, 1, 0)
+    assert known(bridge) == {(mac(7), 0, drivers[0].port)}
+    assert bridge.events() & core.EVENT_FDB
+
+
+def test_a_guest_is_announced_before_its_rings_run(bridge: core.Bridge, guests: MakeGuest) -> None:
+    idle, other = guests(bridge, started=False), guests(bridge)
+    other.pair.fill()
+    bridge.guest_announce(idle.port, mac(1))
+    assert other.pair.frames() == [rarp(mac(1))]
+
+
+def test_an_announcement_that_nobody_hears_is_counted_as_lost(bridge: core.Bridge, guests: MakeGuest) -> None:
+    alone = guests(bridge)
+    bridge.guest_announce(alone.port, mac(1))
+    assert (alone.stats(core.TX).packets, alone.drops(core.TX)) == (1, {"no_port": 1})
+
+
+def test_an_announcement_before_the_workers_run_is_not_lost() -> None:
+    with core.Bridge() as bridge, closing(Driver(bridge)) as one, closing(Driver(bridge)) as two:
+        two.start()
+        two.pair.fill()
+        bridge.guest_announce(one.port, mac(1))
+        assert two.pair.frames() == [rarp(mac(1))]
+
+
+def test_hostile_a40_only_an_address_of_its_own_is_announced(bridge: core.Bridge, guests: MakeGuest) -> None:
+    checked, free, other = three(bridge, guests)
+    bridge.set_mac(checked.port, mac(0), True)
+    bridge.guest_announce(checked.port, mac(0))
+    assert [driver.pair.frames() for driver in (free, other)] == [[rarp(mac(0))]] * 2
+    refused = [(checked, mac(1)), (free, mac(0)), (free, MULTICAST), (free, BROADCAST), (free, ZERO)]
+    for driver, address in refused:
+        with pytest.raises(PermissionError):
+            bridge.guest_announce(driver.port, address)
+    assert [received(driver) for driver in (checked, free, other)] == [[], [], []]
+    assert [driver.stats(core.TX).packets for driver in (checked, free)] == [1, 0]
+
+
+def test_only_guests_are_announced(bridge: core.Bridge) -> None:
+    with pytest.raises(FileNotFoundError):
+        bridge.guest_announce(0, mac(1))
+    with pytest.raises(FileNotFoundError):
+        bridge.guest_announce(core.MAX_PORTS, mac(1))

@@ -13,6 +13,7 @@ from xdpnet.virtq.message import (
     MAX_PAYLOAD,
     REASONS,
     U64,
+    Address,
     FramingError,
     Header,
     MemoryRegion,
@@ -29,7 +30,7 @@ from xdpnet.virtq.message import (
 )
 
 REGION = struct.pack("=QQQQ", 1, 2, 3, 4)
-UNPACKERS = (Nothing, U64, VringState, VringAddr, VringFile, MemoryTable, SingleRegion)
+UNPACKERS = (Nothing, U64, Address, VringState, VringAddr, VringFile, MemoryTable, SingleRegion)
 
 
 def reason_of(unpack, data):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,22 +11,31 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pyroute2.iproute.linux import IPRoute
 
 from tests.driver import Driver
+from tests.guests import rarp
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.test_loader import open_files
 from xdpnet import core, netdev
 from xdpnet.bpf import loader
+from xdpnet.bpf.headers import find_headers
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
 from xdpnet.link import Link, find_link, require_link
 from xdpnet.netdev import BusyError, Netdev
+from xdpnet.virtq import features
+from xdpnet.virtq.counters import Counters
+from xdpnet.virtq.device import GuestDevice
+from xdpnet.virtq.message import U64, VERSION, Address, Header, Message, Request
+from xdpnet.virtq.session import Session
 
 pytestmark = [needs_root, pytest.mark.net]
 
@@ -382,6 +392,20 @@ def received_frames(bridge: core.Bridge, port: Netdev) -> int:
     return sum(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(port.queues))
 
 
+def test_an_announced_guest_is_heard_at_the_far_end(opened: Netdev, pair: Veth, bridge: core.Bridge) -> None:
+    device = GuestDevice(bridge, "guest", bridge.add_guest(1), 1)
+    session = Session(device, Counters())
+    for request, bits in ((Request.SET_PROTOCOL_FEATURES, features.offered_protocol()), (Request.SET_FEATURES, 0)):
+        session.handle(Message(Header(request, VERSION, 8), U64(bits).pack()), [])
+    with pair.wire() as wire:
+        session.handle(Message(Header(Request.SEND_RARP, VERSION, 8), Address(GUEST).pack()), [])
+        assert wire.receive() == rarp(GUEST)
+        assert wire.receive(timeout=0.2) is None
+    assert bridge.queue_stats(device.port, 0, core.TX).packets == 1
+    assert bridge.queue_stats(opened.port, 0, core.TX).packets == 1
+    session.close()
+
+
 def test_addresses_come_and_go(opened: Netdev, pair: Veth) -> None:
     with pair.wire() as wire:
 
@@ -679,3 +703,130 @@ def test_a_device_without_a_mac_address_is_refused(pair: Veth) -> None:
     link = Link(**{**vars(require_link(pair.ifname)), "address": b""})
     with pytest.raises(SetupError, match="not an Ethernet device"):
         netdev.check_link(link)
+
+
+# ---- VLAN tags ----
+
+
+@pytest.fixture
+def strips(monkeypatch: pytest.MonkeyPatch, pair: Veth) -> Veth:
+    """As a NIC has it: its own features decide. On veth they can be switched, too, but the peer's do."""
+    monkeypatch.setattr(netdev, "STRIPPED_BY_PEER", frozenset())
+    return pair
+
+
+def test_vlan_stripping_is_off_while_the_port_is_open(bridge: core.Bridge, strips: Veth) -> None:
+    port = Netdev(bridge, strips.ifname)
+    port.open()
+    assert netdev.stripping(strips.ifname) == []
+    port.close()
+    assert netdev.stripping(strips.ifname) == list(netdev.VLAN_STRIPPING)
+
+
+def test_vlan_stripping_that_was_off_stays_off(bridge: core.Bridge, strips: Veth) -> None:
+    command("ethtool", "-K", strips.ifname, "rxvlan", "off")
+    with contextlib.closing(Netdev(bridge, strips.ifname)) as port:
+        port.open()
+    assert netdev.stripping(strips.ifname) == ["rx-vlan-stag-hw-parse"]
+
+
+def test_vlan_stripping_is_put_back_if_the_port_does_not_open(
+    bridge: core.Bridge, strips: Veth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        assert netdev.stripping(strips.ifname) == []
+        raise OSError(errno.EPERM, "refused")
+
+    monkeypatch.setattr(core, "bpf_xdp_link", refuse)
+    with pytest.raises(SetupError):
+        Netdev(bridge, strips.ifname).open()
+    assert netdev.stripping(strips.ifname) == list(netdev.VLAN_STRIPPING)
+
+
+def test_vlan_stripping_is_off_again_when_the_interface_is_back(bridge: core.Bridge, strips: Veth) -> None:
+    port = Netdev(bridge, strips.ifname)
+    port.open()
+
+    async def story() -> None:
+        async with Watched(port) as watch:
+            remove(strips.ifname)
+            await watch.reach("gone")
+            add_veth(strips.ifname, strips.namespace)
+            assert netdev.stripping(strips.ifname) != []
+            while not port.alive:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    assert netdev.stripping(strips.ifname) == []
+    port.close()
+    assert netdev.stripping(strips.ifname) == list(netdev.VLAN_STRIPPING)
+
+
+def test_vlan_stripping_is_put_back_under_another_name(bridge: core.Bridge, strips: Veth) -> None:
+    name = f"xdpn{os.getpid()}v997"
+    port = Netdev(bridge, strips.ifname)
+    port.open()
+    command("ip", "link", "set", strips.ifname, "name", name)
+    try:
+        port.close()
+        assert netdev.stripping(name) == list(netdev.VLAN_STRIPPING)
+    finally:
+        command("ip", "link", "set", name, "name", strips.ifname)
+
+
+def test_the_features_of_veth_are_left_alone(opened: Netdev, pair: Veth) -> None:
+    assert opened.alive
+    assert netdev.stripping(pair.ifname) == list(netdev.VLAN_STRIPPING)
+
+
+TAGGER = b"""
+#include <uapi/linux/bpf.h>
+int tag(struct __sk_buff *skb) { bpf_skb_vlan_push(skb, __builtin_bswap16(0x8100), 100); return 0; }
+"""
+
+
+@contextlib.contextmanager
+def tags_beside_frames(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the peer sends leaves its stack with a tag of VLAN 100, which its hardware is to put in."""
+    headers = find_headers()
+    with tempfile.TemporaryDirectory(prefix="xdpnet-kheaders-") as scratch, monkeypatch.context() as environment:
+        if headers.packed:
+            headers = headers.unpack(Path(scratch))
+        environment.setenv("BCC_KERNEL_SOURCE", str(headers.source))
+        import bcc
+
+        module = bcc.BPF(text=TAGGER, cflags=list(headers.cflags))
+    program = module.load_func(b"tag", bcc.BPF.SCHED_CLS)
+
+    def attach() -> None:
+        with IPRoute() as netlink:
+            (index,) = netlink.link_lookup(ifname=pair.peer)
+            netlink.tc("add", "clsact", index)
+            filtered = {"fd": program.fd, "name": program.name, "parent": "ffff:fff3", "classid": 1}
+            netlink.tc("add-filter", "bpf", index, ":1", direct_action=True, **filtered)
+
+    pair.namespace.call(attach)
+    yield
+    module.cleanup()
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_on_veth_the_peer_decides_whether_a_tag_arrives(
+    bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch, mode: netdev.Mode
+) -> None:
+    plain, tagged = frame(GUEST), GUEST + STRANGER + b"\x81\0\0\x64" + PAYLOAD
+    with (
+        tags_beside_frames(pair, monkeypatch),
+        contextlib.closing(Netdev(bridge, pair.ifname, mode=mode)) as port,
+        contextlib.closing(Driver(bridge)) as guest,
+        pair.wire() as wire,
+    ):
+        port.open()
+        port.sync_macs([GUEST])
+        bridge.set_mac(guest.port, GUEST, False)
+        guest.start().pair.fill()
+        for ours, peers, arrives in (("on", "on", plain), ("off", "on", plain), ("on", "off", tagged)):
+            command("ethtool", "-K", pair.ifname, "rxvlan", ours)
+            pair.namespace.run("ethtool", "-K", pair.peer, "txvlan", peers)
+            wire.send(frame(GUEST))
+            assert guest.pair.frames() == [arrives]

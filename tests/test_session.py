@@ -11,14 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.frontend import ACK_AND_ALL, MODERN, GuestMemory
-from xdpnet.core import MAX_REGIONS, Bridge
-from xdpnet.virtq import features
+from xdpnet.core import MAX_REGIONS, TX, Bridge
+from xdpnet.virtq import device, features
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.fd import Fd
@@ -28,6 +29,7 @@ from xdpnet.virtq.message import (
     FLAG_NEED_REPLY,
     U64,
     VERSION,
+    Address,
     Header,
     MemoryRegion,
     MemoryTable,
@@ -639,6 +641,67 @@ def test_a_configured_mtu_is_the_limit(make_backend):
     frontend.negotiate()
     assert frontend.tell(Request.NET_SET_MTU, U64(1500)) == 0
     assert frontend.tell(Request.NET_SET_MTU, U64(1501)) != 0
+
+
+MAC = bytes.fromhex("525400000001")
+
+
+def test_an_announcement_is_sent_from_the_guests_port(backend, talk):
+    assert talk[0].tell(Request.SEND_RARP, MAC + b"\xff\xff") == 0  # the last two bytes say nothing
+    stats = backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX))
+    assert (stats.packets, stats.bytes) == (1, 60)
+
+
+@pytest.mark.parametrize("mac", ["01005e000001", "ffffffffffff", "000000000000"])
+def test_hostile_a40_an_announcement_of_no_guests_address_is_refused(backend, talk, mac):
+    assert refused(talk, "rarp", Request.SEND_RARP, Address(bytes.fromhex(mac)))
+    assert backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX)).packets == 0
+
+
+def test_hostile_a40_a_checked_guest_announces_only_its_own_address(backend, talk):
+    backend.control.call(lambda: backend.bridge.set_mac(backend.port, MAC, True))
+    assert refused(talk, "rarp", Request.SEND_RARP, Address(MAC[:5] + b"\2"))
+    assert talk[0].tell(Request.SEND_RARP, Address(MAC)) == 0
+
+
+def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connection(backend, talk, monkeypatch):
+    monkeypatch.setattr(device, "ANNOUNCE_EVERY_S", 3600.0)
+    frontend, guest = talk
+
+    def counts():
+        stats = backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX))
+        return stats.packets, guest.counters.rarp_limited
+
+    for _ in range(device.ANNOUNCE_AT_ONCE):
+        assert frontend.tell(Request.SEND_RARP, Address(MAC)) == 0
+    assert counts() == (device.ANNOUNCE_AT_ONCE, 0)
+    assert frontend.tell(Request.SEND_RARP, Address(MAC)) == 0
+    assert counts() == (device.ANNOUNCE_AT_ONCE, 1)
+    frontend.close()
+    frontend, guest = backend.connect()
+    frontend.negotiate()
+    frontend.tell(Request.SEND_RARP, Address(MAC))
+    assert counts() == (device.ANNOUNCE_AT_ONCE, 1)
+
+
+def test_hostile_a40_a_flood_of_announcements_disturbs_nobody(backend, talk):
+    frontend, guest = talk
+    count = 20_000
+    one = Header(Request.SEND_RARP, VERSION, 8).pack() + Address(MAC).pack()
+    begin = time.monotonic()
+    for _ in range(count // 100):
+        frontend.send_bytes(100 * one)
+    frontend.ask_u64(Request.GET_FEATURES)
+    passed = time.monotonic() - begin
+    sent = backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX)).packets
+    assert sent + guest.counters.rarp_limited == count
+    assert device.ANNOUNCE_AT_ONCE <= sent <= device.ANNOUNCE_AT_ONCE + 1 + passed / device.ANNOUNCE_EVERY_S
+
+
+def test_announcing_needs_its_protocol_feature(backend):
+    frontend, guest = backend.connect()
+    frontend.negotiate(protocol=ACK_AND_ALL & ~mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP))
+    assert refused((frontend, guest), "features", Request.SEND_RARP, Address(MAC))
 
 
 def test_hostile_a41_the_backend_channel_is_a_socket_and_is_kept(talk):

@@ -16,7 +16,7 @@ from xdpnet import netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.errors import SetupError
-from xdpnet.link import XDP_ACT_BASIC, XDP_ACT_REDIRECT, require_link, xdp_features
+from xdpnet.link import XDP_ACT_BASIC, XDP_ACT_REDIRECT, fixed_features, require_link, xdp_features
 
 AF_XDP = 44
 MIN_KERNEL = (5, 9)  # bpf_link for XDP
@@ -169,7 +169,10 @@ def _interface(ifname: str) -> Iterator[Check]:
     yield _check(f"{ifname} state", fit)
     yield _check(f"{ifname} queues", queues)
     yield _check(f"{ifname} native XDP", lambda: _native(link.index), required=False)
-    for advice in netdev.advise(link, link.rx_queues, "native"):
+    strips, fixed = netdev.stripping(ifname), fixed_features(ifname)
+    if link.kind not in netdev.STRIPPED_BY_PEER and set(strips) - fixed:
+        yield Check(f"{ifname} VLAN tags", True, "left in frames while xdpnet runs", required=False)
+    for advice in netdev.advise(link, link.rx_queues, "native", [name for name in strips if name in fixed]):
         detail, _, remedy = advice.partition("; ")
         yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
 

@@ -332,6 +332,12 @@ class Bridge:
         """Set the negotiated virtio features; EBUSY if that would change the layout of a started ring."""
         _check(lib.xn_guest_set_features(self._bridge, port, features), f"set features {features:#x} of port {port}")
 
+    def guest_announce(self, port: int, mac: bytes) -> None:
+        """Send a RARP with this source address, as if the guest had; EPERM if the address is not its to use."""
+        if len(mac) != 6:
+            raise ValueError(f"MAC address of {len(mac)} bytes")
+        _check(lib.xn_guest_announce(self._bridge, port, mac), f"announce {mac.hex(':')} of port {port}")
+
     def ring_start(self, port: int, ring: int, config: RingConfig) -> None:
         """Start a ring; EFAULT if it lies outside the memory table."""
         fields = {name: getattr(config, name) for name in RingConfig.__slots__}

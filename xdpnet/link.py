@@ -6,6 +6,7 @@ Reference: kernel Documentation/netlink/specs/rt-link.yaml and netdev.yaml.
 """
 
 import errno
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -42,6 +43,7 @@ class Link:
     running: bool  # up and with a carrier
     kind: str  # "veth", "tun"...; empty for hardware
     rx_queues: int
+    peer: str  # of a veth, the other end if it is in this network namespace; else empty
     xdp_mode: str  # "", "xdp", "xdpgeneric", "xdpoffload", "xdpmulti"
     xdp_id: int
 
@@ -97,6 +99,7 @@ def find_link(ifname: str) -> Link | None:
         running=bool(message["flags"] & IFF_RUNNING),
         kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
         rx_queues=_rx_queues(name) or message.get("num_rx_queues") or 1,
+        peer=_peer(message),
         xdp_mode=(xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else None) or "",
         xdp_id=(xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else None) or 0,
     )
@@ -111,6 +114,15 @@ def require_link(ifname: str) -> Link:
             f"there are: {', '.join(link_names())}",
         )
     return link
+
+
+def _peer(message: Any) -> str:
+    if message.get("link") is None or message.get("link_netnsid") is not None:
+        return ""
+    try:
+        return socket.if_indextoname(message.get("link"))
+    except OSError:
+        return ""
 
 
 def _rx_queues(ifname: str) -> int:
@@ -130,6 +142,30 @@ def features(ifname: str) -> dict[str, bool]:
             return {name: bool(value) for name, value, *_ in ethtool.get_features()}
     except (NotSupportedError, NoSuchDevice):
         return {}
+
+
+def fixed_features(ifname: str) -> frozenset[str]:
+    """Those of features() that nobody can change."""
+    try:
+        with closing(IoctlEthtool(ifname)) as ethtool:
+            have = ethtool.get_features()
+            return frozenset(name for name in have.keys() if not have.is_available(name) or have.is_never_changed(name))  # noqa: SIM118
+    except (NotSupportedError, NoSuchDevice):
+        return frozenset()
+
+
+def set_features(ifname: str, wanted: dict[str, bool]) -> None:
+    """ethtool -K; OSError. Drivers may refuse without a word: look again."""
+    try:
+        with closing(IoctlEthtool(ifname)) as ethtool:
+            have = ethtool.get_features()
+            for name, on in wanted.items():
+                have[name] = on
+            ethtool.set_features(have)
+    except NotSupportedError as error:
+        raise OSError(errno.EOPNOTSUPP, f"set features of {ifname}") from error
+    except NoSuchDevice as error:
+        raise OSError(errno.ENODEV, f"set features of {ifname}") from error
 
 
 def xdp_features(ifindex: int) -> int | None:

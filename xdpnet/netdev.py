@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
-from xdpnet.link import Link, features, find_link, require_link
+from xdpnet.link import Link, features, find_link, require_link, set_features
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,10 @@ MAX_MTU = MAX_FRAME - ETH_OVERHEAD
 # Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
 # (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
 COPYING = frozenset({"veth"})
+# AF_XDP loses a VLAN tag that comes beside the frame: an interface with these features takes it out of the frame ...
+VLAN_STRIPPING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
+# ... but one of these has it as the peer has sent it, whatever its own features say.
+STRIPPED_BY_PEER = frozenset({"veth"})
 RTMGRP_LINK = 1
 
 MAX_MACS = 8192
@@ -92,6 +96,8 @@ class Netdev:
         self._macs: set[bytes] = set()  # in the program's map
         self._wanted_macs: frozenset[bytes] = frozenset()
         self._refused: frozenset[bytes] = frozenset()
+        self._stopped_stripping: dict[str, bool] = {}  # features of _stripper that close() turns on again
+        self._stripper = 0  # ifindex
         self._attached = ExitStack()
         self._wake = asyncio.Event()
         self._renewal: asyncio.TimerHandle | None = None
@@ -124,7 +130,7 @@ class Netdev:
                     time.sleep(RETRY_S)
             undo.pop_all()
         self.state = "up" if link.running else "down"
-        for advice in advise(link, self.queues, self.mode):
+        for advice in advise(link, self.queues, self.mode, stripping(link.name)):
             log.warning("%s", advice)
 
     def close(self) -> None:
@@ -133,6 +139,7 @@ class Netdev:
             self._renewal.cancel()
             self._renewal = None
         self._detach()
+        self._strip_again()
         if self._program:
             self._program.close()
             self._program = None
@@ -147,6 +154,7 @@ class Netdev:
             raise SetupError(f"interface {self.name}: not open")
         # 1. Is it fit, and free?
         check_link(link)
+        self._stop_stripping(link)
         with ExitStack() as undo:
             # 2. An AF_XDP socket a queue, known to the program.
             for queue in range(self.queues):
@@ -172,6 +180,33 @@ class Netdev:
         self._group = None
         self.ifindex = 0
         self._attached.close()
+
+    def _stop_stripping(self, link: Link) -> None:
+        """VLAN tags stay in received frames until close(), while the interface lives. Before there are sockets: some
+        drivers restart for it."""
+        if link.index != self._stripper:
+            self._stripper, self._stopped_stripping = link.index, {}
+        if link.kind in STRIPPED_BY_PEER:
+            return
+        on = stripping(link.name)
+        if on:
+            try:
+                set_features(link.name, dict.fromkeys(on, False))
+            except OSError as error:
+                log.debug("%s: %s", self.name, error)  # advise() names what is left
+        stopped = [name for name in on if name not in stripping(link.name)]
+        if stopped:
+            log.info("%s: VLAN tags stay in received frames until the end: %s off", self.name, ", ".join(stopped))
+            self._stopped_stripping |= dict.fromkeys(stopped, True)
+
+    def _strip_again(self) -> None:
+        wanted, self._stopped_stripping = self._stopped_stripping, {}
+        if not wanted:
+            return
+        try:
+            set_features(socket.if_indextoname(self._stripper), wanted)  # it may have another name now
+        except OSError as error:
+            log.warning("%s: %s not turned on again: %s", self.name, ", ".join(wanted), error)
 
     def _open_queue(self, link: Link, queue: int) -> None:
         what = f"interface {self.name}: AF_XDP socket of queue {queue}"
@@ -428,8 +463,8 @@ def check_link(link: Link) -> None:
         )
 
 
-def advise(link: Link, queues: int, mode: str) -> list[str]:
-    """What works, but not as somebody may expect; with the remedy."""
+def advise(link: Link, queues: int, mode: str, strips: Collection[str]) -> list[str]:
+    """What works, but not as somebody may expect; with the remedy. strips: of VLAN_STRIPPING, what stays on."""
     name, advice = link.name, []
     if link.rx_queues > queues:
         advice.append(
@@ -437,18 +472,30 @@ def advise(link: Link, queues: int, mode: str) -> list[str]:
             f"other queues go to the host; ethtool -L {name} combined {queues} (veth: rx {queues}), "
             f"or ethtool -X {name} equal {queues}"
         )
-    offloads = features(name)
-    if offloads.get("rx-vlan-hw-parse"):
+    if link.kind in STRIPPED_BY_PEER:
+        if not link.peer or features(link.peer).get("tx-vlan-hw-insert"):
+            advice.append(
+                f"interface {name}: VLAN tags that its peer sends beside the frame are lost by AF_XDP; "
+                f"ethtool -K {link.peer or 'PEER'} txvlan off, unless nobody uses tags"
+            )
+    elif strips:
+        off = " ".join(f"{feature} off" for feature in strips)
         advice.append(
             f"interface {name}: it takes VLAN tags out of received frames, and AF_XDP loses them; "
-            f"ethtool -K {name} rxvlan off (veth: txvlan off at the peer), unless nobody uses tags"
+            f"ethtool -K {name} {off}, or another interface, unless nobody uses tags"
         )
-    if mode == "generic" and offloads.get("rx-gro"):
+    if mode == "generic" and features(name).get("rx-gro"):
         advice.append(
             f"interface {name}: generic mode sees the large frames that GRO makes, and AF_XDP drops them; "
             f"ethtool -K {name} gro off"
         )
     return advice
+
+
+def stripping(ifname: str) -> list[str]:
+    """Features, turned on now, by which the interface takes VLAN tags out of received frames."""
+    have = features(ifname)
+    return [name for name in VLAN_STRIPPING if have.get(name)]
 
 
 def occupied(link: Link) -> BusyError:

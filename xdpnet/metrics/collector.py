@@ -210,6 +210,7 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
             ("messages", "Messages of the frontend."),
             ("connects", "Connections made."),
             ("disconnects", "Connections ended."),
+            ("rarp_limited", "Requests to announce the guest that came too soon after others."),
             ("unsealed_regions", "Memory regions taken whose file the frontend can still shrink."),
         )
     }

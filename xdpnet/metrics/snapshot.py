@@ -102,6 +102,7 @@ class Guest:
     connects: int
     disconnects: int
     unsealed_regions: int
+    rarp_limited: int
     errors: dict[str, int]
     refused: dict[str, int]
 

@@ -12,6 +12,7 @@ class Counters:
     messages: int = 0
     connects: int = 0
     disconnects: int = 0
+    rarp_limited: int = 0  # SEND_RARP that came too soon after others: nothing was sent
     mem_unsealed: int = 0  # regions accepted whose file the frontend may still shrink
     errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     # connections turned away: another frontend is served; no descriptors or memory to accept it with

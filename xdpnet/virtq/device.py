@@ -8,6 +8,7 @@ Reference: QEMU docs/interop/vhost-user.rst, "Ring states"; c/xdpnet.h, "guest p
 
 import errno
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1
 MAX_RING = 32768  # virtio 1.2, 2.7
+# QEMU announces five times in half a second after a migration, more often where it is told to.
+ANNOUNCE_AT_ONCE, ANNOUNCE_EVERY_S = 16, 0.1
 
 
 class GuestDevice:
@@ -37,6 +40,7 @@ class GuestDevice:
         self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
         self.rings = [Virtqueue(index) for index in range(2 * pairs)]
         self.memory: list[MemoryRegion] = []
+        self._announced_until = 0.0  # time that the announcements so far have used up; it outlives the frontend
         self._bridge = bridge
 
     # ---- features ----
@@ -65,6 +69,22 @@ class GuestDevice:
         if not MIN_MTU <= mtu <= limit:
             raise ProtocolError("mtu", f"MTU {mtu}, possible are {MIN_MTU} to {limit}")
         self.guest_mtu = mtu
+
+    def announce(self, mac: bytes) -> bool:
+        """SEND_RARP: the network learns that this address is here; False if it was told too often lately.
+
+        QEMU asks for it before it starts the guest on its new host, so the rings need not run. Beyond that nothing is
+        announced: after a restart of the daemon or of the frontend, switches still know this host's port.
+        """
+        if mac[0] & 1 or not any(mac):
+            raise ProtocolError("rarp", f"{mac.hex(':')} is no address of a guest")
+        now = time.monotonic()
+        if self._announced_until > now + (ANNOUNCE_AT_ONCE - 1) * ANNOUNCE_EVERY_S:
+            return False
+        self._announced_until = max(self._announced_until, now) + ANNOUNCE_EVERY_S
+        with _refusing("rarp", "announce the guest"):
+            self._bridge.guest_announce(self.port, mac)
+        return True
 
     # ---- memory: each tells how many of its regions the frontend can shrink; descriptors stay the caller's ----
 

@@ -107,6 +107,9 @@ def _mtu_known(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
 # and MAC themselves. A frontend that passed the control queue on would hang its guest if we offered CTRL_VQ without
 # serving it, so MQ comes alone; QEMU asks the backend for MQ, MTU and the ring's own bits (hw/net/vhost_net.c,
 # user_feature_bits). QEMU's host_mtu works with and without our MTU bit, and reaches us as NET_SET_MTU either way.
+# GUEST_ANNOUNCE costs us nothing: where it is negotiated, QEMU asks the guest to announce itself (configuration space
+# and control queue), in all its VLANs and with its IP addresses, and sends us no SEND_RARP (hw/virtio/vhost-user.c,
+# vhost_user_migration_done); not offered, QEMU takes the bit away from the guest. RARP is for the other guests.
 # RING_RESET is not offered, though rings stop and start one by one: QEMU would let the guest reset a ring and tell no
 # vhost-user backend of it (hw/net/virtio-net.c, virtio_net_queue_reset); the ring would be polled in memory given back.
 OFFERED: dict[VirtioFeature, Condition] = {
@@ -131,6 +134,7 @@ OFFERED: dict[VirtioFeature, Condition] = {
     VirtioFeature.VIRTIO_NET_F_GUEST_UFO: _always,
     VirtioFeature.VIRTIO_NET_F_GUEST_USO4: _always,
     VirtioFeature.VIRTIO_NET_F_GUEST_USO6: _always,
+    VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE: _always,
     VirtioFeature.VIRTIO_NET_F_MQ: _multiqueue,
     VirtioFeature.VIRTIO_NET_F_MTU: _mtu_known,
     VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES: _always,
@@ -138,6 +142,7 @@ OFFERED: dict[VirtioFeature, Condition] = {
 
 OFFERED_PROTOCOL: tuple[ProtocolFeature, ...] = (
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_NET_MTU,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ,

@@ -9,7 +9,7 @@ Reference: QEMU docs/interop/vhost-user.rst, "Message Specification"; the number
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 from xdpnet.errors import XdpnetError
 
@@ -32,6 +32,7 @@ Reason = Literal[
     "mem_limit",
     "event_fd",
     "mtu",
+    "rarp",
     "status",
     "unsupported",
     "send_stall",
@@ -174,7 +175,7 @@ def reply(request: int, payload: Payload) -> bytes:
     return Header(request, VERSION | FLAG_REPLY, len(body)).pack() + body
 
 
-def _exactly(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
+def _exactly(layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
     if len(data) != layout.size:
         raise FramingError("size", f"payload of {len(data)} bytes, expected {layout.size}")
     return layout.unpack(data)
@@ -207,6 +208,21 @@ class U64:
 
     def pack(self) -> bytes:
         return self.LAYOUT.pack(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """The u64 of SEND_RARP: a MAC address in its first six bytes; the others say nothing."""
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=6s2x")
+    mac: bytes
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*_exactly(cls.LAYOUT, data))
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.mac)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +346,7 @@ def _check_abi() -> None:
     sizes = (
         (Header.LAYOUT, 12),
         (U64.LAYOUT, 8),
+        (Address.LAYOUT, 8),
         (VringState.LAYOUT, 8),
         (VringAddr.LAYOUT, 40),
         (VringFile.LAYOUT, 8),

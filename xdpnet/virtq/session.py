@@ -24,6 +24,7 @@ from xdpnet.virtq.message import (
     MAX_FDS,
     REQUESTS,
     U64,
+    Address,
     FramingError,
     MemoryTable,
     Message,
@@ -160,6 +161,11 @@ class Session:
     def net_set_mtu(self, mtu: U64) -> None:
         self.device.set_mtu(mtu.value)
 
+    def send_rarp(self, address: Address) -> None:
+        """One announcement too many is no fault: the others have been heard."""
+        if not self.device.announce(address.mac):
+            self.counters.rarp_limited += 1
+
     def set_backend_req_fd(self, _: Nothing) -> None:
         check_socket(self._fds[0])
         if self.backend_channel is not None:
@@ -240,6 +246,7 @@ class Rule(Generic[P]):
 
 
 _REQ = ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
+_RARP = ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP
 _RESET = ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
 _SLOTS = ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 _STATUS = ProtocolFeature.VHOST_USER_PROTOCOL_F_STATUS
@@ -265,6 +272,7 @@ RULES: dict[int, Rule[Any]] = {
     Request.SET_PROTOCOL_FEATURES: Rule(Session.set_protocol_features, U64.unpack),
     Request.GET_QUEUE_NUM:         Rule(Session.get_queue_num, Nothing.unpack, own_reply=True),
     Request.SET_VRING_ENABLE:      Rule(Session.set_vring_enable, VringState.unpack),
+    Request.SEND_RARP:             Rule(Session.send_rarp, Address.unpack, feature=_RARP),
     Request.NET_SET_MTU:           Rule(Session.net_set_mtu, U64.unpack, feature=_MTU),
     Request.SET_BACKEND_REQ_FD:    Rule(Session.set_backend_req_fd, Nothing.unpack, fds=(1,), feature=_REQ),
     Request.RESET_DEVICE:          Rule(Session.reset_device, Nothing.unpack, feature=_RESET),
