@@ -77,10 +77,19 @@ static void classify(struct worker *w, const struct port *from, struct view *vie
 	}
 }
 
-/* Frames that a view is on the wire; no more than the smallest set of frames has room for. */
-static u32 wire_frames(const struct view *v)
+static __attribute__((noinline)) u32 descriptors_of_large(const struct view *v)
 {
-	return min_u32(vnet_segments(v), XN_MIN_FRAMES / 2);
+	u32 longest = v->len;
+
+	if (v->needs & NEED_CUT)
+		longest = min_u32(v->vnet.hdr_len + v->vnet.gso_size, longest) + IPV6_FRAGMENT_HDR;
+	return min_u32(vnet_segments(v) * ((longest + XN_FRAME_SIZE - 1) / XN_FRAME_SIZE), XN_MIN_FRAMES / 2);
+}
+
+/* Descriptors that a view is on the wire, at most; no more than the smallest set of frames has room for. */
+static u32 descriptors_of(const struct view *v)
+{
+	return likely(v->len <= XN_FRAME_SIZE && !(v->needs & NEED_CUT)) ? 1 : descriptors_of_large(v);
 }
 
 /* How many views, from the first, can go before one finds its netdev full. */
@@ -97,9 +106,9 @@ static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 
 			if (port != VIEW_DROPPED)
 				continue;
 			port = views[i].port;
-			room = netdev_room(w, &b->ports[port], queue, wire_frames(&views[i]));
+			room = netdev_room(w, &b->ports[port], queue, descriptors_of(&views[i]));
 		}
-		u32 wanted = wire_frames(&views[i]);
+		u32 wanted = descriptors_of(&views[i]);
 
 		if (room < wanted)
 			return i;
@@ -330,10 +339,10 @@ void bridge_event(struct xn_bridge *b, enum xn_event event)
 
 /* ---- public: the bridge ---- */
 
-static const char *const drop_names[] = {"short",     "runt",	   "oversize", "pieces",   "gso_type",	"gso_size",
-					 "gso_csum",  "gso_proto", "csum",     "l3",	   "l4",	"ipv6_ext",
-					 "fragment",  "vlan",	   "spoof",    "disabled", "no_port",	"no_buffer",
-					 "too_small", "not_ready", "broken",   "no_frame", "bad_frame", "truncated"};
+static const char *const drop_names[] = {
+	"short",     "runt",	  "oversize", "pieces",	  "gso_type",  "gso_size", "gso_csum", "gso_proto", "csum",
+	"l3",	     "l4",	  "ipv6_ext", "fragment", "vlan",      "spoof",	   "disabled", "no_port",   "no_buffer",
+	"too_small", "not_ready", "broken",   "no_frame", "bad_frame", "frags",	   "truncated"};
 _Static_assert(ARRAY_LEN(drop_names) == XN_DROP_COUNT, "a name for every drop reason");
 _Static_assert(ARRAY_LEN(((struct xn_queue_stats *)0)->drops) == XN_DROP_COUNT, "a counter for every drop reason");
 

@@ -94,7 +94,7 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 /* The ports' half of it. Views are given by index; what is delivered or lost is counted there. */
 void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
-/* Frames that the netdev's queue takes now without loss, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
+/* Descriptors that the netdev's queue takes now without loss, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
 u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted);
 /* Takes back what the kernel has sent. */
 void netdev_reap(struct xsk *x);

@@ -80,24 +80,51 @@ u64 csum_pseudo(const u8 *ip, u8 version, u8 protocol, u32 l4_len)
 
 /* ---- frames ---- */
 
+/* Copies the bytes [at, at + n) of a frame whose checksum begins at `start`; what they add to it. */
+static inline u64 copy_stretch(u64 sum, u8 *to, const u8 *from, u32 n, u32 at, u32 start)
+{
+	u32 before = at < start ? min_u32(start - at, n) : 0;
+
+	g_copy_from(to, from, before);
+	return csum_add(sum, csum_copy(to + before, from + before, n - before), at + before - start);
+}
+
+static inline void put_sum(u8 *to, const struct view *v, u64 sum)
+{
+	u16 done = csum_mangle((u16)~csum_fold(sum));
+
+	memcpy(to + v->vnet.csum_start + v->vnet.csum_offset, &done, sizeof(done));
+}
+
 void csum_copy_view(u8 *to, const struct view *v)
 {
-	const u32 start = v->vnet.csum_start, field = start + v->vnet.csum_offset;
+	u64 sum = 0;
+	u32 at = 0;
+
+	for (u32 i = 0; i < v->n && at < v->len; i++) {
+		u32 n = min_u32(v->pieces[i].len, v->len - at);
+
+		sum = copy_stretch(sum, to + at, v->pieces[i].ptr, n, at, v->vnet.csum_start);
+		at += n;
+	}
+	put_sum(to, v, sum);
+}
+
+void csum_copy_large(u8 *const *to, const struct view *v)
+{
 	u64 sum = 0;
 	u32 at = 0;
 
 	for (u32 i = 0; i < v->n && at < v->len; i++) {
 		const u8 *from = v->pieces[i].ptr;
-		u32 n = min_u32(v->pieces[i].len, v->len - at), before = at < start ? min_u32(start - at, n) : 0;
 
-		g_copy_from(to + at, from, before);
-		at += before;
-		sum = csum_add(sum, csum_copy(to + at, from + before, n - before), at - start);
-		at += n - before;
+		for (u32 left = min_u32(v->pieces[i].len, v->len - at), n; left; left -= n, from += n, at += n) {
+			n = min_u32(left, XN_FRAME_SIZE - at % XN_FRAME_SIZE);
+			sum = copy_stretch(sum, to[at / XN_FRAME_SIZE] + at % XN_FRAME_SIZE, from, n, at,
+					   v->vnet.csum_start);
+		}
 	}
-	u16 done = csum_mangle((u16)~csum_fold(sum));
-
-	memcpy(to + field, &done, sizeof(done));
+	put_sum(*to, v, sum);
 }
 
 void csum_complete(struct view *v)

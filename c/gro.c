@@ -13,7 +13,6 @@
 enum {
 	TCP_SEQ = 4,
 	TCP_ACK = 8,
-	TCP_FLAGS = 13,
 	TCP_WINDOW = 14,
 	TCP_URGENT = 18,
 	FLAG_PSH = 0x08,
@@ -111,8 +110,7 @@ static u8 kind_of(const struct packet *at)
 /* Data of TCP with no flag that means something once, or UDP; whole, unpadded, and of a kind that the receiver takes. */
 static bool can_join(const struct view *v, const u8 *p, const struct packet *at, u8 takes)
 {
-	if (at->extended || v->n > GRO_FRAME_PIECES || at->end != v->len || at->payload == at->end ||
-	    !(takes & kind_of(at)))
+	if (at->extended || v->n > WIRE_PIECES || at->end != v->len || at->payload == at->end || !(takes & kind_of(at)))
 		return false;
 	/* A wrong sum would be made a right one. */
 	if (at->version == 4 && csum_fold(csum_bytes(p + at->l3, IPV4_HDR)) != 0xffff)

@@ -9,8 +9,7 @@
 
 #include "view.h"
 
-/* A frame of the wire in more pieces than an AF_XDP socket delivers is none. */
-enum { GRO_FLOWS = 8, GRO_FRAME_PIECES = 18, GRO_PIECES = XN_BURST * GRO_FRAME_PIECES };
+enum { GRO_FLOWS = 8, GRO_PIECES = XN_BURST * WIRE_PIECES };
 
 /* Memory that the joined frames live in, until the next call. */
 struct gro_room {

@@ -6,10 +6,8 @@
 
 enum {
 	TCP_SEQ = 4,
-	TCP_FLAGS = 13,
 	TCP_FIN = 0x01,
 	TCP_PSH = 0x08,
-	TCP_CWR = 0x80,
 	IP_MF = 0x2000,
 	/* Pieces that one segment may take: those of a chain, cut at both ends, and its header. */
 	SEGMENT_PIECES = 1024 + 2

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/if_packet.h>
+#include <netinet/in.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -14,21 +15,23 @@
 
 #include "bridge.h"
 #include "csum.h"
+#include "packet.h"
 
 /* ---- from the wire ---- */
 
 enum {
 	/* Room before a group frame, for the VLAN tag that the kernel took off. */
 	VLAN_TAG = 4,
-	PAGE = 4096
+	PAGE = 4096,
+	/* The rest of a chain comes at once, or never. */
+	UNFINISHED_US = 1000000
 };
 
 /* The view of a frame in memory of ours. A virtual interface may have left its checksum partial. */
-static void open_frame(struct view *v, struct piece *piece, u8 *frame, u32 len)
+static always_inline void open_frame(struct view *v, const struct piece *pieces, u32 n, u32 len)
 {
-	*piece = (struct piece){frame, len};
-	v->pieces = piece;
-	v->n = 1;
+	v->pieces = pieces;
+	v->n = n;
 	v->len = len;
 	v->port = VIEW_FLOOD;
 	v->needs = 0;
@@ -41,6 +44,27 @@ static void open_frame(struct view *v, struct piece *piece, u8 *frame, u32 len)
 	view_snapshot(v);
 }
 
+/* Drivers with zero copy may ask to be told of new fill entries. */
+static void wake_driver(const struct xsk *x)
+{
+	if (__atomic_load_n(x->fill.flags, __ATOMIC_RELAXED) & XDP_RING_NEED_WAKEUP)
+		(void)recvfrom(x->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
+}
+
+/* Entries behind those that are consumed; i-th of them. */
+static const struct xdp_desc *received(const struct xsk *x, u32 i)
+{
+	return xsk_desc_at(&x->rx, x->rx.cached_consumer + i);
+}
+
+/* Whether a descriptor is one of a receive frame of this socket. */
+static bool is_ours(const struct xsk *x, const struct xdp_desc *d)
+{
+	u64 in_set = xsk_place(d->addr) - x->first;
+
+	return in_set < x->arena->set_size / 2 && d->len <= XN_FRAME_SIZE - in_set % XN_FRAME_SIZE;
+}
+
 static u32 xsk_poll(struct worker *w, struct source *s)
 {
 	struct xsk *x = container_of(s, struct xsk, source);
@@ -48,37 +72,150 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 	u32 n = xsk_peek(&x->rx, XN_BURST);
 	u64 bad = 0;
 
-	/* Drivers with zero copy may ask to be told of new fill entries. */
-	if (__atomic_load_n(x->fill.flags, __ATOMIC_RELAXED) & XDP_RING_NEED_WAKEUP)
-		(void)recvfrom(x->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
+	wake_driver(x);
 	if (!n)
 		return 0;
 	for (u32 i = 0; i < n; i++)
-		prefetch(x->arena->base + xsk_place(xsk_desc_at(&x->rx, x->rx.cached_consumer + i)->addr));
+		prefetch(x->arena->base + xsk_place(received(x, i)->addr));
 	for (u32 i = 0; i < n; i++) {
-		const struct xdp_desc *d = xsk_desc_at(&x->rx, x->rx.cached_consumer + i);
-		u64 addr = xsk_place(d->addr), in_set = addr - x->first;
-		u32 len = d->len;
+		const struct xdp_desc *d = received(x, i);
 		struct view *v = &w->views[i];
 
-		if (unlikely(in_set >= x->arena->set_size / 2 || len > XN_FRAME_SIZE - in_set % XN_FRAME_SIZE)) {
+		if (unlikely(!is_ours(x, d))) {
 			bad |= 1ull << i;
 			v->len = 0;
 			view_drop(v, XN_DROP_BAD_FRAME);
 			continue;
 		}
-		open_frame(v, &w->pieces[i], x->arena->base + addr, len);
+		w->pieces[i] = (struct piece){x->arena->base + xsk_place(d->addr), d->len};
+		open_frame(v, &w->pieces[i], 1, d->len);
 	}
 	bridge_forward(w, x->port, x->queue, w->views, n, stats, false);
 	for (u32 i = 0; i < n; i++)
 		if (likely(!(bad >> i & 1)))
-			xsk_refill(x, xsk_desc_at(&x->rx, x->rx.cached_consumer + i)->addr);
+			xsk_refill(x, received(x, i)->addr);
 	xsk_submit(&x->fill);
 	xsk_release(&x->rx, n);
 	return n;
 }
 
 static const struct source_ops xsk_source = {.poll = xsk_poll};
+
+/* ---- frames longer than a buffer ---- */
+
+/* Descriptors of the chain that begins with the i-th of n; 0: its end has not come yet. */
+static u32 chain_length(const struct xsk *x, u32 i, u32 n)
+{
+	for (u32 k = i; k < n; k++)
+		if (!(received(x, k)->options & XDP_PKT_CONTD))
+			return k - i + 1;
+	return 0;
+}
+
+/*
+ * More than the interface carries: several frames of a flow that the kernel has in one (generic XDP, TSO at the peer of a
+ * veth), and of what size it does not tell. Of TCP any size will do. Datagrams joined would be another datagram.
+ */
+static __attribute__((noinline)) void open_joined(const struct xsk *x, struct view *v)
+{
+	const u8 *p = v->pieces->ptr;
+	struct packet at;
+
+	if (v->needs != NEED_CSUM || !packet_parse(p, v->pieces->len, v->len, &at) || at.fragment ||
+	    at.protocol != IPPROTO_TCP || v->vnet.csum_start != at.l4 || at.end != v->len) {
+		view_drop(v, XN_DROP_OVERSIZE);
+		return;
+	}
+	v->needs |= at.version == 4 ? NEED_TSO4 : NEED_TSO6;
+	v->vnet.gso_type = at.version == 4 ? VIRTIO_NET_HDR_GSO_TCPV4 : VIRTIO_NET_HDR_GSO_TCPV6;
+	v->vnet.hdr_len = at.payload;
+	v->vnet.gso_size = (u16)(x->max_frame - VLAN_TAG - ETH_HLEN - (at.payload - at.l3));
+	if (p[at.l4 + TCP_FLAGS] & TCP_CWR) {
+		v->needs |= NEED_ECN;
+		v->vnet.gso_type |= VIRTIO_NET_HDR_GSO_ECN;
+	}
+}
+
+static void open_chain(const struct xsk *x, struct view *v, struct piece *pieces, u32 i, u32 n)
+{
+	u32 len = 0;
+
+	for (u32 k = 0; k < n; k++) {
+		const struct xdp_desc *d = received(x, i + k);
+
+		if (unlikely(!is_ours(x, d))) {
+			v->len = 0;
+			view_drop(v, XN_DROP_BAD_FRAME);
+			return;
+		}
+		pieces[k] = (struct piece){x->arena->base + xsk_place(d->addr), d->len};
+		len += d->len;
+	}
+	open_frame(v, pieces, n, len);
+	if (unlikely(v->len > x->max_frame && v->port != VIEW_DROPPED))
+		open_joined(x, v);
+}
+
+/* Whether the end of a chain has been waited for in vain. */
+static bool is_endless(const struct worker *w, struct xsk *x, u32 n)
+{
+	if (n > WIRE_PIECES)
+		return true;
+	if (!x->unfinished_since)
+		x->unfinished_since = w->turn;
+	return w->turn - x->unfinished_since > w->bridge->cycles_per_us * UNFINISHED_US;
+}
+
+/*
+ * As xsk_poll, of a socket that gets frames in several descriptors. A chain whose end is not there yet stays in the ring;
+ * one that cannot be a frame goes back to the kernel, and so does what still comes of it.
+ */
+static u32 chains_poll(struct worker *w, struct source *s)
+{
+	struct xsk *x = container_of(s, struct xsk, source);
+	struct xn_queue_stats *stats = &x->port->netdev.queue[x->queue].rx;
+	u32 ready = xsk_peek(&x->rx, x->rx.mask + 1), done = 0, frames = 0, pieces = 0;
+
+	wake_driver(x);
+	for (u32 i = 0; i < min_u32(ready, XN_BURST); i++)
+		prefetch(x->arena->base + xsk_place(received(x, i)->addr));
+	while (done < ready && frames < XN_BURST) {
+		u32 n = chain_length(x, done, ready);
+		struct view *v = &w->views[frames];
+
+		if (unlikely(x->skipping)) {
+			x->skipping = !n;
+			done = n ? done + n : ready;
+			continue;
+		}
+		if (unlikely(!n && !is_endless(w, x, ready - done)))
+			break;
+		x->unfinished_since = 0;
+		frames++;
+		if (unlikely(!n || n > WIRE_PIECES)) {
+			v->len = 0;
+			view_drop(v, XN_DROP_FRAGS);
+			x->skipping = !n;
+			done = n ? done + n : ready;
+			continue;
+		}
+		open_chain(x, v, &w->pieces[pieces], done, n);
+		pieces += n;
+		done += n;
+	}
+	if (!done)
+		return 0;
+	bridge_forward(w, x->port, x->queue, w->views, frames, stats, false);
+	for (u32 i = 0; i < done; i++)
+		if (likely(is_ours(x, received(x, i))))
+			xsk_refill(x, received(x, i)->addr);
+	xsk_submit(&x->fill);
+	xsk_release(&x->rx, done);
+	return frames;
+}
+
+static const struct source_ops chains_source = {.poll = chains_poll};
+_Static_assert(XN_BURST *WIRE_PIECES <= WORKER_PIECES, "a burst of chains has its pieces");
 
 /* Puts back the VLAN tag that the kernel keeps beside the frame; `frame` has VLAN_TAG bytes in front. */
 static u8 *restore_tag(struct msghdr *msg, u8 *frame, u32 *len)
@@ -145,7 +282,8 @@ static u32 group_poll(struct worker *w, struct source *s)
 		}
 		u8 *frame = restore_tag(&msgs[i].msg_hdr, w->group_frames[i] + VLAN_TAG, &len);
 
-		open_frame(v, &w->pieces[i], frame, len);
+		w->pieces[i] = (struct piece){frame, len};
+		open_frame(v, &w->pieces[i], 1, len);
 	}
 	bridge_forward(w, p, 0, w->views, (u32)n, stats, false);
 	return (u32)n;
@@ -221,6 +359,37 @@ static u32 write_frame(u8 *to, const struct view *v, struct xn_queue_stats *stat
 	return ETH_ZLEN;
 }
 
+/* A frame that takes several descriptors: all of them, or none. */
+static __attribute__((noinline)) bool write_large(struct xsk *x, const struct view *v, struct xn_queue_stats *stats)
+{
+	u32 n = (v->len + XN_FRAME_SIZE - 1) / XN_FRAME_SIZE, left = v->len;
+	u8 *frames[WIRE_PIECES];
+
+	if (unlikely(min_u32(x->free_n, xsk_tx_room(x)) < n)) {
+		xsk_reap(x);
+		if (min_u32(x->free_n, xsk_tx_room(x)) < n)
+			return false;
+	}
+	for (u32 i = 0; i < n; i++) {
+		u64 addr = x->free[--x->free_n];
+		u32 len = min_u32(left, XN_FRAME_SIZE);
+
+		left -= len;
+		frames[i] = x->arena->base + addr;
+		*xsk_desc_at(&x->tx, x->tx.cached_producer++) =
+			(struct xdp_desc){.addr = addr, .len = len, .options = left ? XDP_PKT_CONTD : 0};
+	}
+	if (!v->needs) {
+		view_copy_large(frames, v);
+	} else {
+		csum_copy_large(frames, v);
+		count(&stats->csum_computed, 1);
+	}
+	return true;
+}
+
+_Static_assert((XN_MAX_FRAME + XN_FRAME_SIZE - 1) / XN_FRAME_SIZE <= WIRE_PIECES, "any frame is one chain");
+
 void netdev_reap(struct xsk *x)
 {
 	lock_tx(x);
@@ -269,8 +438,15 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 	for (u32 i = 0; i < n; i++) {
 		const struct view *v = &views[which[i]];
 
-		if (unlikely(v->len > x->max_frame)) {
-			count(&nq->tx.drops[XN_DROP_OVERSIZE], 1);
+		if (unlikely(v->len > x->max_plain)) {
+			if (v->len > x->max_frame) {
+				count(&nq->tx.drops[XN_DROP_OVERSIZE], 1);
+			} else if (write_large(x, v, &nq->tx)) {
+				bytes += v->len;
+				sent++;
+			} else {
+				count(&nq->tx.drops[XN_DROP_NO_FRAME], 1);
+			}
 			continue;
 		}
 		if (unlikely(!x->free_n || !xsk_tx_room(x))) {
@@ -425,14 +601,17 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		return -EINVAL;
 	if (nq->xsk)
 		return -EALREADY;
-	int r = xsk_open(&x, &b->arena, ifindex, queue, min_u32(max_frame, XN_FRAME_SIZE), zerocopy, copies_at_once);
+	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, copies_at_once);
 
 	if (r < 0)
 		return r;
 	x->port = &b->ports[port];
 	x->queue = queue;
-	x->source = (struct source){
-		.ops = &xsk_source, .fd = x->fd, .spins = true, .unwatched = true, .kicks = &nq->rx.kicks};
+	x->source = (struct source){.ops = x->sg ? &chains_source : &xsk_source,
+				    .fd = x->fd,
+				    .spins = true,
+				    .unwatched = true,
+				    .kicks = &nq->rx.kicks};
 	workers_park(b);
 	r = worker_add_source(b->workers[queue % b->config.workers], &x->source);
 	if (!r)

@@ -14,6 +14,8 @@ enum { PACKET_HEADERS = 256, PACKET_TAGS = 2 };
 enum { IPV4_HDR = 20, IPV6_HDR = 40, IPV6_FRAGMENT_HDR = 8, TCP_HDR = 20, UDP_HDR = 8, VLAN_HDR = 4 };
 /* Where the checksums are, behind the start of the TCP or UDP header. */
 enum { TCP_CSUM = 16, UDP_CSUM = 6 };
+/* Likewise, and one of the flags. */
+enum { TCP_FLAGS = 13, TCP_CWR = 0x80 };
 
 struct packet {
 	u8 version;    /* of IP: 4 or 6 */

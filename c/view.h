@@ -16,6 +16,11 @@
 /* Ethernet header, one VLAN tag and a start of what follows; a multiple of the vector registers' 16 bytes. */
 enum { VIEW_HEAD = 32 };
 
+/* A frame of 64 KiB with its Ethernet header and two tags. */
+enum { XN_MAX_FRAME = 65535 + 14 + 8 };
+/* A frame of the wire has at most so many pieces: those of an skb, MAX_SKB_FRAGS and its head. */
+enum { WIRE_PIECES = 18 };
+
 /*
  * What a frame needs done before it is one of the wire: a receiver that takes it as it is does that itself. Several frames
  * in one, by what they are cut into, need their checksums too.
@@ -163,6 +168,24 @@ static inline void view_copy(u8 *to, const struct view *v)
 		g_copy_from(to + done, v->pieces[i].ptr + skip, part - skip);
 		done += part - skip;
 		skip = 0;
+	}
+}
+
+/* Copies it into several frames of XN_FRAME_SIZE bytes; it is longer than VIEW_HEAD. */
+static inline void view_copy_large(u8 *const *to, const struct view *v)
+{
+	u32 skip = VIEW_HEAD, done = VIEW_HEAD;
+
+	memcpy(*to, v->head, VIEW_HEAD);
+	for (u32 i = 0; i < v->n; i++) {
+		const u8 *from = v->pieces[i].ptr;
+		u32 left = v->pieces[i].len, n = min_u32(skip, left);
+
+		skip -= n;
+		for (from += n, left -= n; left; from += n, left -= n, done += n) {
+			n = min_u32(left, XN_FRAME_SIZE - done % XN_FRAME_SIZE);
+			g_copy_from(to[done / XN_FRAME_SIZE] + done % XN_FRAME_SIZE, from, n);
+		}
 	}
 }
 

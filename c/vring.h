@@ -27,8 +27,6 @@ struct port;
 
 /* Most pieces that one chain may have; frames have at most 64 KiB, and drivers far fewer pieces than this. */
 enum { VRING_MAX_PIECES = 1024 };
-/* A frame of 64 KiB with its Ethernet header and two tags. */
-enum { XN_MAX_FRAME = 65535 + 14 + 8 };
 
 #define always_inline inline __attribute__((always_inline))
 

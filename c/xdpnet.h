@@ -22,7 +22,11 @@ enum xn_limit {
 	XN_MAX_REGIONS = 64,
 	XN_MAX_RING = 32768,
 	XN_FRAME_SIZE = 4096,
-	XN_MIN_FRAMES = 256 /* of a netdev queue */
+	XN_MIN_FRAMES = 256, /* of a netdev queue */
+	/* The longest frame that an AF_XDP buffer takes from the wire: XDP_PACKET_HEADROOM is in front. */
+	XN_MAX_PLAIN_FRAME = XN_FRAME_SIZE - 256,
+	/* Of an interface: a frame is three buffers then, and drivers with zero copy take from five to eight. */
+	XN_MAX_MTU = 9216
 };
 
 enum xn_direction { XN_RX, XN_TX };
@@ -52,6 +56,7 @@ enum xn_drop {
 	XN_DROP_BROKEN,	   /* the guest's ring broke before the frame was handed over */
 	XN_DROP_NO_FRAME,  /* the kernel has yet to give back frames of the interface */
 	XN_DROP_BAD_FRAME, /* the kernel delivered a descriptor that is not ours */
+	XN_DROP_FRAGS,	   /* the kernel delivered a frame in more pieces than it has, or one that does not end */
 	XN_DROP_TRUNCATED, /* a group-addressed frame longer than the core reads */
 	XN_DROP_COUNT
 };
@@ -126,7 +131,7 @@ struct xn_ring_config {
 struct xn_queue_stats {
 	uint64_t packets;
 	uint64_t bytes;		 /* of Ethernet frames, without virtio_net_hdr */
-	uint64_t drops[24];	 /* by enum xn_drop */
+	uint64_t drops[25];	 /* by enum xn_drop */
 	uint64_t copies;	 /* more ports than one that a frame of this queue was flooded to */
 	uint64_t bursts;	 /* polls that found something */
 	uint64_t kicks;		 /* guest rings: kicks taken. netdev tx: sendto() calls */
@@ -252,6 +257,8 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
 
 /*
  * Opens and binds the AF_XDP socket of a queue; frames flow once its fd is in the XSKMAP. -EBUSY: try again for a second.
+ * max_frame: the longest frame that the interface carries. Above XN_MAX_PLAIN_FRAME frames are in several buffers, which
+ * takes Linux 6.6 (-EINVAL before) and a program that is loaded for frames in fragments.
  * copies_at_once: by the time a sendto() returns the driver has a copy of what it took, unless it has zero copy; then the
  * guest has its buffers back, and need not wait until the frame has been received.
  */
@@ -270,5 +277,7 @@ int xn_netdev_xsk_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, stru
 int xn_bpf_map_update(int map_fd, const void *key, const void *value);
 int xn_bpf_map_delete(int map_fd, const void *key);
 int xn_bpf_map_lookup(int map_fd, const void *key, void *value);
+/* BPF_PROG_LOAD of an XDP program for frames in fragments: a program fd. `instructions` are n times 8 bytes. */
+int xn_bpf_xdp_load_frags(const void *instructions, uint32_t n, const char *license);
 int xn_bpf_xdp_link(int prog_fd, uint32_t ifindex, uint32_t flags); /* BPF_LINK_CREATE: a link fd */
 int xn_bpf_link_ifindex(int link_fd);				    /* 0: the interface is gone */

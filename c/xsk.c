@@ -44,11 +44,11 @@ static int set_option(int fd, int option, const void *value, socklen_t len)
 	return setsockopt(fd, SOL_XDP, option, value, len) < 0 ? -errno : 0;
 }
 
-/* An open socket that has this UMEM registered already; NULL: we are the first. */
-static const struct xsk *sharer(const struct arena *a, u64 umem)
+/* An open socket of this kind that has this UMEM registered already; NULL: we are the first. */
+static const struct xsk *sharer(const struct arena *a, u64 umem, bool sg)
 {
 	for (u32 i = 0; i < a->sets; i++)
-		if (a->owner[i] && a->owner[i]->umem == umem)
+		if (a->owner[i] && a->owner[i]->umem == umem && a->owner[i]->sg == sg)
 			return a->owner[i];
 	return NULL;
 }
@@ -104,7 +104,8 @@ static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 
 {
 	struct sockaddr_xdp sxdp = {.sxdp_family = AF_XDP, .sxdp_ifindex = ifindex, .sxdp_queue_id = queue};
 	/* A shared UMEM brings its mode along: the flag must stand alone then. Zero copy first, else the kernel copies. */
-	const u16 flags[] = {XDP_ZEROCOPY | XDP_USE_NEED_WAKEUP, XDP_COPY | XDP_USE_NEED_WAKEUP};
+	const u16 common = XDP_USE_NEED_WAKEUP | (x->sg ? XDP_USE_SG : 0);
+	const u16 flags[] = {XDP_ZEROCOPY | common, XDP_COPY | common};
 	int r = -EINVAL;
 
 	if (first) {
@@ -126,7 +127,8 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 {
 	struct xsk *x = aligned_alloc(XN_CACHELINE, (sizeof(*x) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
 	u64 umem = arena_umem(a, policy != XN_ZEROCOPY_OFF);
-	const struct xsk *first = sharer(a, umem);
+	bool sg = max_frame > XN_MAX_PLAIN_FRAME;
+	const struct xsk *first = sharer(a, umem, sg);
 	u32 half = a->frames / 2;
 	struct xdp_options options = {0};
 	socklen_t len = sizeof(options);
@@ -137,7 +139,9 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	memset(x, 0, sizeof(*x));
 	x->fd = -1;
 	x->arena = a;
-	x->max_frame = max_frame;
+	x->sg = sg;
+	x->max_frame = min_u32(max_frame, XN_MAX_FRAME);
+	x->max_plain = min_u32(max_frame, XN_FRAME_SIZE);
 	x->policy = policy;
 	x->umem = umem;
 	x->umem_len = arena_umem_length(a, umem);

@@ -5,6 +5,10 @@
  * other half through tx and completion ring, so a frame never changes owner and closing a socket loses none. The first
  * socket registers a UMEM, later ones share it (XDP_SHARED_UMEM).
  *
+ * A frame that is longer than a buffer is a chain: descriptors of which all but the last have XDP_PKT_CONTD. Only sockets
+ * that may get such are bound with XDP_USE_SG, for without it the kernel is faster. That is a property of the UMEM, and
+ * each kind of sockets registers its own, of the same memory.
+ *
  * A chain of a guest may be lent to the kernel: its frame is sent from where it lies. Such a descriptor holds a private
  * frame all the same, as its token. In unaligned mode an address is a base and, in its upper 16 bits, an offset: the
  * offset is the token's number plus one (private frames have none), so the address that comes back names the token.
@@ -19,6 +23,11 @@
 #include "loan.h"
 #include "source.h"
 #include "view.h"
+
+#ifndef XDP_USE_SG /* Linux 6.6 */
+#define XDP_USE_SG (1 << 4)
+#define XDP_PKT_CONTD (1 << 0)
+#endif
 
 struct port;
 
@@ -41,7 +50,11 @@ struct xsk {
 	u64 *free; /* stack of free tx frames */
 	u32 free_n;
 	u32 set;
-	u32 max_frame; /* longest frame that the interface carries */
+	u32 max_frame;	      /* longest frame that the interface carries */
+	u32 max_plain;	      /* longest that is one descriptor */
+	bool sg;	      /* bound with XDP_USE_SG: longer ones are chains */
+	bool skipping;	      /* what comes first is the rest of a chain that was dropped */
+	u64 unfinished_since; /* cycles; 0: the rx ring does not begin with a part of a chain */
 	int fd;
 	u64 umem;     /* number of its UMEM; 0: no window is in it, nothing can be lent to it */
 	u64 umem_len; /* bytes */

@@ -122,7 +122,21 @@ def test_an_interface_that_is_down(pair: Veth) -> None:
 
 @needs_root
 @pytest.mark.net
-def test_an_mtu_beyond_a_frame(pair: Veth) -> None:
+def test_an_mtu_of_large_frames_is_for_kernels_that_have_them(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+    command("ip", "link", "set", pair.ifname, "mtu", "9000")
+    lines = interface(pair)
+    assert (lines["state"].ok, lines["native XDP"].ok) == (True, True)
+    monkeypatch.setattr(check, "FRAGS_KERNEL", (999, 0))
+    state = interface(pair)["state"]
+    assert not state.ok
+    assert f"mtu {netdev.PLAIN_MTU}" in state.remedy
+    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.PLAIN_MTU))
+    assert interface(pair)["state"].ok
+
+
+@needs_root
+@pytest.mark.net
+def test_an_mtu_beyond_the_limit(pair: Veth) -> None:
     command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU + 1))
     assert not interface(pair)["state"].ok
 
@@ -167,5 +181,5 @@ def test_a_driver_without_native_xdp_is_told_before_it_is_tried() -> None:
     if xdp_features(index) is None:
         pytest.skip("this kernel does not tell: netdev-genl came with Linux 6.3")
     with pytest.raises(SetupError) as failure:
-        check._native(index)
+        check._native(index, 1500)
     assert "mode=generic" in failure.value.remedy

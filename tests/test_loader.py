@@ -118,6 +118,7 @@ def test_a_kheaders_archive_is_unpacked(tmp_path: Path) -> None:
 def test_the_unrelated_bcc_of_pypi_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path / "bcc/__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bcc", raising=False)
     with pytest.raises(SetupError, match="not the BPF Compiler Collection") as failure:
         loader.check_bcc()
     assert "pip uninstall bcc" in failure.value.remedy
@@ -126,6 +127,7 @@ def test_the_unrelated_bcc_of_pypi_is_recognised(tmp_path: Path, monkeypatch: py
 def test_a_missing_bcc_names_the_distributions_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "path_importer_cache", {})
+    monkeypatch.delitem(sys.modules, "bcc", raising=False)
     with pytest.raises(SetupError, match="missing") as failure:
         loader.check_bcc()
     assert "python3-bpfcc" in failure.value.remedy
@@ -143,10 +145,11 @@ def _is_open(fd: str) -> bool:
 def test_the_program_is_loaded_and_everything_of_it_is_closed_again() -> None:
     before = open_files()
     program = loader.load(4, 64)
-    targets = [os.readlink(f"/proc/self/fd/{fd}") for fd in (program.prog_fd, program.xsks_fd, program.macs_fd)]
+    fds = program.prog_fd, program.frags_fd, program.xsks_fd, program.macs_fd
+    targets = [os.readlink(f"/proc/self/fd/{fd}") for fd in fds]
     program.close()
     program.close()
-    assert targets == ["anon_inode:bpf-prog", "anon_inode:bpf-map", "anon_inode:bpf-map"]
+    assert targets == ["anon_inode:bpf-prog"] * 2 + ["anon_inode:bpf-map"] * 2
     assert open_files() == before
 
 

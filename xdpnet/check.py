@@ -16,10 +16,11 @@ from xdpnet import netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.errors import SetupError
-from xdpnet.link import XDP_ACT_BASIC, XDP_ACT_REDIRECT, fixed_features, require_link, xdp_features
+from xdpnet.link import XDP_ACT_BASIC, XDP_ACT_REDIRECT, XDP_ACT_RX_SG, fixed_features, require_link, xdp_features
 
 AF_XDP = 44
 MIN_KERNEL = (5, 9)  # bpf_link for XDP
+FRAGS_KERNEL = (6, 6)  # AF_XDP for frames in several buffers
 QUEUE_MEMORY = 16 << 20  # locked for a queue: 4096 frames of 4 KiB
 
 CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_BPF = 12, 13, 14, 21, 39
@@ -62,10 +63,13 @@ def _check(name: str, question: Callable[[], str], required: bool = True) -> Che
         return Check(name, False, str(error), required=required)
 
 
+def _version(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+
+
 def _kernel() -> str:
     release = os.uname().release
-    version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
-    if version < MIN_KERNEL:
+    if _version(release) < MIN_KERNEL:
         wanted = ".".join(map(str, MIN_KERNEL))
         raise SetupError(f"Linux {release}, at least {wanted} is needed", "boot a newer kernel")
     return f"Linux {release}"
@@ -160,6 +164,8 @@ def _interface(ifname: str) -> Iterator[Check]:
 
     def fit() -> str:
         netdev.check_link(link)
+        if link.mtu > netdev.PLAIN_MTU and _version(os.uname().release) < FRAGS_KERNEL:
+            raise netdev.needs_frags(link)
         return f"up, MTU {link.mtu}, no XDP program"
 
     def queues() -> str:
@@ -168,7 +174,7 @@ def _interface(ifname: str) -> Iterator[Check]:
 
     yield _check(f"{ifname} state", fit)
     yield _check(f"{ifname} queues", queues)
-    yield _check(f"{ifname} native XDP", lambda: _native(link.index), required=False)
+    yield _check(f"{ifname} native XDP", lambda: _native(link.index, link.mtu), required=False)
     strips, fixed = netdev.stripping(ifname), fixed_features(ifname)
     if link.kind not in netdev.STRIPPED_BY_PEER and set(strips) - fixed:
         yield Check(f"{ifname} VLAN tags", True, "left in frames while xdpnet runs", required=False)
@@ -177,10 +183,15 @@ def _interface(ifname: str) -> Iterator[Check]:
         yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
 
 
-def _native(ifindex: int) -> str:
+def _native(ifindex: int, mtu: int) -> str:
     bits = xdp_features(ifindex)
     if bits is None:
         return "this kernel does not tell; tried at start"
     if not bits & XDP_ACT_BASIC or not bits & XDP_ACT_REDIRECT:
         raise SetupError("the driver has none", "mode=auto and mode=generic work, slower")
+    if mtu > netdev.PLAIN_MTU and not bits & XDP_ACT_RX_SG:
+        raise SetupError(
+            f"the driver has none for MTU {mtu}",
+            f"mode=auto and mode=generic work, slower; or an MTU of {netdev.PLAIN_MTU} or less",
+        )
     return "the driver has it"

@@ -27,6 +27,8 @@ MAX_WORKERS: int = lib.XN_MAX_WORKERS
 MAX_REGIONS: int = lib.XN_MAX_REGIONS
 MAX_RING: int = lib.XN_MAX_RING
 FRAME_SIZE: int = lib.XN_FRAME_SIZE
+MAX_PLAIN_FRAME: int = lib.XN_MAX_PLAIN_FRAME
+MAX_MTU: int = lib.XN_MAX_MTU
 
 EVENT_FDB: int = lib.XN_EVENT_FDB
 EVENT_BROKEN: int = lib.XN_EVENT_BROKEN
@@ -450,6 +452,12 @@ def bpf_map_lookup(map_fd: int, key: bytes, value_size: int) -> bytes:
     value = ffi.new("uint8_t[]", value_size)
     _check(lib.xn_bpf_map_lookup(map_fd, key, value), f"look up in BPF map {map_fd}")
     return bytes(value)
+
+
+def bpf_xdp_load_frags(instructions: bytes, terms: bytes) -> int:
+    """Load an XDP program, under a license, for frames in several buffers; its fd."""
+    loaded = lib.xn_bpf_xdp_load_frags(instructions, len(instructions) // 8, terms)
+    return _check(loaded, "load XDP program for frames in several buffers")
 
 
 def bpf_xdp_link(prog_fd: int, ifindex: int, flags: int) -> int:

@@ -27,6 +27,7 @@ IFF_RUNNING = 0x40
 NETDEV_CMD_DEV_GET = 1
 XDP_ACT_BASIC = 1  # enum netdev_xdp_act
 XDP_ACT_REDIRECT = 2
+XDP_ACT_RX_SG = 32
 
 T = TypeVar("T")
 

@@ -34,8 +34,8 @@ State = Literal["up", "down", "gone"]
 
 XDP_FLAGS: dict[str, int] = {"native": 4, "generic": 2}  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
 ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
-MAX_FRAME = 4096 - 256  # a frame of the arena less XDP_PACKET_HEADROOM
-MAX_MTU = MAX_FRAME - ETH_OVERHEAD
+PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (core.netdev_open_queue)
+MAX_MTU = core.MAX_MTU
 # Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
 # (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
 COPYING = frozenset({"veth"})
@@ -59,7 +59,7 @@ REMEDIES = {
     errno.ENOBUFS: "raise the limit of locked memory: ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
     errno.ENOMEM: "free memory, or open fewer queues",
     errno.EAFNOSUPPORT: "use a kernel with CONFIG_XDP_SOCKETS",
-    errno.ERANGE: "lower the MTU: native XDP takes at most about 3500 (on veth: of the peer), or mode=generic",
+    errno.ERANGE: "lower the MTU: native XDP takes at most about 3500 here (on veth: of the peer), or mode=generic",
     errno.EOPNOTSUPP: "use mode=generic: this driver has no native XDP",
 }
 
@@ -154,6 +154,8 @@ class Netdev:
             raise SetupError(f"interface {self.name}: not open")
         # 1. Is it fit, and free?
         check_link(link)
+        if link.mtu > PLAIN_MTU and program.frags_fd < 0:
+            raise needs_frags(link)
         self._stop_stripping(link)
         with ExitStack() as undo:
             # 2. An AF_XDP socket a queue, known to the program.
@@ -167,7 +169,7 @@ class Netdev:
             self._bridge.netdev_set_group_fd(self.port, group.fileno())
             undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
             # 4. From here on frames flow.
-            link_fd, mode = self._attach_program(link, program.prog_fd)
+            link_fd, mode = self._attach_program(link, program)
             undo.callback(os.close, link_fd)
             self._attached = undo.pop_all()
         self._group, self._link_fd, self.mode = group, link_fd, mode
@@ -217,6 +219,8 @@ class Netdev:
             if error.errno == errno.EBUSY:
                 remedy = "end the other AF_XDP program: ss --xdp -a -p names it"
                 raise BusyError(f"{what}: in use", remedy) from error
+            if error.errno == errno.EINVAL and link.mtu > PLAIN_MTU:
+                raise needs_frags(link) from error
             failure = setup_error(what, error)
             try:
                 self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, "off")
@@ -258,12 +262,12 @@ class Netdev:
         except OSError as error:
             raise setup_error(f"interface {self.name}: AF_PACKET socket", error) from error
 
-    def _attach_program(self, link: Link, prog_fd: int) -> tuple[int, str]:
+    def _attach_program(self, link: Link, program: loader.Program) -> tuple[int, str]:
         modes = ["native", "generic"] if self._wanted_mode == "auto" else [self._wanted_mode]
         while True:
             mode = modes.pop(0)
             try:
-                return core.bpf_xdp_link(prog_fd, link.index, XDP_FLAGS[mode]), mode
+                return self._link_program(link, program, mode), mode
             except OSError as error:
                 failure = setup_error(f"interface {self.name}: attach in {mode} mode", error)
                 if error.errno in (errno.EBUSY, errno.EEXIST):
@@ -271,6 +275,18 @@ class Netdev:
                 if not modes or error.errno == errno.EPERM:
                     raise failure from error
                 log.warning("%s; falling back to generic mode, which is slower", failure.message)
+
+    def _link_program(self, link: Link, program: loader.Program, mode: str) -> int:
+        flags = XDP_FLAGS[mode]
+        if link.mtu > PLAIN_MTU:
+            return core.bpf_xdp_link(program.frags_fd, link.index, flags)
+        try:
+            return core.bpf_xdp_link(program.prog_fd, link.index, flags)
+        except OSError as error:
+            # Somewhat below our limit drivers have theirs, and veth minds the MTU of its peer.
+            if error.errno not in (errno.ERANGE, errno.EINVAL) or program.frags_fd < 0:
+                raise
+        return core.bpf_xdp_link(program.frags_fd, link.index, flags)
 
     # ---- addresses and counters ----
 
@@ -458,7 +474,7 @@ def check_link(link: Link) -> None:
         raise SetupError(f"interface {link.name}: down", f"ip link set dev {link.name} up")
     if link.mtu > MAX_MTU:
         raise SetupError(
-            f"interface {link.name}: MTU {link.mtu} is above {MAX_MTU}, the most that an AF_XDP frame holds",
+            f"interface {link.name}: MTU {link.mtu} is above {MAX_MTU}, the most that is supported",
             f"ip link set dev {link.name} mtu {MAX_MTU} (or less)",
         )
 
@@ -485,8 +501,9 @@ def advise(link: Link, queues: int, mode: str, strips: Collection[str]) -> list[
             f"ethtool -K {name} {off}, or another interface, unless nobody uses tags"
         )
     if mode == "generic" and features(name).get("rx-gro"):
+        drops = "AF_XDP drops them" if link.mtu <= PLAIN_MTU else "all but those of TCP are dropped"
         advice.append(
-            f"interface {name}: generic mode sees the large frames that GRO makes, and AF_XDP drops them; "
+            f"interface {name}: generic mode sees the large frames that GRO makes, and {drops}; "
             f"ethtool -K {name} gro off"
         )
     return advice
@@ -496,6 +513,14 @@ def stripping(ifname: str) -> list[str]:
     """Features, turned on now, by which the interface takes VLAN tags out of received frames."""
     have = features(ifname)
     return [name for name in VLAN_STRIPPING if have.get(name)]
+
+
+def needs_frags(link: Link) -> SetupError:
+    """The kernel, or the driver, has no frames in several buffers."""
+    return SetupError(
+        f"interface {link.name}: MTU {link.mtu}, and no AF_XDP for frames above {core.MAX_PLAIN_FRAME} bytes",
+        f"ip link set dev {link.name} mtu {PLAIN_MTU} (or less), or boot Linux 6.6 or later",
+    )
 
 
 def occupied(link: Link) -> BusyError:

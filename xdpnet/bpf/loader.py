@@ -3,6 +3,8 @@
 The child (`python -m xdpnet.bpf.loader`) gets a socket as its standard input, answers with one JSON message, and with
 the file descriptors of the program and its maps beside it (SCM_RIGHTS). A program lives as long as somebody holds it;
 it is not attached here. This module must not import bcc outside of the child.
+
+The program is loaded twice, with the same maps: as it is, and for frames in several buffers, where the kernel has that.
 """
 
 import importlib.util
@@ -12,11 +14,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xdpnet
+from xdpnet import core
 from xdpnet.bpf.headers import Headers, find_headers
 from xdpnet.errors import SetupError
 
@@ -40,10 +44,11 @@ class Program:
     xsks_fd: int  # u32 queue -> socket fd
     macs_fd: int  # 6 bytes of address and 2 of zero -> u32
     verdicts_fd: int  # u32 verdict -> u64 a possible CPU
+    frags_fd: int  # the program for frames in several buffers; -1: the kernel has refused it
     max_macs: int
 
     def close(self) -> None:
-        for name in ("prog_fd", "xsks_fd", "macs_fd", "verdicts_fd"):
+        for name in ("prog_fd", "xsks_fd", "macs_fd", "verdicts_fd", "frags_fd"):
             fd = getattr(self, name)
             setattr(self, name, -1)
             if fd >= 0:
@@ -80,7 +85,7 @@ def load(queues: int, max_macs: int, source: Path = SOURCE) -> Program:
         ours.settimeout(TIMEOUT_S)
         fds: list[int] = []
         try:
-            answer, fds, _, _ = socket.recv_fds(ours, ANSWER_MAX, len(MAPS) + 1)
+            answer, fds, _, _ = socket.recv_fds(ours, ANSWER_MAX, len(MAPS) + 2)
         except TimeoutError as error:
             raise SetupError(f"the compiler of {source.name} did not answer in {TIMEOUT_S:.0f} s") from error
         finally:
@@ -91,13 +96,13 @@ def load(queues: int, max_macs: int, source: Path = SOURCE) -> Program:
         output.seek(0)
         said = output.read().decode(errors="replace").strip()
     result = json.loads(answer) if answer else {"error": "its child ended without an answer"}
-    if "error" in result or len(fds) != len(MAPS) + 1:
+    if "error" in result or len(fds) != len(MAPS) + 1 + bool(result["frags"]):
         for fd in fds:
             os.close(fd)
         message = f"load XDP program {source.name}: {result.get('error', 'file descriptors lost')}"
         raise SetupError(f"{message}\n{said}" if said else message, result.get("remedy", ""))
-    prog_fd, xsks_fd, macs_fd, verdicts_fd = fds
-    return Program(prog_fd, xsks_fd, macs_fd, verdicts_fd, max_macs)
+    prog_fd, xsks_fd, macs_fd, verdicts_fd, *frags = fds
+    return Program(prog_fd, xsks_fd, macs_fd, verdicts_fd, frags[0] if frags else -1, max_macs)
 
 
 def _compile(source: Path, queues: int, max_macs: int) -> tuple[Any, list[int]]:
@@ -113,7 +118,12 @@ def _compile(source: Path, queues: int, max_macs: int) -> tuple[Any, list[int]]:
         flags = [*headers.cflags, f"-DXN_QUEUES={queues}", f"-DXN_MACS={max_macs}", "-Wall", "-Werror"]
         module = bcc.BPF(src_file=str(source), cflags=flags)
         program = module.load_func("steer", bcc.BPF.XDP)
-    return module, [program.fd, *(module[name].map_fd for name in MAPS)]
+        frags = []
+        with suppress(OSError):  # before Linux 5.18
+            # bcc takes the flag for this and loses it.
+            terms = bcc.lib.bpf_module_license(module.module)
+            frags = [core.bpf_xdp_load_frags(module.dump_func("steer"), terms)]
+    return module, [program.fd, *(module[name].map_fd for name in MAPS), *frags]
 
 
 def _child(source: Path, queues: int, max_macs: int) -> None:
@@ -129,7 +139,8 @@ def _child(source: Path, queues: int, max_macs: int) -> None:
                 remedy = "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
             parent.send(json.dumps({"error": str(error) or repr(error), "remedy": remedy}).encode())
             return
-        socket.send_fds(parent, [b"{}"], fds)
+        frags = len(fds) > len(MAPS) + 1
+        socket.send_fds(parent, [json.dumps({"frags": frags}).encode()], fds)
         del module
 
 

@@ -37,6 +37,7 @@ class Card:
     server: bool = False  # QEMU listens and the backend connects
     level_interrupts: bool = False  # no MSI-X
     packed: bool = False  # packed rings, if the backend has them too
+    mtu: int = 0  # what the guest is told; 0: it chooses
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Guest:
             device = f"virtio-net-pci,netdev=net{number},mac={card.mac},romfile="
             if card.queues > 1:
                 device += ",mq=on"
+            if card.mtu:
+                device += f",host_mtu={card.mtu}"
             if card.packed:
                 device += ",packed=on"
             if card.level_interrupts or self.accel == "tcg":
