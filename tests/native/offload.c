@@ -40,7 +40,7 @@ static void open_frame(struct view *v, struct piece *pieces, const u8 *frame, u3
 	for (u32 at = 0; at < len; at += n, n = min_u32(piece, len - at)) {
 		u8 *copy = malloc(n);
 
-		if (!copy || v->n == GRO_FRAME_PIECES)
+		if (!copy || v->n == WIRE_PIECES)
 			abort();
 		memcpy(copy, frame + at, n);
 		pieces[v->n++] = (struct piece){copy, n};
@@ -55,9 +55,9 @@ API u32 offload_join(const u8 *frames, const u32 *lengths, u32 n, u32 piece, u8 
 {
 	static struct gro_room join_room;
 	static struct gso_room cut_room;
-	static struct piece pieces[XN_BURST][GRO_FRAME_PIECES];
+	static struct piece pieces[XN_BURST][WIRE_PIECES];
 	static struct view views[XN_BURST];
-	u8 *memory[XN_BURST][GRO_FRAME_PIECES] = {0};
+	u8 *memory[XN_BURST][WIRE_PIECES] = {0};
 	struct gro_done done = {0};
 
 	joined->n = joined->used = cut->n = cut->used = 0;
@@ -91,7 +91,7 @@ API u32 offload_join(const u8 *frames, const u32 *lengths, u32 n, u32 piece, u8 
 			}
 	}
 	for (u32 i = 0; i < n; i++)
-		for (u32 p = 0; p < GRO_FRAME_PIECES; p++)
+		for (u32 p = 0; p < WIRE_PIECES; p++)
 			free(memory[i][p]);
 	return done.verified;
 }
