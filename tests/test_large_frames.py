@@ -355,7 +355,10 @@ class FaultyKernel:
         for i, descriptor in enumerate(descriptors):
             at = self._rx[2] + 16 * ((producer + i) % self._entries)
             struct.pack_into("=QII", self._rx_map, at, *descriptor)
-        struct.pack_into("=I", self._rx_map, self._rx[0], producer + len(descriptors))
+        # In one store: struct.pack_into() writes zeros first.
+        at = self._rx[0]
+        with memoryview(self._rx_map) as whole, whole[at : at + 4] as entry, entry.cast("I") as index:
+            index[0] = producer + len(descriptors)
 
     def chain(self, *lengths: int, ends: bool = True) -> list[tuple[int, int, int]]:
         options = [CONTINUED] * (len(lengths) - ends) + [0] * ends
