@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--core", type=Path, metavar="PATH", help="load this build of the C core as xdpnet._core")
     parser.addoption("--expected-skips", type=Path, metavar="FILE", help="fail on a skip that FILE does not list")
     parser.addoption("--nothing-left", action="store_true", help="fail if interfaces, processes or files remain")
+    parser.addoption(
+        "--wire-mib", type=int, default=64, metavar="N", help="MiB each way through a veth pair, checked whole"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -83,6 +83,8 @@ class GuestMemory:
         self.words = memoryview(self.map).cast("B").cast("H")
         self._next = {span: span.guest_addr for span in spans}
         self._free: dict[int, list[int]] = {}
+        self._known: bytearray | None = None
+        self._lent: list[tuple[int, int]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -129,13 +131,18 @@ class GuestMemory:
         done = 0
         for at, part in self._pieces(addr, len(data)):
             self.map[at : at + part] = data[done : done + part]
+            if self._known is not None:
+                self._known[at : at + part] = data[done : done + part]
             done += part
 
     def load16(self, addr: int) -> int:
         return self.words[self.offset(addr) // 2]
 
     def store16(self, addr: int, value: int) -> None:
-        self.words[self.offset(addr) // 2] = value & 0xFFFF
+        at = self.offset(addr)
+        self.words[at // 2] = value & 0xFFFF
+        if self._known is not None:
+            self._known[at : at + 2] = (value & 0xFFFF).to_bytes(2, "little")
 
     def reserve(self, size: int, align: int = 64, region: int = 0) -> int:
         """Memory for good, as rings need it: in one region."""
@@ -173,6 +180,28 @@ class GuestMemory:
         if now == before:
             return []
         return [at for at in range(len(before)) if now[at] != before[at]]
+
+    def watch(self) -> None:
+        """From now on every store of the driver's is known, and so is every one of the device's."""
+        self._known = bytearray(self.map)
+        self._lent.clear()
+
+    def lend(self, addr: int, size: int, flags: int) -> None:
+        """A descriptor was written: the device may write there, if it says so."""
+        if self._known is not None and flags & WRITE:
+            self._lent.append((addr, size))
+
+    def strange(self, device: Iterable[tuple[int, int]]) -> list[int]:
+        """Offsets that the device has changed since watch() began, outside of its own areas and of all that it was
+        ever given to write to."""
+        assert self._known is not None
+        allowed = list(device)
+        for addr, size in self._lent:
+            for span in self.spans:
+                start, end = max(addr, span.guest_addr), min(addr + size, span.guest_addr + span.size)
+                if start < end:
+                    allowed.append((start, end - start))
+        return self.changes(bytes(self._known), allowed)
 
 
 @dataclass(frozen=True)
@@ -408,6 +437,7 @@ class SplitRing(Ring):
 
     def write_descriptor(self, table: int, index: int, addr: int, size: int, flags: int = 0, then: int = 0) -> None:
         self.memory.write(table + 16 * index, struct.pack("<QIHH", addr, size, flags, then))
+        self.memory.lend(addr, size, flags)
 
     def write_table(self, addr: int, entries: Sequence[tuple[int, int, int]]) -> None:
         last = len(entries) - 1
@@ -549,6 +579,8 @@ class PackedRing(Ring):
 
     def write_table(self, addr: int, entries: Sequence[tuple[int, int, int]]) -> None:
         self.memory.write(addr, b"".join(struct.pack("<QIHH", at, size, 0, flags) for at, size, flags in entries))
+        for entry in entries:
+            self.memory.lend(*entry)
 
     def add(self, buffers: Sequence[Buffer], writable: bool, direct: int | None = None, owned: bool = True) -> int:
         """A chain is all direct or one indirect descriptor: with one of them behind, all are (2.8.8)."""
@@ -574,6 +606,7 @@ class PackedRing(Ring):
         """Descriptors (address, size, flags, id) at the next places."""
         first = self.next_avail
         for addr, size, kind, ident in entries:
+            self.memory.lend(addr, size, kind)
             last = self.next_avail == first + len(entries) - 1
             pos, wrap = self.place(self.next_avail)
             flags = kind | (AVAIL if wrap else USED) | (NEXT if chained and not last else 0)

@@ -26,6 +26,7 @@ class Scene:
             if number:
                 driver.pair.fill()
         bridge.events()
+        self.bad.memory.watch()
 
     def ring(self, index: int) -> Ring:
         return self.bad.rings()[index]
@@ -72,10 +73,27 @@ class Scene:
             assert frame(mac(1), mac(0), mark=b"again") in self.good[0].pair.frames()
             assert self.bad.pair.wait_sent()
         else:
-            self.bad.pair.post(4)
+            self.bad.pair.post(min(4, self.ring(index).room))
             self.good[0].pair.send(frame(mac(0), mac(1), mark=b"again"))
             assert self.bad.pair.frames() == [frame(mac(0), mac(1), mark=b"again")]
         self.others_are_undisturbed()
+
+    def leaves_no_trace(self) -> None:
+        """At the end, whatever the guest has done: the others are undisturbed, the device has written to nothing that
+        it was not given, and a reset of its rings revives the guest."""
+        self.bad.stop()
+        for driver in self.good:
+            driver.pair.packets()
+            driver.pair.fill()
+        self.others_are_undisturbed()
+        self.no_strange_bytes()
+        for index in range(2):
+            self.revives(index)
+        self.no_strange_bytes()
+
+    def no_strange_bytes(self) -> None:
+        device = [area for ring in self.bad.rings() for area in ring.device_areas()]
+        assert self.bad.memory.strange(device) == []
 
     @contextmanager
     def nothing_is_written(self) -> Iterator[None]:

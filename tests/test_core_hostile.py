@@ -6,6 +6,10 @@ import functools
 import os
 import random
 import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +17,7 @@ from tests.driver import TOGETHER, Layout
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only, split_only
 from tests.rings import (
     AVAIL,
+    BORDER,
     DESC,
     EVENT_IDX,
     HOLE,
@@ -20,6 +25,7 @@ from tests.rings import (
     INDIRECT,
     INDIRECT_DESC,
     LEGACY,
+    MERGEABLE,
     MODERN,
     NEXT,
     SPLIT_REGIONS,
@@ -39,6 +45,9 @@ from xdpnet import core
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [pytest.mark.core, both_layouts]
 
+MakeScene = Callable[..., Scene]
+BURST = 64  # frames that are taken from a ring in one turn
+
 
 @pytest.fixture
 def bridge(make_bridge: MakeBridge) -> core.Bridge:
@@ -46,8 +55,22 @@ def bridge(make_bridge: MakeBridge) -> core.Bridge:
 
 
 @pytest.fixture
-def scene(bridge: core.Bridge, guests: MakeGuest) -> Scene:
-    return Scene(bridge, guests)
+def make_scene(bridge: core.Bridge, guests: MakeGuest) -> Iterator[MakeScene]:
+    """Makes a scene, and sees to it afterwards that nothing of what the guest did has left a trace."""
+    made: list[Scene] = []
+
+    def make(bridge: core.Bridge = bridge, **options: int) -> Scene:
+        made.append(Scene(bridge, guests, **options))
+        return made[-1]
+
+    yield make
+    for scene in made:
+        scene.leaves_no_trace()
+
+
+@pytest.fixture
+def scene(make_scene: MakeScene) -> Scene:
+    return make_scene()
 
 
 def split_ring(scene: Scene, index: int) -> SplitRing:
@@ -133,6 +156,31 @@ def test_b4_the_same_receive_head_in_every_entry(scene: Scene) -> None:
 
 
 # ---- chains ----
+
+
+@split_only
+@each_ring
+def test_b48_the_last_descriptor_of_the_table_leads_to_the_first(scene: Scene, index: int) -> None:
+    ring = split_ring(scene, index)
+    ring.free.rotate(1)
+    addr, size = good_buffer(scene)
+    ring.raw((addr, 20, own_flags(index) | NEXT), (addr + 20, size - 20, own_flags(index)))
+    scene.use(index)
+    assert eventually(lambda: ring.returned() == 1)
+    assert [entry[:2] for entry in ring.collect()] == [(15, 0 if index == core.TX else size)]
+    if index == core.TX:
+        assert scene.good[0].pair.frames() == [frame(mac(1), mac(0))]
+    else:
+        assert ring.memory.read(addr + 12, 64) == frame(mac(0), mac(1))
+
+
+@split_only
+@each_ring
+def test_b5_b48_the_last_descriptor_of_the_table_leads_out_of_it(scene: Scene, index: int) -> None:
+    ring = split_ring(scene, index)
+    ring.write_descriptor(ring.desc, 15, scene.bad.memory.take(64), 64, own_flags(index) | NEXT, 16)
+    ring.put(15)
+    break_it(scene, index, "next")
 
 
 @split_only
@@ -225,6 +273,89 @@ def test_b8_the_last_byte_of_memory_is_legal(scene: Scene) -> None:
     assert scene.good[0].pair.frames() == [frame(mac(1), mac(0))]
 
 
+@each_ring
+def test_b10_an_empty_descriptor_at_address_0_in_the_middle_of_a_chain_is_skipped(scene: Scene, index: int) -> None:
+    ring, flags = scene.ring(index), own_flags(index)
+    addr, size = good_buffer(scene)
+    ring.raw((addr, 20, flags | NEXT), (0, 0, flags | NEXT), (addr + 20, size - 20, flags))
+    scene.use(index)
+    assert eventually(lambda: ring.returned() == 1)
+    assert [written for _, written, _ in ring.collect()] == [0 if index == core.TX else size]
+    if index == core.TX:
+        assert scene.good[0].pair.frames() == [frame(mac(1), mac(0))]
+    else:
+        assert ring.memory.read(addr + 12, 64) == frame(mac(0), mac(1))
+    scene.both_ways_work(index)
+
+
+@each_ring
+@pytest.mark.parametrize("empties", [1, 2])
+def test_b10_a_chain_of_nothing_is_handed_back(scene: Scene, index: int, empties: int) -> None:
+    """And the frame that found it is lost; the ring goes on."""
+    ring, flags = scene.ring(index), own_flags(index)
+    ring.raw(*[(0, 0, flags | NEXT)] * (empties - 1), (0, 0, flags))
+    scene.use(index)
+    assert eventually(lambda: ring.returned() == 1)
+    assert [written for _, written, _ in ring.collect()] == [0]
+    assert scene.bad.drops(index) == {"short" if index == core.TX else "too_small": 1}
+    scene.both_ways_work(index)
+
+
+@each_ring
+def test_b11_one_descriptor_of_4_gib_that_is_all_memory(scene: Scene, index: int) -> None:
+    """To transmit: dropped. To receive: as good as any."""
+    ring, size = scene.ring(index), 2**32 - 1
+    sparse = os.memfd_create("sparse")
+    try:
+        os.ftruncate(sparse, 2**32)
+        scene.bridge.guest_add_region(scene.bad.port, core.Region(2**40, 2**32, 2**40, 0, sparse))
+        ring.raw((2**40, size, own_flags(index)))
+        scene.use(index)
+        assert eventually(lambda: ring.returned() == 1)
+        assert [written for _, written, _ in ring.collect()] == [0 if index == core.TX else 76]
+        assert scene.bad.drops(index) == ({"oversize": 1} if index == core.TX else {})
+        if index == core.RX:
+            assert os.pread(sparse, 64, 12) == frame(mac(0), mac(1))
+    finally:
+        os.close(sparse)
+    scene.both_ways_work(index)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ([11], "short"), ([12], "short"), ([1] * 12, "short"), ([12, 0], "short"),
+        ([13], "runt"), ([12, 13], "runt"), ([12, 14], ""), ([1] * 15, "runt"),
+        ([65535 + 22 + 12], ""), ([65535 + 23 + 12], "oversize"), ([12, 60_000, 5558], "oversize"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_b11_b12_b13_a_chain_about_as_long_as_the_header_or_the_longest_frame(
+    scene: Scene, sizes: list[int], reason: str
+) -> None:
+    ring = scene.ring(core.TX)
+    start = scene.bad.memory.reserve(sum(sizes), region=0)
+    scene.bad.memory.write(start, (bytes(12) + frame(mac(1), mac(0), sum(sizes)))[: sum(sizes)])
+    at, last = start, len(sizes) - 1
+    entries = []
+    for i, size in enumerate(sizes):
+        entries.append((at, size, 0 if i == last else NEXT))
+        at += size
+    if not reason:
+        scene.good[0].restart(core.RX)
+        scene.good[0].pair.post(1, 1 << 17)
+    ring.raw(*entries)
+    ring.kick()
+    assert eventually(lambda: ring.returned() == 1)
+    assert scene.bad.drops(core.TX) == ({reason: 1} if reason else {})
+    if not reason:
+        assert scene.good[0].pair.frames() == [frame(mac(1), mac(0), sum(sizes) - 12)]
+        scene.good[0].restart(core.RX)
+        scene.good[0].pair.fill()
+    ring.collect()
+    scene.both_ways_work(core.TX)
+
+
 def test_b11_a_chain_of_more_than_4_gib_is_dropped(scene: Scene) -> None:
     """Every descriptor is all of the memory below the hole."""
     ring = scene.ring(core.TX)
@@ -305,8 +436,8 @@ def table_of_the_wrong_direction(scene: Scene, index: int, addr: int, size: int)
 
 
 @each_ring
-def test_b15_an_indirect_descriptor_that_was_not_negotiated(bridge: core.Bridge, guests: MakeGuest, index: int) -> None:
-    scene = Scene(bridge, guests, MODERN & ~INDIRECT_DESC)
+def test_b15_an_indirect_descriptor_that_was_not_negotiated(make_scene: MakeScene, index: int) -> None:
+    scene = make_scene(features=MODERN & ~INDIRECT_DESC)
     ring = scene.ring(index)
     table = scene.bad.memory.take(16)
     ring.write_table(table, [(scene.bad.memory.take(512), 512, own_flags(index))])
@@ -358,6 +489,47 @@ def test_b17_an_indirect_table_of_sixteen_times_the_ring_is_legal(scene: Scene) 
     ring.raw((table, 16 * 256, INDIRECT))
     ring.kick()
     assert scene.good[0].pair.frames() == [frame(mac(1), mac(0))]
+
+
+@each_ring
+@pytest.mark.parametrize(
+    "table", [END - 32, HOLE - 32, BORDER - 32, BORDER - 16, BORDER - 24, BORDER - 31, END - 1001], ids=hex
+)
+def test_b18_an_indirect_table_anywhere_in_memory_is_legal(scene: Scene, index: int, table: int) -> None:
+    """At the end of a region, across the border of two, at an odd address."""
+    ring, flags = scene.ring(index), own_flags(index)
+    addr, size = good_buffer(scene)
+    ring.write_table(table, [(addr, 20, flags), (addr + 20, size - 20, flags)])
+    ring.raw((table, 32, INDIRECT))
+    scene.use(index)
+    assert eventually(lambda: ring.returned() == 1)
+    if index == core.TX:
+        assert scene.good[0].pair.frames() == [frame(mac(1), mac(0))]
+    else:
+        assert ring.memory.read(addr + 12, 64) == frame(mac(0), mac(1))
+
+
+@each_ring
+def test_b18_an_indirect_table_that_is_the_ring_itself_is_a_table_in_a_table(scene: Scene, index: int) -> None:
+    ring = scene.ring(index)
+    ring.raw((ring.parts()[0][0], 16, INDIRECT))
+    break_it(scene, index, "indirect")
+
+
+@each_ring
+def test_b18_an_indirect_table_in_descriptors_that_the_ring_does_not_use(scene: Scene, index: int) -> None:
+    ring, flags = scene.ring(index), own_flags(index)
+    addr, size = good_buffer(scene)
+    table = ring.parts()[0][0] + 16 * 14
+    ring.write_table(table, [(addr, 20, flags), (addr + 20, size - 20, flags)])
+    ring.raw((table, 32, INDIRECT))
+    scene.use(index)
+    assert eventually(lambda: ring.returned() == 1)
+    assert scene.bad.state(index).broken == ""
+    if index == core.TX:
+        assert scene.good[0].pair.frames() == [frame(mac(1), mac(0))]
+    else:
+        assert ring.memory.read(addr + 12, 64) == frame(mac(0), mac(1))
 
 
 @each_ring
@@ -415,9 +587,8 @@ def test_b19_in_a_packed_indirect_table_only_the_write_flag_means_anything(scene
 @each_ring
 @pytest.mark.parametrize("flags", [0, AVAIL | USED, USED], ids=["neither", "both", "the other lap"])
 def test_b32_b33_a_descriptor_with_the_flags_of_another_lap_is_not_available(
-    bridge: core.Bridge, guests: MakeGuest, index: int, flags: int
+    scene: Scene, index: int, flags: int
 ) -> None:
-    scene = Scene(bridge, guests)
     ring = packed_ring(scene, index)
     addr, size = good_buffer(scene)
     ring.raw((addr, size if index == core.TX else 2048, own_flags(index)))
@@ -437,10 +608,12 @@ def test_b32_b33_a_descriptor_with_the_flags_of_another_lap_is_not_available(
 
 
 @packed_only
-def test_b32_a_ring_that_is_never_available_keeps_no_worker_awake(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+def test_b32_a_ring_that_is_never_available_keeps_no_worker_awake(
+    make_bridge: MakeBridge, make_scene: MakeScene
+) -> None:
     """Turns of the loop, not time."""
     bridge = make_bridge(spin_us=0)
-    scene = Scene(bridge, guests)
+    scene = make_scene(bridge)
     ring = packed_ring(scene, core.TX)
     for i in range(16):
         ring.memory.write(ring.desc + 16 * i, struct.pack("<QIHH", HOLE, 64, i, AVAIL | USED))
@@ -454,9 +627,9 @@ def test_b32_a_ring_that_is_never_available_keeps_no_worker_awake(make_bridge: M
 
 @packed_only
 @pytest.mark.parametrize("num", [3, 16, 255])
-def test_b33_a_wrap_counter_flipped_in_the_middle_of_the_ring(bridge: core.Bridge, guests: MakeGuest, num: int) -> None:
+def test_b33_a_wrap_counter_flipped_in_the_middle_of_the_ring(make_scene: MakeScene, num: int) -> None:
     """The guest goes on as if it were a lap further: its descriptors are not available, until it repents."""
-    scene = Scene(bridge, guests, num=num)
+    scene = make_scene(num=num)
     ring = packed_ring(scene, core.TX)
     scene.bad.pair.send(frame(mac(1), mac(0)))
     assert len(scene.good[0].pair.frames()) == 1
@@ -631,12 +804,87 @@ def test_b30_packed_receive_buffers_withdrawn_halfway(scene: Scene) -> None:
     assert scene.bad.pair.frames() == [frame(mac(0), mac(1), 150)]
 
 
+@packed_only
+def test_b30_packed_receive_buffers_withdrawn_and_replaced_by_what_breaks_the_ring(scene: Scene) -> None:
+    """Nothing of the first is used then either."""
+    ring = packed_ring(scene, core.RX)
+    scene.bad.pair.post(1, 100)
+    ring.raw((HOLE, 100, WRITE))
+    ring.publish()
+    before = scene.bad.memory.snapshot()
+    scene.good[0].pair.send(frame(mac(0), mac(1), 150))
+    assert scene.good[0].pair.wait_sent()
+    assert scene.bad.memory.changes(before, []) == []
+    scene.is_broken(core.RX, "addr")
+
+
+def test_b28_a_receive_ring_that_is_never_filled_waits(scene: Scene) -> None:
+    for _ in range(3):
+        scene.use(core.RX)
+    assert scene.bad.drops(core.RX) == {"no_buffer": 3}
+    scene.both_ways_work(core.RX)
+    assert scene.bad.drops(core.RX) == {"no_buffer": 3}
+
+
+def test_b28_receive_buffers_of_one_byte_wait_until_they_are_enough(make_scene: MakeScene) -> None:
+    """76 of them are; 75 are not, and take nothing."""
+    scene = make_scene(num=128)
+    ring = scene.ring(core.RX)
+    scene.bad.pair.post(75, 1)
+    scene.use(core.RX)
+    assert scene.bad.drops(core.RX) == {"no_buffer": 1}
+    assert ring.returned() == 0
+    scene.bad.pair.post(1, 1)
+    scene.good[0].pair.send(frame(mac(0), mac(1)))
+    (packet,) = scene.bad.pair.receive()
+    assert (packet.frame, packet.num_buffers) == (frame(mac(0), mac(1)), 76)
+    scene.both_ways_work(core.RX)
+
+
+@pytest.mark.parametrize("size", [0, 1, 12, 75])
+def test_b29_without_mergeable_buffers_one_that_is_too_small_comes_back_empty(make_scene: MakeScene, size: int) -> None:
+    scene = make_scene(features=MODERN & ~MERGEABLE)
+    ring = scene.ring(core.RX)
+    place = scene.bad.memory.take(128)
+    for length in size, 76:
+        ring.raw((place, length, WRITE))
+    scene.use(core.RX)
+    assert eventually(lambda: ring.returned() == 1)
+    assert [written for _, written, _ in ring.collect()] == [0]
+    assert scene.bad.drops(core.RX) == {"too_small": 1}
+    scene.use(core.RX)
+    assert eventually(lambda: ring.pending() == 1)
+    assert [written for _, written, _ in ring.collect()] == [76]
+    assert ring.memory.read(place + 12, 64) == frame(mac(0), mac(1))
+    scene.both_ways_work(core.RX)
+
+
+def test_b31_the_same_memory_at_two_addresses_is_the_guest_s_own_affair(scene: Scene) -> None:
+    """Both receive a frame there, and what is there then is sent from both."""
+    memory, span, alias = scene.bad.memory, SPLIT_REGIONS[2], 2**40
+    addr = memory.reserve(2048, region=2)
+    other = addr - span.guest_addr + alias
+    scene.bridge.guest_add_region(scene.bad.port, core.Region(alias, span.size, alias, span.offset, memory.fd))
+    for at in addr, other:
+        scene.ring(core.RX).raw((at, 2048, WRITE))
+    scene.ring(core.RX).publish()
+    scene.good[0].pair.send_all([frame(mac(0), mac(1), mark=bytes([i])) for i in range(2)])
+    assert eventually(lambda: scene.ring(core.RX).returned() == 2)
+    assert memory.read(addr + 12, 64) in [frame(mac(0), mac(1), mark=bytes([i])) for i in range(2)]
+    memory.write(other - alias + span.guest_addr, bytes(12) + frame(mac(1), mac(0)))
+    for at in addr, other:
+        scene.ring(core.TX).raw((at, 76, 0))
+    scene.ring(core.TX).kick()
+    assert scene.good[0].pair.frames(2) == [frame(mac(1), mac(0))] * 2
+    assert [scene.bad.state(index).broken for index in range(2)] == ["", ""]
+
+
 # ---- notifications ----
 
 
 @pytest.mark.parametrize("features", [LEGACY, VERSION_1 | EVENT_IDX], ids=["flags", "event index"])
 def test_b24_b37_b38_b40_notification_fields_rewritten_at_random_lose_no_frame(
-    bridge: core.Bridge, guests: MakeGuest, features: int
+    bridge: core.Bridge, guests: MakeGuest, features: int, scene: Scene
 ) -> None:
     a, b = guests(bridge, features=features), guests(bridge, features=features)
     b.pair.fill()
@@ -648,11 +896,11 @@ def test_b24_b37_b38_b40_notification_fields_rewritten_at_random_lose_no_frame(
                 ring.memory.store16(ring.used_event_at, dice.randrange(1 << 16))
             elif isinstance(ring, PackedRing):
                 ring.suppress(dice.choice([0, 1, 2, 3, 4, 0xFFFF]), dice.randrange(1 << 16))
-        a.pair.queue(frame(BROADCAST, mac(1), mark=bytes([i])))
+        a.pair.queue(frame(BROADCAST, mac(5), mark=bytes([i])))
         a.pair.tx.kick(always=True)
     assert eventually(lambda: b.stats(core.RX).packets == 200)
     assert [packet.frame for packet in b.pair.packets()] == [
-        frame(BROADCAST, mac(1), mark=bytes([i])) for i in range(200)
+        frame(BROADCAST, mac(5), mark=bytes([i])) for i in range(200)
     ]
     for driver, direction in (a, core.TX), (b, core.RX):
         stats = driver.stats(direction)
@@ -666,7 +914,7 @@ def test_b24_b37_b38_b40_notification_fields_rewritten_at_random_lose_no_frame(
     ids=["reserved", "reserved, no event index", "DESC, no event index", "all bits", "an unknown bit", "ENABLE"],
 )
 def test_b37_suppression_that_makes_no_sense_is_none(
-    bridge: core.Bridge, guests: MakeGuest, flags: int, features: int
+    bridge: core.Bridge, guests: MakeGuest, flags: int, features: int, scene: Scene
 ) -> None:
     a, b = guests(bridge), guests(bridge, features=features)
     b.pair.fill()
@@ -674,7 +922,7 @@ def test_b37_suppression_that_makes_no_sense_is_none(
     assert isinstance(ring, PackedRing)
     for i in range(8):
         ring.suppress(flags, 0x7123 + 0x1111 * i)
-        a.pair.send(frame(BROADCAST, mac(1), mark=bytes([i])))
+        a.pair.send(frame(BROADCAST, mac(5), mark=bytes([i])))
         assert wait_readable(ring.call_fd, 5)
         assert ring.calls() == 1
         assert a.pair.wait_sent()
@@ -682,26 +930,104 @@ def test_b37_suppression_that_makes_no_sense_is_none(
 
 
 def test_b39_a_guest_that_asks_for_an_interrupt_too_late_loses_only_that(
-    bridge: core.Bridge, guests: MakeGuest
+    bridge: core.Bridge, guests: MakeGuest, scene: Scene
 ) -> None:
     a, b = guests(bridge, num=64), guests(bridge, num=64)
     b.pair.fill()
-    a.pair.send(frame(BROADCAST, mac(1)))
+    a.pair.send(frame(BROADCAST, mac(5)))
     assert len(b.pair.frames()) == 1
     b.pair.rx.calls()
     b.pair.rx.want_call(ahead=63)
     for i in range(62):
-        a.pair.send(frame(BROADCAST, mac(1), mark=bytes([i])))
+        a.pair.send(frame(BROADCAST, mac(5), mark=bytes([i])))
         assert a.pair.wait_sent()
     assert eventually(lambda: b.stats(core.RX).packets == 63)
     assert b.pair.rx.calls() == 0
     assert [packet.frame[14] for packet in b.pair.packets()] == list(range(62))
 
 
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX], ids=["flags", "event index"])
+def test_b38_a_guest_that_asks_for_an_interrupt_at_every_frame_gets_one_a_burst_at_most(
+    bridge: core.Bridge, guests: MakeGuest, features: int, scene: Scene
+) -> None:
+    a, b = guests(bridge, features=features), guests(bridge, features=features)
+    got = 0
+    for turn in range(20):
+        b.pair.fill()
+        for i in range(200):
+            a.pair.queue(frame(BROADCAST, mac(5), mark=bytes([turn, i])))
+        for ring in a.pair.tx, b.pair.rx:
+            ring.want_call()
+        a.pair.tx.kick(always=True)
+        assert a.pair.wait_sent()
+        assert eventually(lambda turn=turn: b.stats(core.RX).packets == 200 * (turn + 1))  # type: ignore[misc]
+        got += len(b.pair.packets())
+    assert got == 4000
+    for driver, direction in (a, core.TX), (b, core.RX):
+        stats = driver.stats(direction)
+        assert 20 <= stats.calls <= stats.bursts
+        assert stats.bursts <= 4000 / 8, "the frames did not come in bursts"
+
+
 def test_b41_a_kick_for_every_reason_and_none_costs_nothing_but_time(scene: Scene) -> None:
     for _ in range(1000):
         os.eventfd_write(scene.ring(core.TX).kick_fd, 1)
     scene.both_ways_work(core.TX)
+
+
+def test_b41_a_storm_of_kicks_that_announce_nothing_keeps_nobody_waiting(scene: Scene) -> None:
+    """As many as another thread can send, while the others talk."""
+    ring, ends = scene.ring(core.TX), threading.Event()
+
+    def storm() -> int:
+        sent = 0
+        while not ends.is_set():
+            os.eventfd_write(ring.kick_fd, 1)
+            sent += 1
+        return sent
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(storm)
+        try:
+            for _ in range(100):
+                scene.others_are_undisturbed()
+        finally:
+            ends.set()
+    stats = scene.bad.stats(core.TX)
+    assert sent.result() > 1000
+    assert (stats.packets, stats.breaks) == (0, 0)
+    assert stats.kicks <= scene.bridge.worker_stats(0).loops
+    scene.both_ways_work(core.TX)
+
+
+@each_ring
+def test_b42_a_guest_that_never_kicks_is_served_all_the_same(scene: Scene, index: int) -> None:
+    ring = scene.ring(index)
+    for i in range(3):
+        assert eventually(scene.ring(core.TX).waits)
+        if index == core.TX:
+            scene.bad.pair.queue(frame(mac(1), mac(0), mark=bytes([i])))
+            ring.publish()
+            assert scene.good[0].pair.frames() == [frame(mac(1), mac(0), mark=bytes([i]))]
+        else:
+            ring.raw((*good_buffer(scene), WRITE))
+            ring.publish()
+            scene.use(index)
+            assert eventually(lambda i=i: ring.returned() == i + 1)  # type: ignore[misc]
+    assert scene.bad.stats(index).kicks == 0
+    assert scene.bad.drops(index) == {}
+
+
+def test_b42_a_guest_that_never_kicks_is_served_beside_busy_ones(scene: Scene) -> None:
+    assert eventually(scene.ring(core.TX).waits)
+    scene.bad.pair.queue(frame(mac(0), mac(0)))  # for nobody
+    scene.ring(core.TX).publish()
+    deadline = time.monotonic() + 5
+    while not scene.bad.stats(core.TX).packets:
+        assert time.monotonic() < deadline, "nobody looks as long as others are busy"
+        scene.others_are_undisturbed()
+    assert scene.bad.drops(core.TX) == {"no_port": 1}
+    assert scene.bad.stats(core.TX).kicks == 0
 
 
 def test_b43_a_kick_while_the_ring_is_stopped_or_disabled_is_not_missed(scene: Scene) -> None:
@@ -723,15 +1049,79 @@ def test_b43_a_kick_while_the_ring_is_stopped_or_disabled_is_not_missed(scene: S
 # ---- many at once, rings that come and go, order ----
 
 
-def test_b44_everything_sent_at_once_and_then_nothing(bridge: core.Bridge, guests: MakeGuest) -> None:
+def test_b44_everything_sent_at_once_and_then_nothing(bridge: core.Bridge, guests: MakeGuest, scene: Scene) -> None:
     a, b = guests(bridge, num=1024), guests(bridge, num=1024)
     b.pair.fill(256)
-    sent = [frame(BROADCAST, mac(1), mark=i.to_bytes(2, "big")) for i in range(1024)]
+    sent = [frame(BROADCAST, mac(5), mark=i.to_bytes(2, "big")) for i in range(1024)]
     for each in sent:
         a.pair.queue(each)
     a.pair.tx.kick()
     assert b.pair.frames(1024) == sent
     assert a.pair.wait_sent()
+
+
+def test_b44_a_guest_that_posts_all_at_once_does_not_keep_another_waiting(
+    bridge: core.Bridge, guests: MakeGuest, scene: Scene
+) -> None:
+    """A burst of the one, then what the other has."""
+    sink, flood, other = guests(bridge, num=1024), guests(bridge, num=8192), guests(bridge)
+    bridge.set_mac(sink.port, mac(5), False)
+    sink.pair.fill(256)
+    bridge.stop()
+    for i in range(8192):
+        flood.pair.queue(frame(mac(5), mac(6), mark=i.to_bytes(2, "big")))
+    other.pair.queue(frame(mac(5), mac(7)))
+    for driver in flood, other:
+        driver.pair.tx.kick(always=True)
+    bridge.start()
+    assert flood.pair.wait_sent()
+    assert other.pair.wait_sent()
+    got = sink.pair.frames(1024)
+    assert got.index(frame(mac(5), mac(7))) <= 2 * BURST
+    assert sink.drops(core.RX) == {"no_buffer": 8192 + 1 - 1024}
+    assert flood.drops(core.TX) == other.drops(core.TX) == {}
+
+
+@each_ring
+def test_b45_only_one_ring_of_a_pair_is_enabled(scene: Scene, index: int) -> None:
+    scene.bridge.ring_enable(scene.bad.port, 1 - index, False)
+    scene.both_ways_work(index)
+    if index == core.TX:
+        scene.use(core.RX)
+        assert scene.bad.drops(core.RX) == {"not_ready": 1}
+    else:
+        scene.bad.pair.send(frame(mac(1), mac(0)))
+        assert scene.bad.pair.wait_sent()
+        assert scene.bad.drops(core.TX) == {"disabled": 1}
+    scene.both_ways_work(index)
+    scene.bridge.ring_enable(scene.bad.port, 1 - index, True)
+
+
+@pytest.mark.parametrize("enabled", [[0, 1], [1, 3], [2]], ids=str)
+def test_b45_some_of_the_pairs_are_enabled(
+    bridge: core.Bridge, guests: MakeGuest, scene: Scene, enabled: list[int]
+) -> None:
+    """Frames go to these alone, and the others' transmit rings are thrown away, even while it changes all the time."""
+    a = guests(bridge, pairs=4, num=64)
+    bridge.set_mac(a.port, mac(5), False)
+    for pair in a.pairs:
+        pair.fill(256)
+    for turn in range(2000):
+        bridge.ring_enable(a.port, turn % 8, bool(turn // 8 % 2))
+    for index in range(8):
+        bridge.ring_enable(a.port, index, index // 2 in enabled)
+    for i in range(8):
+        scene.good[0].pair.send(frame(mac(5), mac(1), mark=bytes([i])))
+    assert [packet.frame for pair in a.pairs for packet in pair.receive(8 * (pair is a.pairs[enabled[0]]))] == [
+        frame(mac(5), mac(1), mark=bytes([i])) for i in range(8)
+    ]
+    for pair in a.pairs:
+        pair.send(frame(mac(1), mac(5)))
+        assert pair.wait_sent()
+    assert scene.good[0].pair.frames(len(enabled)) == [frame(mac(1), mac(5))] * len(enabled)
+    assert [a.drops(core.TX, number) for number in range(4)] == [
+        {} if number in enabled else {"disabled": 1} for number in range(4)
+    ]
 
 
 def test_b45_rings_enabled_and_disabled_again_and_again(scene: Scene) -> None:
@@ -766,7 +1156,7 @@ def test_b46_a_guest_that_resets_in_the_middle_of_a_batch(scene: Scene) -> None:
 
 @pytest.mark.parametrize("features", [0, IN_ORDER], ids=["any order", "in order"])
 def test_b47_chains_come_back_in_the_order_in_which_they_were_posted(
-    bridge: core.Bridge, guests: MakeGuest, features: int
+    bridge: core.Bridge, guests: MakeGuest, features: int, scene: Scene
 ) -> None:
     """Whatever their heads or ids, and whether their frames are delivered, dropped or nonsense."""
     a, b = guests(bridge, features=MODERN | features), guests(bridge, features=MODERN | features)
@@ -786,7 +1176,7 @@ def test_b47_chains_come_back_in_the_order_in_which_they_were_posted(
         for i in range(16):
             to, size = dice.choice([mac(9), BROADCAST]), dice.choice([0, 10, 64, 1000])
             layout = dice.choice([TOGETHER, Layout("two", lambda hdr: [hdr]), Layout("table", lambda hdr: [hdr], 0)])
-            posted.append(a.pair.queue(frame(to, mac(1), size, mark=bytes([turn, i])), layout))
+            posted.append(a.pair.queue(frame(to, mac(5), size, mark=bytes([turn, i])), layout))
         a.pair.tx.kick()
         assert eventually(lambda: a.pair.tx.pending() == 16)
         returned += [head for head, _, _ in a.pair.tx.collect()]
@@ -794,4 +1184,5 @@ def test_b47_chains_come_back_in_the_order_in_which_they_were_posted(
         assert came == received[: len(came)]
         del received[: len(came)]
     assert returned == posted
+    assert set(a.drops(core.TX)) == {"short", "runt"}
     assert a.state(core.TX).broken == b.state(core.RX).broken == ""

@@ -186,7 +186,7 @@ def test_frames_posted_before_the_start_are_found_without_a_kick(
 
 
 @each_kind
-def test_a_lost_kick_delays_a_frame_and_does_not_lose_it(bridge: core.Bridge, guests: MakeGuest, features: int) -> None:
+def test_b42_a_lost_kick_delays_a_frame_and_loses_none(bridge: core.Bridge, guests: MakeGuest, features: int) -> None:
     a, b = guests(bridge, features=features), guests(bridge, features=features)
     b.pair.fill()
     assert eventually(lambda: asleep(a))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.driver import Driver
-from tests.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, split_only
+from tests.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only, split_only
 from tests.native import MAX_VALUES, compile_program, rewriting
 from tests.rings import (
     AVAIL,
@@ -228,6 +228,91 @@ def test_b25_what_was_checked_is_what_is_delivered(
 def give_back(driver: Driver) -> None:
     """What raw() has posted: descriptors are free again, and no memory was taken for them."""
     driver.pair.tx.collect()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["first lap", "later"])
+def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_nothing(
+    bridge: core.Bridge, guests: MakeGuest, packed: int, rewriter: Path, late: bool
+) -> None:
+    """Length and flags change together, from those of a buffer to those of a table and back, and so do the table's own.
+
+    Who takes one from before and the other from after sees a table of no whole number of entries, or a frame of a
+    length that none has.
+    """
+    scene = Scene(bridge, guests, num=NUM)
+    memory, ring, sink = scene.bad.memory, scene.ring(core.TX), scene.good[0]
+    # As a buffer it begins with a header that asks for nothing and the addresses of a frame for all.
+    table = memory.reserve(64, 1 << 17)
+    first, second, third = table + (1 << 17), table + (2 << 17), table + (3 << 17)
+    whole = bytes(12) + frame(mac(1), mac(0), 400)
+    memory.write(first, whole[:52])
+    memory.write(second, whole[52:152])
+    memory.write(third, whole[52:152])
+    ring.write_table(table, [(first, 52, 0), (second, 60, 0), (third, 70, 0)][: 3 if packed else 2])
+    lengths = {76 - 12, 40 + 60, 40 + 80} | ({40 + 60 + 70, 40 + 80 + 70} if packed else set())
+    tails = [(76, 0), (32, INDIRECT), (48, INDIRECT)]
+    words: Words = {table + 16 + 8: [60, 80]}
+    lap = USED if late else AVAIL
+    for i in range(NUM):
+        at = ring.parts()[0][0] + 16 * i
+        memory.write(at, table.to_bytes(8, "little"))
+        words[at + 8] = [size | (i << 32 | (kind | lap) << 48 if packed else kind << 32) for size, kind in tails]
+    bases = itertools.cycle([0 if late else WRAP]) if packed else itertools.count(NUM * 4095 * late, NUM)
+    seen: dict[int, int] = {}
+    with rewriting(rewriter, memory, words):
+        for turn, base in zip(range(1, 201), bases, strict=False):
+            bridge.ring_stop(scene.bad.port, core.TX)
+            if isinstance(ring, SplitRing):
+                for i in range(NUM):
+                    memory.store16(ring.avail + 4 + 2 * i, i)
+                memory.store16(ring.used + 2, base)
+                memory.store16(ring.avail + 2, base + NUM)
+            bridge.ring_start(scene.bad.port, core.TX, ring.config(base & 0xFFFF))
+            assert eventually(lambda n=NUM * turn: scene.bad.stats(core.TX).chains == n)  # type: ignore[misc]
+            for packet in sink.pair.packets():
+                seen[len(packet.frame)] = seen.get(len(packet.frame), 0) + 1
+                if len(packet.frame) in lengths - {64}:
+                    assert packet.frame[:100] == whole[12:112]
+            sink.pair.fill()
+    assert scene.bad.state(core.TX).broken == ""
+    assert scene.bad.drops(core.TX) == {}
+    assert set(seen) == lengths
+    assert sum(seen.values()) == 200 * NUM
+    scene.good[1].pair.packets()
+    scene.good[1].pair.fill()
+    scene.revives(core.TX)
+
+
+@packed_only
+def test_b26_b36_used_descriptors_rewritten_all_the_time_confuse_nobody(
+    bridge: core.Bridge, guests: MakeGuest, rewriter: Path
+) -> None:
+    """All that the device has handed back in this lap, and its event suppression."""
+    scene = Scene(bridge, guests, num=256)
+    ring, one = scene.ring(core.TX), scene.good[0]
+    assert isinstance(ring, PackedRing)
+
+    def send(first: int, last: int) -> None:
+        for i in range(first, last):
+            addr = scene.bad.memory.take(128)
+            scene.bad.memory.write(addr, bytes(12) + frame(mac(1), mac(0), mark=bytes([i])))
+            ring.raw((addr, 76, 0))
+            ring.kick(always=True)
+            assert one.pair.frames() == [frame(mac(1), mac(0), mark=bytes([i]))]
+            one.pair.fill()
+
+    send(0, 100)
+    assert eventually(lambda: ring.returned() == 100)
+    ring.collect()
+    words = {ring.desc + 16 * i: [0, HOLE, 2**64 - 1] for i in range(100)}
+    tails = [(flags << 48 | ident << 32 | 2**32 - 1) for flags in (USED, AVAIL | USED, NEXT) for ident in (0, 0xFFFF)]
+    words |= {ring.desc + 16 * i + 8: tails for i in range(100)}
+    words[ring.device & ~7] = [0, 2**64 - 1, 0x0002_DEAD_0002_DEAD]
+    with rewriting(rewriter, scene.bad.memory, words):
+        send(100, 250)
+    assert eventually(lambda: ring.returned() == 250)
+    assert scene.bad.state(core.TX).broken == ""
+    scene.revives(core.TX)
 
 
 @split_only

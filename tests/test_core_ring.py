@@ -49,7 +49,7 @@ def bridge(make_bridge: MakeBridge) -> core.Bridge:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @each_header
 @each_event
-def test_frames_cross_in_every_layout_byte_for_byte(
+def test_b12_b20_frames_cross_in_every_layout_byte_for_byte(
     bridge: core.Bridge, guests: MakeGuest, layout: Layout, header: int, event: int
 ) -> None:
     """A packed ring has no chain of descriptors that ends in an indirect table: there, that is one table."""
@@ -89,7 +89,7 @@ def test_a_frame_between_guests_with_different_headers(bridge: core.Bridge, gues
 
 
 @pytest.mark.parametrize("at", range(-40, 41, 10))
-def test_a_buffer_that_crosses_two_regions_is_one_frame(bridge: core.Bridge, guests: MakeGuest, at: int) -> None:
+def test_b9_a_buffer_that_crosses_two_regions_is_one_frame(bridge: core.Bridge, guests: MakeGuest, at: int) -> None:
     a, b = guests(bridge, spans=SPLIT_REGIONS), guests(bridge, spans=SPLIT_REGIONS)
     sent = frame(BROADCAST, mac(1), 200)
     addr = BORDER - 30 - at
@@ -101,7 +101,7 @@ def test_a_buffer_that_crosses_two_regions_is_one_frame(bridge: core.Bridge, gue
 
 
 @pytest.mark.parametrize("entry", range(4))
-def test_an_indirect_table_that_crosses_two_regions(bridge: core.Bridge, guests: MakeGuest, entry: int) -> None:
+def test_b18_an_indirect_table_that_crosses_two_regions(bridge: core.Bridge, guests: MakeGuest, entry: int) -> None:
     a, b = guests(bridge, spans=SPLIT_REGIONS), guests(bridge)
     b.pair.fill()
     sent = frame(BROADCAST, mac(1), 100)
@@ -127,7 +127,7 @@ def test_an_indirect_table_may_lie_at_an_odd_address(pair: Pair) -> None:
     assert b.pair.frames() == [sent]
 
 
-def test_the_write_flag_of_an_indirect_descriptor_is_ignored(pair: Pair) -> None:
+def test_b16_the_write_flag_of_an_indirect_descriptor_is_ignored(pair: Pair) -> None:
     a, b = pair
     sent = frame(mac(2), mac(1))
     (buffer,) = a.pair.buffers_for(bytes(12) + sent, [])
@@ -154,7 +154,9 @@ def test_frames_of_every_legal_size_pass_through_big_buffers(pair: Pair, size: i
     ("size", "reason"),
     [(-12, "short"), (-1, "short"), (0, "short"), (1, "runt"), (13, "runt"), (65535 + 23, "oversize")],
 )
-def test_a_chain_that_holds_no_legal_frame_is_dropped_and_handed_back(pair: Pair, size: int, reason: str) -> None:
+def test_b10_b11_b13_a_chain_without_a_legal_frame_is_dropped_and_handed_back(
+    pair: Pair, size: int, reason: str
+) -> None:
     a, b = pair
     packet = (bytes(12) + frame(mac(2), mac(1), max(size, 0)))[: 12 + size]
     buffers = a.pair.buffers_for(packet, []) if packet else [Buffer(0, 0)]
@@ -332,14 +334,14 @@ def test_a_ring_full_of_useless_buffers_is_emptied_and_usable_again(
 
 @pytest.mark.parametrize("num", [1, 2, 256, 32768])
 @each_event
-def test_rings_of_every_size_wrap(bridge: core.Bridge, guests: MakeGuest, num: int, event: int) -> None:
+def test_b48_rings_of_every_size_wrap(bridge: core.Bridge, guests: MakeGuest, num: int, event: int) -> None:
     wrap_around(bridge, guests, num, event)
 
 
 @packed_only
 @pytest.mark.parametrize("num", [3, 5, 7, 255, 257, 32767])
 @each_event
-def test_packed_rings_wrap_at_sizes_that_are_no_powers_of_two(
+def test_b33_packed_rings_wrap_at_sizes_that_are_no_powers_of_two(
     bridge: core.Bridge, guests: MakeGuest, num: int, event: int
 ) -> None:
     wrap_around(bridge, guests, num, event)
@@ -381,7 +383,7 @@ def test_a_packed_ring_starts_near_its_end_and_wraps(
 
 @packed_only
 @each_event
-def test_long_chains_across_the_end_of_a_packed_ring(bridge: core.Bridge, guests: MakeGuest, event: int) -> None:
+def test_b48_long_chains_across_the_end_of_a_packed_ring(bridge: core.Bridge, guests: MakeGuest, event: int) -> None:
     a = guests(bridge, features=VERSION_1 | event, num=7)
     b = guests(bridge, features=VERSION_1 | event, num=11)
     for i in range(40):
@@ -394,7 +396,7 @@ def test_long_chains_across_the_end_of_a_packed_ring(bridge: core.Bridge, guests
 
 @split_only
 @each_event
-def test_indices_wrap_from_65535_to_0(bridge: core.Bridge, guests: MakeGuest, event: int) -> None:
+def test_b2_indices_wrap_from_65535_to_0(bridge: core.Bridge, guests: MakeGuest, event: int) -> None:
     features = VERSION_1 | event
     a = guests(bridge, features=features, num=8, base=65530)
     b = guests(bridge, features=features, num=8, base=65533)

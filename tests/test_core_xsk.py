@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.driver import LAYOUTS, Layout
-from tests.guests import BROADCAST, MakeBridge, MakeGuest, frame, mac
+from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.netns import Veth, command, needs_root, remove, veth
 from tests.rings import INDIRECT_DESC, MODERN, VERSION_1, eventually
 from xdpnet import core
@@ -104,7 +104,8 @@ def test_a_frame_longer_than_the_interface_carries_is_dropped(
     assert tx(bridge, port).packets == 1 + passes
 
 
-def test_thousands_of_frames_leave_in_order_and_none_is_lost(
+@both_layouts
+def test_b44_thousands_of_frames_leave_in_order_and_none_is_lost(
     bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int
 ) -> None:
     """More than the arena has frames: the guest waits, it does not lose."""

@@ -18,9 +18,20 @@ import pytest
 
 from tests import dpdk
 from tests.driver import APART, CRUMBLED, LAYOUTS, TOGETHER, Driver, Layout
-from tests.guests import BROADCAST, MakeBridge, MakeGuest, frame, mac
+from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.netns import Veth, command, needs_root, veth
-from tests.rings import INDIRECT_DESC, MERGEABLE, MIB, MODERN, VERSION_1, Buffer, GuestMemory, Span, eventually
+from tests.rings import (
+    INDIRECT,
+    INDIRECT_DESC,
+    MERGEABLE,
+    MIB,
+    MODERN,
+    VERSION_1,
+    Buffer,
+    GuestMemory,
+    Span,
+    eventually,
+)
 from tests.segments import TSO4, TSO6, Segment
 from xdpnet import core
 from xdpnet.netdev import Netdev
@@ -498,6 +509,29 @@ def test_a_buffer_that_is_posted_twice_comes_back_twice(
     held.release()
     assert a.pair.wait_sent()
     assert eventually(lambda: port.in_flight == 0)
+
+
+@both_layouts
+def test_b26_b36_descriptors_rewritten_while_the_kernel_has_their_frames_are_handed_back_as_they_were(
+    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+) -> None:
+    """Head or buffer id, and how many descriptors a chain takes, are of when it was fetched."""
+    a = guests(bridge, num=32)
+    ring = a.pair.tx
+    port.renew()
+    a.pair.send(full(0))
+    assert a.pair.wait_sent()
+    heads = [a.pair.queue(full(i), APART) for i in range(10)]
+    ring.kick()
+    assert eventually(lambda: port.in_flight == 10)
+    for i in range(1, 21):
+        # To a packed ring: neither available nor used in this lap.
+        a.memory.write(ring.parts()[0][0] + 16 * i, struct.pack("<QIHH", 0, 2**32 - 1, 0xFFFF, 0x8000 | INDIRECT))
+    held.release()
+    assert eventually(lambda: ring.pending() == 10)
+    assert [(head, written) for head, written, _ in ring.collect()] == [(head, 0) for head in heads]
+    assert a.state(core.TX).broken == ""
+    assert port.sent == (11, 0)
 
 
 def test_a_head_that_is_made_available_again_and_again_is_never_out_more_often_than_the_ring_has_entries(
