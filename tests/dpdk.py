@@ -79,18 +79,19 @@ class Pmd:
         cpu: int = 1,
         huge: Path | None = None,
         enter: Sequence[str] = (),
+        eal: Sequence[str] = (),
     ) -> None:
         self.name = f"xdpn-{name}"
         self.log = directory / f"{self.name}.log"
         memory = ["--huge-dir", str(huge), "--single-file-segments"] if huge else ["--no-huge"]
-        eal = ["--lcores", f"0@{cpu},1@{cpu}", "-m", "256", "--file-prefix", self.name, "--no-pci", "--no-telemetry"]
+        shared = ["--lcores", f"0@{cpu},1@{cpu}", "-m", "256", "--file-prefix", self.name, "--no-pci", "--no-telemetry"]
         for driver in (*drivers, "mempool_ring"):
-            eal += ["-d", f"librte_{driver}.so"]
+            shared += ["-d", f"librte_{driver}.so"]
         for vdev in vdevs:
-            eal += ["--vdev", vdev]
+            shared += ["--vdev", vdev]
         application = ["-i", "--total-num-mbufs=16384", *options]
         # By lines: its prompt goes around stdio's buffer and would overtake what was said before.
-        self._command = [*enter, "stdbuf", "-oL", TESTPMD, *eal, *memory, "--", *application]
+        self._command = [*enter, "stdbuf", "-oL", TESTPMD, *shared, *eal, *memory, "--", *application]
         self._environment = os.environ | {"RUNTIME_DIRECTORY": str(directory)}
         self._read = 0
 
