@@ -46,6 +46,9 @@ class Scene:
         assert two.pair.frames() == [frame(mac(2), mac(1), mark=b"there")]
         two.pair.send(frame(mac(1), mac(2), mark=b"back"))
         assert one.pair.frames() == [frame(mac(1), mac(2), mark=b"back")]
+        for driver in self.good:
+            driver.pair.reap()
+            driver.pair.fill()
 
     def is_broken(self, index: int, reason: str) -> None:
         """The ring is latched broken, everybody is told once, and nothing of it is touched any more."""

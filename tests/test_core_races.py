@@ -6,18 +6,21 @@ guest notices, and no frame is delivered that the checks would not let pass.
 
 import itertools
 import random
+import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.driver import Driver
+from tests.driver import Driver, ledger
 from tests.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only, split_only
 from tests.native import MAX_VALUES, compile_program, rewriting
 from tests.rings import (
     AVAIL,
     HOLE,
     INDIRECT,
+    MODERN,
     NEXT,
     USED,
     WRAP,
@@ -28,6 +31,8 @@ from tests.rings import (
     eventually,
 )
 from tests.scene import END, Scene, own_flags
+from tests.segments import TSO4, Segment
+from tests.test_core_offload import SENDS, data
 from xdpnet import core
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -225,6 +230,54 @@ def test_b25_what_was_checked_is_what_is_delivered(
     assert delivered + sum(stats.drops.values()) == stats.packets
 
 
+def test_b25_headers_that_were_judged_are_those_that_a_frame_is_cut_by(
+    bridge: core.Bridge, guests: MakeGuest, rewriter: Path
+) -> None:
+    """virtio_net_hdr, IP and TCP headers flip between right and wrong; every segment is one of a right frame."""
+    bad, one = guests(bridge, features=MODERN | SENDS), guests(bridge, num=1024)
+    bridge.set_mac(bad.port, mac(1), check_source=True)
+    bridge.set_mac(one.port, mac(2), check_source=True)
+    whole = Segment(payload=data(3000))
+    packet = whole.header(TSO4, 1000) + whole.frame(partial=True)
+    at = bad.memory.reserve(4096)
+    bad.memory.write(at, packet)
+    words: Words = {}
+    for offset, value in (
+        (2, b"\xff\xff"), (4, struct.pack("<H", 600)), (4, b"\7\0"), (6, b"\xff\xff"), (6, b"\x23"),
+        (1, b"\5"), (1, b"\2"),
+        (12 + 14, b"\x46"), (12 + 14, b"\x44"), (12 + 16, b"\0\0"), (12 + 16, b"\xff\xff"),
+        (12 + 20, b"\x20\0"), (12 + 23, b"\x11"), (12 + 46, b"\x40"), (12 + 46, b"\xf0"),
+    ):  # fmt: skip
+        changed = packet[:offset] + value + packet[offset + len(value) :]
+        word = offset & ~7
+        right = int.from_bytes(packet[word : word + 8], "little")
+        words.setdefault(at + word, [right] * 4).append(int.from_bytes(changed[word : word + 8], "little"))
+    # A TCP header of 60 bytes is one, of which these are the options.
+    taken = [whole, replace(whole, options=whole.payload[:40], payload=whole.payload[40:])]
+    legal = {part.frame() for each in taken for size in (1000, 600) for part in each.cut(size)}
+    seen: set[bytes] = set()
+    with rewriting(rewriter, bad.memory, words):
+        for _ in range(150):
+            one.pair.fill()
+            for _ in range(16):
+                bad.pair.tx.raw((at, len(packet), 0))
+            bad.pair.tx.kick()
+            assert eventually(lambda: bad.pair.tx.pending() == 16)
+            give_back(bad)
+            seen.update(got.frame for got in one.pair.packets())
+    assert seen <= legal
+    assert len(seen) > 4
+    stats = bad.stats(core.TX)
+    reasons = ("l3", "l4", "csum", "gso_size", "gso_type", "gso_proto", "fragment")
+    assert {reason for reason in reasons if stats.drops[reason] > 2} == set(reasons)
+    assert sum(stats.drops.values()) < stats.packets == 150 * 16
+    into, out = ledger(bridge, {bad.port: 1, one.port: 1})
+    assert into == out
+    one.pair.fill()
+    bad.pair.send(frame(mac(2), mac(1), mark=b"after"))
+    assert one.pair.frames() == [frame(mac(2), mac(1), mark=b"after")]
+
+
 def give_back(driver: Driver) -> None:
     """What raw() has posted: descriptors are free again, and no memory was taken for them."""
     driver.pair.tx.collect()
@@ -249,7 +302,9 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
     memory.write(second, whole[52:152])
     memory.write(third, whole[52:152])
     ring.write_table(table, [(first, 52, 0), (second, 60, 0), (third, 70, 0)][: 3 if packed else 2])
-    lengths = {76 - 12, 40 + 60, 40 + 80} | ({40 + 60 + 70, 40 + 80 + 70} if packed else set())
+    contents = {40 + size: whole[12 : 52 + size] for size in (60, 80)}
+    if packed:
+        contents |= {40 + size + 70: whole[12 : 52 + size] + whole[52:122] for size in (60, 80)}
     tails = [(76, 0), (32, INDIRECT), (48, INDIRECT)]
     words: Words = {table + 16 + 8: [60, 80]}
     lap = USED if late else AVAIL
@@ -270,13 +325,16 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
             bridge.ring_start(scene.bad.port, core.TX, ring.config(base & 0xFFFF))
             assert eventually(lambda n=NUM * turn: scene.bad.stats(core.TX).chains == n)  # type: ignore[misc]
             for packet in sink.pair.packets():
-                seen[len(packet.frame)] = seen.get(len(packet.frame), 0) + 1
-                if len(packet.frame) in lengths - {64}:
-                    assert packet.frame[:100] == whole[12:112]
+                size = len(packet.frame)
+                seen[size] = seen.get(size, 0) + 1
+                if size != 76 - 12:
+                    assert packet.frame == contents[size]
             sink.pair.fill()
+            for chain in sink.pair.rx.chains.values():
+                sink.memory.write(chain.buffers[0].addr, bytes(256))
     assert scene.bad.state(core.TX).broken == ""
     assert scene.bad.drops(core.TX) == {}
-    assert set(seen) == lengths
+    assert set(seen) == {76 - 12, *contents}
     assert sum(seen.values()) == 200 * NUM
     scene.good[1].pair.packets()
     scene.good[1].pair.fill()
@@ -334,4 +392,9 @@ def test_b26_a_used_ring_rewritten_all_the_time_confuses_nobody_but_its_guest(
             assert scene.good[0].pair.frames() == [frame(mac(1), mac(0), mark=bytes([i]))]
             scene.good[0].pair.fill()
     assert scene.bad.state(core.TX).broken == ""
+    ring.put(200 % 16)
+    ring.kick(always=True)
+    assert eventually(lambda: ring.used_idx() == 201)
+    scene.good[0].pair.packets()
+    scene.good[0].pair.fill()
     scene.revives(core.TX)

@@ -187,6 +187,14 @@ class TestPackedRings:
         assert ours - {VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES} <= negotiated
         assert VirtioFeature.VIRTIO_F_RING_PACKED in ours
 
+    @pytest.mark.parametrize("name", ["one", "packed"])
+    def test_linux_uses_all_of_the_other_ring_features_that_qemu_passes_on(
+        self, stage: Stage, packed: Guest, name: str
+    ) -> None:
+        """IN_ORDER and ORDER_PLATFORM are not among them: for these there is DPDK."""
+        wanted = {"VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_RING_F_INDIRECT_DESC"}
+        assert wanted | {"VIRTIO_NET_F_MRG_RXBUF"} <= set(features(stage, name))
+
     def test_pings_and_tcp_pass_both_ways(self, stage: Stage, packed: Guest) -> None:
         assert loses_nothing(packed.check(f"ping -c 5 -s 8000 {topology.FAR_ADDRESS}"))
         assert loses_nothing(stage.net.ping(ADDRESSES["packed"]))
