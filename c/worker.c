@@ -25,7 +25,7 @@ enum {
 	SENT_CALL_PART = 4,
 	/* A source whose frames come in less than so many spin times is polled from one to the next. */
 	SPIN_STRETCH = 4,
-	/* Longest sleep: a lost kick, an interface that was down or a wedged queue is looked at again after this. */
+	/* Longest sleep, busy or not: a lost kick, an interface that was down or a wedged queue is looked at after this. */
 	SLEEP_MS = 100,
 	/* Sleep with frames that the kernel did not take: a full queue below empties in about this time. */
 	RETRY_MS = 1,
@@ -235,11 +235,16 @@ static void notify_guests(struct worker *w)
 	w->notify_n = kept;
 }
 
-/* Sources that sleep are looked at without their asking: nothing may stay stuck on a kick that never came. */
+/* Sources that sleep are polled without their asking: nothing may stay stuck on a kick that never came. */
 static void look_at_all(struct worker *w)
 {
-	for (u32 i = 0; i < w->sources_n; i++)
-		activate(w, w->sources[i]);
+	w->looked = cycles();
+	for (u32 i = 0; i < w->sources_n; i++) {
+		struct source *s = w->sources[i];
+
+		if (!s->active && s->ops->poll(w, s))
+			activate(w, s);
+	}
 }
 
 static void wait_for_events(struct worker *w, int timeout)
@@ -250,8 +255,6 @@ static void wait_for_events(struct worker *w, int timeout)
 	w->now = (u32)(monotonic_ns() / 1000000000u);
 	if (timeout)
 		count(&w->stats.sleeps, 1);
-	if (!n && timeout == SLEEP_MS)
-		look_at_all(w);
 	for (int i = 0; i < n; i++) {
 		struct source *s = events[i].data.ptr;
 		u64 ignored;
@@ -269,6 +272,9 @@ static void wait_for_events(struct worker *w, int timeout)
 			learn_spin(w, s, cycles());
 		activate(w, s);
 	}
+	/* As often while others keep the worker busy. */
+	if ((!n && timeout == SLEEP_MS) || cycles() - w->looked > SLEEP_MS * 1000 * w->bridge->cycles_per_us)
+		look_at_all(w);
 }
 
 static void park(struct worker *w)

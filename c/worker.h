@@ -42,6 +42,7 @@ struct worker {
 	int wake_fd; /* eventfd: look at parking.wanted */
 	u32 now;     /* seconds, monotonic; refreshed at least every turn of the epoll set */
 	u64 turn;    /* cycles, when this turn began */
+	u64 looked;  /* cycles, when all sources were last polled, asleep or not */
 
 	struct source *sources[WORKER_SOURCES]; /* owned; written while parked */
 	u32 sources_n;
