@@ -204,7 +204,6 @@ def test_two_dpdk_ports_of_any_ring_layouts_bounce_frames_and_every_one_is_count
             assert port.guest is not None
             for option, (feature, default) in ASKED.items():
                 assert (feature in port.guest.features) == bool(wish.get(option, default)), port.guest.features
-            assert "VIRTIO_F_ORDER_PLATFORM" in port.guest.features
             assert ("VIRTIO_NET_F_MQ" in port.guest.features) == (wish.get("queues", 1) > 1)
             assert port.queues[0].tx_ring is not None
             assert port.queues[0].tx_ring.size == wish.get("queue_size", 1024)

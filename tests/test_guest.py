@@ -191,7 +191,7 @@ class TestPackedRings:
     def test_linux_uses_all_of_the_other_ring_features_that_qemu_passes_on(
         self, stage: Stage, packed: Guest, name: str
     ) -> None:
-        """IN_ORDER and ORDER_PLATFORM are not among them: for these there is DPDK."""
+        """IN_ORDER is not among them: for that there is DPDK."""
         wanted = {"VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX", "VIRTIO_RING_F_INDIRECT_DESC"}
         assert wanted | {"VIRTIO_NET_F_MRG_RXBUF"} <= set(features(stage, name))
 
