@@ -83,13 +83,13 @@ static __attribute__((noinline)) u32 descriptors_of_large(const struct view *v)
 
 	if (v->needs & NEED_CUT)
 		longest = min_u32(v->vnet.hdr_len + v->vnet.gso_size, longest) + IPV6_FRAGMENT_HDR;
-	return min_u32(vnet_segments(v) * ((longest + XN_FRAME_SIZE - 1) / XN_FRAME_SIZE), XN_MIN_FRAMES / 2);
+	return min_u32(vnet_segments(v) * ((longest + TX_PIECE - 1) / TX_PIECE), XN_MIN_FRAMES / 2);
 }
 
 /* Descriptors that a view is on the wire, at most; no more than the smallest set of frames has room for. */
 static u32 descriptors_of(const struct view *v)
 {
-	return likely(v->len <= XN_FRAME_SIZE && !(v->needs & NEED_CUT)) ? 1 : descriptors_of_large(v);
+	return likely(v->len <= TX_PIECE && !(v->needs & NEED_CUT)) ? 1 : descriptors_of_large(v);
 }
 
 /* How many views, from the first, can go before one finds its netdev full. */
@@ -126,10 +126,21 @@ static void deliver_plain(struct worker *w, struct port *to, u32 queue, const st
 		netdev_deliver(w, to, queue, views, which, n);
 }
 
-/* What a port does itself: a guest what it has agreed to; an interface's checksums are made as the frame is copied. */
+/* What a port does itself: a guest what it has agreed to; an interface's checksums are seen to as the frame is copied. */
 static u8 takes(const struct port *to)
 {
 	return to->kind == PORT_GUEST ? to->guest.takes : NEED_CSUM;
+}
+
+/* Completes a checksum that the port does not take as it is. What becomes of it at an interface is counted there. */
+static void suit_csum(const struct port *to, struct view *v, struct xn_queue_stats *stats)
+{
+	if (v->needs & ~takes(to)) {
+		csum_complete(v);
+		count(&stats->csum_completed, 1);
+	} else if (v->needs && to->kind == PORT_GUEST) {
+		count(&stats->csum_partial, 1);
+	}
 }
 
 /* Cuts a frame that the port does not take whole. */
@@ -147,13 +158,15 @@ static void deliver_cut(struct worker *w, struct port *to, u32 queue, struct vie
 	while ((n = gso_next(&cut, room))) {
 		for (u32 i = 0; i < n; i++) {
 			which[i] = (u8)i;
-			if (room->views[i].needs & ~takes(to))
-				csum_complete(&room->views[i]);
+			suit_csum(to, &room->views[i], stats);
 		}
 		deliver_plain(w, to, queue, room->views, which, n);
 		made += n;
 	}
 	w->lender = lender;
+	/* That of a datagram, over all of its fragments. */
+	if (whole->needs & NEED_UFO)
+		count(&stats->csum_completed, 1);
 	count(&stats->cut, 1);
 	count(&stats->segments, made - 1);
 }
@@ -173,11 +186,8 @@ static __attribute__((noinline)) void deliver_changed(struct worker *w, struct p
 				deliver_plain(w, to, queue, views, which + from, i - from);
 			deliver_cut(w, to, queue, v, stats);
 			from = i + 1;
-		} else if (missing) {
-			csum_complete(v);
-			count(&stats->csum_completed, 1);
-		} else if (v->needs && to->kind == PORT_GUEST) {
-			count(&stats->csum_partial, 1);
+		} else {
+			suit_csum(to, v, stats);
 		}
 	}
 	if (n > from)

@@ -119,9 +119,8 @@ void csum_copy_large(u8 *const *to, const struct view *v)
 		const u8 *from = v->pieces[i].ptr;
 
 		for (u32 left = min_u32(v->pieces[i].len, v->len - at), n; left; left -= n, from += n, at += n) {
-			n = min_u32(left, XN_FRAME_SIZE - at % XN_FRAME_SIZE);
-			sum = copy_stretch(sum, to[at / XN_FRAME_SIZE] + at % XN_FRAME_SIZE, from, n, at,
-					   v->vnet.csum_start);
+			n = min_u32(left, TX_PIECE - at % TX_PIECE);
+			sum = copy_stretch(sum, to[at / TX_PIECE] + at % TX_PIECE, from, n, at, v->vnet.csum_start);
 		}
 	}
 	put_sum(*to, v, sum);

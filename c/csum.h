@@ -34,7 +34,7 @@ static inline u16 csum_mangle(u16 sum)
 
 /* Copies a frame that needs its checksum, and completes it there. `to` has room for v->len bytes. */
 void csum_copy_view(u8 *to, const struct view *v);
-/* The same, into several of XN_FRAME_SIZE bytes; all headers go into the first. */
+/* The same, into several of TX_PIECE bytes; all headers go into the first. */
 void csum_copy_large(u8 *const *to, const struct view *v);
 /* Completes it where the frame lies; its first piece is memory of ours that holds the field. */
 void csum_complete(struct view *v);

@@ -344,25 +344,55 @@ u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted)
 	return 0;
 }
 
-/* Shorter frames are padded with zeroes: the frame in the arena held somebody else's bytes before. */
-static u32 write_frame(u8 *to, const struct view *v, struct xn_queue_stats *stats)
+/* The sum of a shorter frame, made as it is copied, costs no more than leaving it to the interface. */
+enum { LEAVE_CSUM_FROM = 512 };
+
+static bool leaves_csum(const struct xsk *x, const struct view *v)
 {
+	return x->leaves_csum && v->len >= LEAVE_CSUM_FROM;
+}
+
+/*
+ * Leaves the checksum of the frame at `to` to the interface; the option of the descriptor that says so. The field is in the
+ * snapshot of the headers (vnet_judge), so in the first descriptor.
+ */
+static u32 leave_csum(u8 *to, const struct view *v, struct xn_queue_stats *stats)
+{
+	const struct tx_metadata metadata = {
+		.flags = XDP_TXMD_FLAGS_CHECKSUM, .csum_start = v->vnet.csum_start, .csum_offset = v->vnet.csum_offset};
+
+	memcpy(to - TX_METADATA, &metadata, sizeof(metadata));
+	count(&stats->csum_partial, 1);
+	return XDP_TX_METADATA;
+}
+
+/* Shorter frames are padded with zeroes: the frame in the arena held somebody else's bytes before. */
+static struct xdp_desc write_frame(const struct xsk *x, u64 addr, const struct view *v, struct xn_queue_stats *stats)
+{
+	struct xdp_desc desc = {.addr = addr, .len = v->len};
+	u8 *to = x->arena->base + addr;
+
 	if (likely(!v->needs)) {
 		view_copy(to, v);
+	} else if (leaves_csum(x, v)) {
+		view_copy(to, v);
+		desc.options = leave_csum(to, v, stats);
 	} else {
 		csum_copy_view(to, v);
 		count(&stats->csum_computed, 1);
 	}
-	if (likely(v->len >= ETH_ZLEN))
-		return v->len;
-	memset(to + v->len, 0, ETH_ZLEN - v->len);
-	return ETH_ZLEN;
+	if (unlikely(v->len < ETH_ZLEN)) {
+		memset(to + v->len, 0, ETH_ZLEN - v->len);
+		desc.len = ETH_ZLEN;
+	}
+	return desc;
 }
 
 /* A frame that takes several descriptors: all of them, or none. */
 static __attribute__((noinline)) bool write_large(struct xsk *x, const struct view *v, struct xn_queue_stats *stats)
 {
-	u32 n = (v->len + XN_FRAME_SIZE - 1) / XN_FRAME_SIZE, left = v->len;
+	u32 n = (v->len + TX_PIECE - 1) / TX_PIECE, left = v->len;
+	struct xdp_desc *first = xsk_desc_at(&x->tx, x->tx.cached_producer);
 	u8 *frames[WIRE_PIECES];
 
 	if (unlikely(min_u32(x->free_n, xsk_tx_room(x)) < n)) {
@@ -372,7 +402,7 @@ static __attribute__((noinline)) bool write_large(struct xsk *x, const struct vi
 	}
 	for (u32 i = 0; i < n; i++) {
 		u64 addr = x->free[--x->free_n];
-		u32 len = min_u32(left, XN_FRAME_SIZE);
+		u32 len = min_u32(left, TX_PIECE);
 
 		left -= len;
 		frames[i] = x->arena->base + addr;
@@ -381,6 +411,9 @@ static __attribute__((noinline)) bool write_large(struct xsk *x, const struct vi
 	}
 	if (!v->needs) {
 		view_copy_large(frames, v);
+	} else if (x->leaves_csum) {
+		view_copy_large(frames, v);
+		first->options |= leave_csum(*frames, v, stats);
 	} else {
 		csum_copy_large(frames, v);
 		count(&stats->csum_computed, 1);
@@ -388,7 +421,7 @@ static __attribute__((noinline)) bool write_large(struct xsk *x, const struct vi
 	return true;
 }
 
-_Static_assert((XN_MAX_FRAME + XN_FRAME_SIZE - 1) / XN_FRAME_SIZE <= WIRE_PIECES, "any frame is one chain");
+_Static_assert((XN_MAX_FRAME + TX_PIECE - 1) / TX_PIECE <= WIRE_PIECES, "any frame is one chain");
 
 void netdev_reap(struct xsk *x)
 {
@@ -399,7 +432,8 @@ void netdev_reap(struct xsk *x)
 
 /*
  * Whether a frame can be sent from where it lies: in one piece, in no need of padding, and not so short that the copy
- * costs less than the loan. A driver that maps pages one by one takes no frame across the border of two.
+ * costs less than the loan. A driver that maps pages one by one takes no frame across the border of two, nor the place of
+ * its metadata, which a lent frame has none of.
  */
 static bool can_lend(const struct worker *w, const struct xsk *x, const struct view *v)
 {
@@ -408,7 +442,9 @@ static bool can_lend(const struct worker *w, const struct xsk *x, const struct v
 	/* A snapshot, whose checksum was made for another port. */
 	if (v->pieces->ptr >= w->headers[0] && v->pieces->ptr < (const u8 *)(w->headers + XN_BURST))
 		return false;
-	return !x->zerocopy || (uintptr_t)v->pieces->ptr % PAGE + v->len <= PAGE;
+	const u32 front = x->metadata ? TX_METADATA : 0;
+
+	return !x->zerocopy || ((uintptr_t)v->pieces->ptr - front) % PAGE + front + v->len <= PAGE;
 }
 
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
@@ -467,7 +503,7 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 		}
 		u64 addr = x->free[--x->free_n];
 
-		*desc = (struct xdp_desc){.addr = addr, .len = write_frame(x->arena->base + addr, v, &nq->tx)};
+		*desc = write_frame(x, addr, v, &nq->tx);
 	}
 	if (!sent)
 		goto out;
@@ -590,7 +626,7 @@ void netdev_release(struct port *p)
 }
 
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
-			 uint32_t zerocopy, int copies_at_once)
+			 uint32_t zerocopy, int copies_at_once, int makes_csum)
 {
 	struct netdev_queue *nq = queue_of(b, port, queue);
 	struct xsk *x;
@@ -601,7 +637,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		return -EINVAL;
 	if (nq->xsk)
 		return -EALREADY;
-	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, copies_at_once);
+	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, copies_at_once, makes_csum);
 
 	if (r < 0)
 		return r;

@@ -20,6 +20,8 @@ enum { VIEW_HEAD = 32 };
 enum { XN_MAX_FRAME = 65535 + 14 + 8 };
 /* A frame of the wire has at most so many pieces: those of an skb, MAX_SKB_FRAGS and its head. */
 enum { WIRE_PIECES = 18 };
+/* In front of a frame to the wire its buffer has room for metadata: what a piece of a frame has is the rest. */
+enum { TX_METADATA = 32, TX_PIECE = XN_FRAME_SIZE - TX_METADATA };
 
 /*
  * What a frame needs done before it is one of the wire: a receiver that takes it as it is does that itself. Several frames
@@ -171,7 +173,7 @@ static inline void view_copy(u8 *to, const struct view *v)
 	}
 }
 
-/* Copies it into several frames of XN_FRAME_SIZE bytes; it is longer than VIEW_HEAD. */
+/* Copies it into several of TX_PIECE bytes; it is longer than VIEW_HEAD. */
 static inline void view_copy_large(u8 *const *to, const struct view *v)
 {
 	u32 skip = VIEW_HEAD, done = VIEW_HEAD;
@@ -183,8 +185,8 @@ static inline void view_copy_large(u8 *const *to, const struct view *v)
 
 		skip -= n;
 		for (from += n, left -= n; left; from += n, left -= n, done += n) {
-			n = min_u32(left, XN_FRAME_SIZE - done % XN_FRAME_SIZE);
-			g_copy_from(to[done / XN_FRAME_SIZE] + done % XN_FRAME_SIZE, from, n);
+			n = min_u32(left, TX_PIECE - done % TX_PIECE);
+			g_copy_from(to[done / TX_PIECE] + done % TX_PIECE, from, n);
 		}
 	}
 }

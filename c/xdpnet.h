@@ -142,9 +142,9 @@ struct xn_queue_stats {
 	uint64_t cut;		 /* frames that were cut into frames of the wire */
 	uint64_t segments;	 /* more frames than one that these became */
 	uint64_t joined;	 /* netdev rx: frames that became part of the one before, for the guest that took it */
-	uint64_t csum_computed;	 /* netdev tx: checksums made as the frame was copied */
-	uint64_t csum_completed; /* checksums made for a guest that does not take partial ones */
-	uint64_t csum_partial;	 /* frames handed to a guest with a partial checksum */
+	uint64_t csum_computed;	 /* netdev tx: checksums made as the frame, or segment, was copied */
+	uint64_t csum_completed; /* made for a guest that takes no partial ones; of a datagram that was cut */
+	uint64_t csum_partial;	 /* handed on as they were: to a guest that takes such; netdev tx: to the interface */
 	uint64_t csum_verified;	 /* netdev rx: checksums found right */
 	uint64_t in_place;	 /* netdev tx: packets that were sent from guest memory; the others were copied */
 	uint64_t breaks;	 /* times this ring broke */
@@ -261,9 +261,10 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
  * takes Linux 6.6 (-EINVAL before) and a program that is loaded for frames in fragments.
  * copies_at_once: by the time a sendto() returns the driver has a copy of what it took, unless it has zero copy; then the
  * guest has its buffers back, and need not wait until the frame has been received.
+ * makes_csum: unless it has zero copy, the driver's interface completes partial checksums that it is told of by metadata.
  */
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
-			 uint32_t zerocopy, int copies_at_once);
+			 uint32_t zerocopy, int copies_at_once, int makes_csum);
 /* 1: the sockets have not the guest memory that they would have if they were closed and opened again. */
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy);
 int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue);

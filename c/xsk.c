@@ -53,16 +53,29 @@ static const struct xsk *sharer(const struct arena *a, u64 umem, bool sg)
 	return NULL;
 }
 
-static int register_umem(const struct xsk *x, struct arena *a)
+static int register_umem(struct xsk *x, struct arena *a)
 {
-	struct xdp_umem_reg umem = {.addr = (u64)(uintptr_t)a->base,
-				    .len = x->umem_len,
-				    .chunk_size = XN_FRAME_SIZE,
-				    .flags = x->umem ? XDP_UMEM_UNALIGNED_CHUNK_FLAG : 0};
+	const u32 flags = x->umem ? XDP_UMEM_UNALIGNED_CHUNK_FLAG : 0;
+	/* struct xdp_umem_reg, with what it has had since Linux 6.8. */
+	struct {
+		u64 addr, len;
+		u32 chunk_size, headroom, flags, tx_metadata_len;
+	} umem = {.addr = (u64)(uintptr_t)a->base,
+		  .len = x->umem_len,
+		  .chunk_size = XN_FRAME_SIZE,
+		  .flags = flags | XDP_UMEM_TX_METADATA_LEN,
+		  .tx_metadata_len = TX_METADATA};
 	int r = x->umem ? arena_fill_holes(a) : 0;
 
-	if (!r)
+	if (!r) {
 		r = set_option(x->fd, XDP_UMEM_REG, &umem, sizeof(umem));
+		x->metadata = !r;
+		if (r == -EINVAL) {
+			umem.flags = flags;
+			umem.tx_metadata_len = 0;
+			r = set_option(x->fd, XDP_UMEM_REG, &umem, sizeof(umem));
+		}
+	}
 	if (x->umem)
 		arena_empty_holes(a);
 	return r;
@@ -123,7 +136,7 @@ static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 
 }
 
 int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
-	     bool copies)
+	     bool copies, bool makes_csum)
 {
 	struct xsk *x = aligned_alloc(XN_CACHELINE, (sizeof(*x) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
 	u64 umem = arena_umem(a, policy != XN_ZEROCOPY_OFF);
@@ -141,7 +154,7 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	x->arena = a;
 	x->sg = sg;
 	x->max_frame = min_u32(max_frame, XN_MAX_FRAME);
-	x->max_plain = min_u32(max_frame, XN_FRAME_SIZE);
+	x->max_plain = min_u32(max_frame, TX_PIECE);
 	x->policy = policy;
 	x->umem = umem;
 	x->umem_len = arena_umem_length(a, umem);
@@ -160,7 +173,12 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	r = -errno;
 	if (x->fd < 0)
 		goto fail;
-	r = first ? 0 : register_umem(x, a);
+	if (first) {
+		x->metadata = first->metadata;
+		r = 0;
+	} else {
+		r = register_umem(x, a);
+	}
 	if (!r)
 		r = make_rings(x, half);
 	if (!r)
@@ -172,11 +190,13 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	if (!getsockopt(x->fd, SOL_XDP, XDP_OPTIONS, &options, &len))
 		x->zerocopy = options.flags & XDP_OPTIONS_ZEROCOPY;
 	x->copies = copies && umem && !x->zerocopy;
+	/* With zero copy that is another question, of the driver: it may make another checksum than it is asked for. */
+	x->leaves_csum = makes_csum && x->metadata && !x->zerocopy;
 	for (u32 i = 0; i < half; i++)
 		xsk_refill(x, x->first + (u64)i * XN_FRAME_SIZE);
 	xsk_submit(&x->fill);
 	for (u32 i = 0; i < half; i++)
-		x->free[x->free_n++] = x->first + (u64)(a->frames - 1 - i) * XN_FRAME_SIZE;
+		x->free[x->free_n++] = x->first + (u64)(a->frames - 1 - i) * XN_FRAME_SIZE + TX_METADATA;
 	a->owner[x->set] = x;
 	*out = x;
 	return 0;
@@ -195,7 +215,7 @@ static void end_loan(struct xsk *x, u32 token)
 
 static u64 token_frame(const struct xsk *x, u64 token)
 {
-	return x->first + (x->arena->frames / 2 + token) * XN_FRAME_SIZE;
+	return x->first + (x->arena->frames / 2 + token) * XN_FRAME_SIZE + TX_METADATA;
 }
 
 u64 xsk_return(struct xsk *x, u64 addr)

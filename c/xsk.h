@@ -9,6 +9,10 @@
  * that may get such are bound with XDP_USE_SG, for without it the kernel is faster. That is a property of the UMEM, and
  * each kind of sockets registers its own, of the same memory.
  *
+ * Every frame to the wire has TX_METADATA bytes of its buffer in front. Where its checksum is left to the interface, they
+ * say so, and the descriptor has XDP_TX_METADATA; the kernel looks at them only then. One that it finds wrong (a field
+ * outside the first descriptor) stops the ring for ever. Documentation/networking/xsk-tx-metadata.rst.
+ *
  * A chain of a guest may be lent to the kernel: its frame is sent from where it lies. Such a descriptor holds a private
  * frame all the same, as its token. In unaligned mode an address is a base and, in its upper 16 bits, an offset: the
  * offset is the token's number plus one (private frames have none), so the address that comes back names the token.
@@ -28,6 +32,23 @@
 #define XDP_USE_SG (1 << 4)
 #define XDP_PKT_CONTD (1 << 0)
 #endif
+#ifndef XDP_TX_METADATA /* Linux 6.8 */
+#define XDP_TX_METADATA (1 << 1)
+#define XDP_TXMD_FLAGS_CHECKSUM (1 << 1)
+#endif
+#ifndef XDP_UMEM_TX_METADATA_LEN /* Linux 6.11 */
+#define XDP_UMEM_TX_METADATA_LEN (1 << 2)
+#endif
+
+/* struct xsk_tx_metadata */
+struct tx_metadata {
+	u64 flags;
+	u16 csum_start; /* from the frame's first byte */
+	u16 csum_offset;
+	u32 unused;
+	u64 launch_time;
+};
+_Static_assert(sizeof(struct tx_metadata) <= TX_METADATA, "metadata has its room");
 
 struct port;
 
@@ -47,7 +68,7 @@ struct xsk {
 	struct xsk_ring fill, completion, rx, tx;
 	struct arena *arena;
 	u64 first; /* address of the set's first frame in the arena */
-	u64 *free; /* stack of free tx frames */
+	u64 *free; /* stack of free tx frames: where a frame begins, behind its metadata */
 	u32 free_n;
 	u32 set;
 	u32 max_frame;	      /* longest frame that the interface carries */
@@ -65,6 +86,8 @@ struct xsk {
 	u32 taken;	   /* with it: descriptors that we know it has taken, free-running */
 	bool stuck;	   /* did not return a loan in time */
 	bool zerocopy;	   /* the driver's */
+	bool metadata;	   /* of its UMEM */
+	bool leaves_csum;  /* partial checksums are the interface's to complete */
 	bool shared;	   /* several workers transmit on it */
 	bool locked;	   /* several workers may touch it, if only to look for their loans: the lock holds */
 	bool pending;	   /* frames in the tx ring that the kernel has not been told of, or did not take */
@@ -78,7 +101,7 @@ struct xsk {
 };
 
 int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
-	     bool copies);
+	     bool copies, bool makes_csum);
 /* Whatever is lent is returned: the kernel has let go of it, sent or not. */
 void xsk_close(struct xsk *x);
 /* A returned address that is no private frame's: ends its loan and gives back the token; UINT64_MAX: not ours. */
@@ -155,7 +178,7 @@ static inline void xsk_reap(struct xsk *x)
 			addr = xsk_return(x, addr);
 		/* More than we lent, or not ours: the kernel's fault, and no reason to overrun the stack. */
 		if (likely(addr - x->first < x->arena->set_size && x->free_n < x->arena->frames / 2))
-			x->free[x->free_n++] = addr / XN_FRAME_SIZE * XN_FRAME_SIZE;
+			x->free[x->free_n++] = addr / XN_FRAME_SIZE * XN_FRAME_SIZE + TX_METADATA;
 	}
 	if (n)
 		xsk_release(&x->completion, n);

@@ -511,7 +511,7 @@ def test_c25_sequence_and_identification_wrap(link: Link, back: int) -> None:
 @pytest.mark.parametrize("size", [8, 15, 1000, 1007])
 def test_a_datagram_becomes_fragments(link: Link, size: int) -> None:
     """Of a multiple of 8 bytes each, whatever was asked for."""
-    pair = link()
+    pair = link(GUEST_CSUM)
     four = replace(UDP4, payload=data(min(3000, 120 * 8)) if size < 100 else UDP4.payload)
     passes(pair, four.header(UFO, size), four.frame(partial=True), four.fragments(size // 8 * 8))
     six = replace(four, version=6)
@@ -521,6 +521,7 @@ def test_a_datagram_becomes_fragments(link: Link, size: int) -> None:
     got = b.pair.frames(len(six.fragments(size // 8 * 8)))
     (ident,) = struct.unpack(">I", got[0][58:62])
     assert got == six.fragments(size // 8 * 8, ident)
+    assert (a.stats(core.TX).csum_completed, a.stats(core.TX).csum_partial) == (2, 0)
 
 
 @each_kind
@@ -580,6 +581,7 @@ def test_c34_a_receiver_that_does_not_take_it_gets_segments(link: Link, whole: S
     assert [packet.header[:10] for packet in packets] == [parts[0].header()[:10] if takes else bytes(10)] * 3
     stats = a.stats(core.TX)
     assert (stats.packets, stats.cut, stats.segments) == (1, 1, 2)
+    assert (stats.csum_completed, stats.csum_partial) == ((0, 3) if takes else (3, 0))
     still_works(a, b)
 
 

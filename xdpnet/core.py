@@ -392,12 +392,13 @@ class Bridge:
         max_frame: int,
         zerocopy: ZeroCopy = "off",
         copies_at_once: bool = False,
+        makes_csum: bool = False,
     ) -> None:
         """Open and bind the AF_XDP socket of a queue; EBUSY for a moment after another socket left it."""
         what = f"bind AF_XDP socket to queue {queue} of interface {ifindex}"
         policy = ZEROCOPY[zerocopy]
-        opened = lib.xn_netdev_open_queue(self._bridge, port, queue, ifindex, max_frame, policy, copies_at_once)
-        _check(opened, what)
+        limits = (ifindex, max_frame, policy, copies_at_once, makes_csum)
+        _check(lib.xn_netdev_open_queue(self._bridge, port, queue, *limits), what)
 
     def netdev_is_stale(self, port: int, zerocopy: ZeroCopy) -> bool:
         """Whether the port's sockets would have other guest memory if they were closed and opened again."""

@@ -39,6 +39,9 @@ MAX_MTU = core.MAX_MTU
 # Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
 # (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
 COPYING = frozenset({"veth"})
+# These also make the checksums that AF_XDP leaves to them, while they have this feature. Others may not look at what is
+# asked (IFF_TX_SKB_NO_LINEAR before Linux 6.17), and there is no way to ask them either.
+MAKES_CSUM = "tx-checksum-ip-generic"
 # AF_XDP loses a VLAN tag that comes beside the frame: an interface with these features takes it out of the frame ...
 VLAN_STRIPPING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 # ... but one of these has it as the peer has sent it, whatever its own features say.
@@ -213,8 +216,9 @@ class Netdev:
     def _open_queue(self, link: Link, queue: int) -> None:
         what = f"interface {self.name}: AF_XDP socket of queue {queue}"
         max_frame, copies = link.mtu + ETH_OVERHEAD, link.kind in COPYING
+        makes_csum = copies and features(link.name).get(MAKES_CSUM, False)
         try:
-            self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, self.zerocopy, copies)
+            self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, self.zerocopy, copies, makes_csum)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 remedy = "end the other AF_XDP program: ss --xdp -a -p names it"
@@ -223,7 +227,7 @@ class Netdev:
                 raise needs_frags(link) from error
             failure = setup_error(what, error)
             try:
-                self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, "off")
+                self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, "off", makes_csum=makes_csum)
             except OSError:
                 raise failure from error
             log.warning("%s with guest memory; frames are copied", failure.message)

@@ -26,9 +26,15 @@ TRAFFIC = {
     "frames_cut": ("cut", "Frames that stood for many and were cut into frames of the wire."),
     "segments": ("segments", "More frames than one that these became."),
     "frames_joined": ("joined", "Frames from the wire that became part of the one before, for the guest that took it."),
-    "checksums_computed": ("csum_computed", "Interface tx: checksums made as frames were copied."),
-    "checksums_completed": ("csum_completed", "Checksums made for a guest that does not take partial ones."),
-    "checksums_partial": ("csum_partial", "Frames handed to a guest with a partial checksum."),
+    "checksums_computed": ("csum_computed", "Interface tx: checksums made as frames, or segments, were copied."),
+    "checksums_completed": (
+        "csum_completed",
+        "Checksums made for a guest that does not take partial ones, of frames or segments, or before fragmentation.",
+    ),
+    "checksums_partial": (
+        "csum_partial",
+        "Frames or segments with a partial checksum handed to a guest that takes such. Interface tx: to the interface.",
+    ),
     "checksums_verified": ("csum_verified", "Checksums of frames from the wire that were found right."),
 }
 NOTIFICATIONS = {
