@@ -39,8 +39,8 @@ MAX_MTU = core.MAX_MTU
 # Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
 # (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
 COPYING = frozenset({"veth"})
-# These also make the checksums that AF_XDP leaves to them, while they have this feature. Others may not look at what is
-# asked (IFF_TX_SKB_NO_LINEAR before Linux 6.17), and there is no way to ask them either.
+# The same make the checksums that AF_XDP leaves to them, if they have this feature on; with the pages themselves older
+# kernels do not look at what is asked.
 MAKES_CSUM = "tx-checksum-ip-generic"
 # AF_XDP loses a VLAN tag that comes beside the frame: an interface with these features takes it out of the frame ...
 VLAN_STRIPPING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
