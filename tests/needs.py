@@ -1,6 +1,7 @@
 """What a test needs of the machine; without it the test is skipped, and the skip says what is missing."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -24,9 +25,16 @@ def _skip(reason: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
+def _missing_tx_metadata() -> str | None:
+    release = os.uname().release
+    old = tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < (6, 11)
+    return f"Linux {release}: AF_XDP has metadata of sent frames from 6.11 on" if old else None
+
+
 root = _skip(None if os.geteuid() == 0 else "needs root")
 guest = _skip(_missing_guest())
 testpmd = _skip(dpdk.missing())
+tx_metadata = _skip(_missing_tx_metadata())
 
 
 def program(name: str, package: str) -> pytest.MarkDecorator:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests import needs
 from tests.driver import LAYOUTS, TOGETHER, Driver, Layout
 from tests.guests import MakeBridge, MakeGuest, frame, mac
 from tests.netns import Veth, Wire, command, needs_root, veth
@@ -25,7 +26,7 @@ from xdpnet import core
 from xdpnet.netdev import Netdev
 
 pytest_plugins = ["tests.guest_fixtures"]
-pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
+pytestmark = [needs_root, needs.tx_metadata, pytest.mark.net, pytest.mark.core]
 
 FAR, GUEST = mac(99), mac(1)
 LONGEST = 1518
