@@ -153,6 +153,20 @@ PLOTS = [
         contenders(OURS, PEER, "raw AF_XDP"),
     ),
     Plot(
+        "tcp",
+        "TCP of Linux guests under emulation",
+        "Gb/s",
+        {
+            title: [(f"tcp-{row}", "rate")] * 3
+            for row, title in (
+                ("guest-to-host", "guest to host"),
+                ("host-to-guest", "host to guest"),
+                ("guest-to-guest", "guest to guest"),
+            )
+        },
+        contenders(OURS, PEER, "tap"),
+    ),
+    Plot(
         "ping-pong",
         "TCP ping-pong of a Linux guest, half a round trip",
         "us",
