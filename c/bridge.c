@@ -1,11 +1,14 @@
 #include "bridge.h"
 
 #include "csum.h"
+#include "packet.h"
 
 #include <linux/if_arp.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
+
+enum { MAC_CONTROL = 0x8808 };
 
 /* ---- the way of a burst ---- */
 
@@ -35,6 +38,16 @@ static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan)
 	return true;
 }
 
+/*
+ * What one station says to the bridge or the card at the other end of its cable, and no bridge passes on: to the reserved
+ * group addresses 01-80-C2-00-00-00 to -0F (IEEE 802.1Q, 8.6.3: spanning tree, LACP, LLDP), or MAC control, which pauses
+ * a card (802.3, 31). From a guest it would be for the bridges and cards outside.
+ */
+static bool is_link_local(const struct view *v, u64 dst)
+{
+	return (dst & ~(0xfull << 40)) == 0x0000c28001 || load_be16(v->head + 12) == MAC_CONTROL;
+}
+
 /* No address: of those, only 48 bits are set. The address of all zeroes is one that a frame may carry. */
 #define NO_MAC UINT64_MAX
 
@@ -53,6 +66,10 @@ static void classify(struct worker *w, const struct port *from, struct view *vie
 		u64 src = view_src(v), dst = view_dst(v);
 		u16 vlan = view_vlan(v);
 
+		if (unlikely(is_link_local(v, dst)) && from->kind == PORT_GUEST) {
+			view_drop(v, XN_DROP_POLICY);
+			continue;
+		}
 		/* Bursts come in trains of one flow: look up what differs. */
 		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
 			good = learn(w, from, src, vlan);
@@ -350,9 +367,9 @@ void bridge_event(struct xn_bridge *b, enum xn_event event)
 /* ---- public: the bridge ---- */
 
 static const char *const drop_names[] = {
-	"short",     "runt",	  "oversize", "pieces",	  "gso_type",  "gso_size", "gso_csum", "gso_proto", "csum",
-	"l3",	     "l4",	  "ipv6_ext", "fragment", "vlan",      "spoof",	   "disabled", "no_port",   "no_buffer",
-	"too_small", "not_ready", "broken",   "no_frame", "bad_frame", "frags",	   "truncated"};
+	"short",     "runt",	  "oversize",  "pieces",   "gso_type", "gso_size",  "gso_csum", "gso_proto", "csum",
+	"l3",	     "l4",	  "ipv6_ext",  "fragment", "vlan",     "spoof",	    "policy",	"disabled",  "no_port",
+	"no_buffer", "too_small", "not_ready", "broken",   "no_frame", "bad_frame", "frags",	"truncated"};
 _Static_assert(ARRAY_LEN(drop_names) == XN_DROP_COUNT, "a name for every drop reason");
 _Static_assert(ARRAY_LEN(((struct xn_queue_stats *)0)->drops) == XN_DROP_COUNT, "a counter for every drop reason");
 

@@ -147,7 +147,7 @@ def test_without_ageing_nothing_is_forgotten(make_bridge: MakeBridge, guests: Ma
     assert not eventually(lambda: not bridge.fdb_dump(), timeout=1.2)
 
 
-def test_a_port_teaches_only_its_share_of_addresses(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+def test_c32_a_port_teaches_only_its_share_of_addresses(make_bridge: MakeBridge, guests: MakeGuest) -> None:
     bridge = make_bridge(max_macs=4)
     drivers = three(bridge, guests)
     send(drivers[1], *(frame(BROADCAST, mac(i)) for i in range(10, 15)))
@@ -207,7 +207,7 @@ def test_a_port_with_an_own_address_gets_its_frames_on_every_vlan(bridge: core.B
     assert received(drivers[2]) == []
 
 
-def test_nobody_else_can_teach_an_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
+def test_c22_nobody_else_can_teach_an_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
     bridge.set_mac(drivers[1].port, mac(1), False)
     send(drivers[2], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(1), vlan=7))
@@ -217,7 +217,9 @@ def test_nobody_else_can_teach_an_own_address(bridge: core.Bridge, guests: MakeG
 
 
 @pytest.mark.parametrize("source", [mac(2), ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
-def test_a_checked_port_sends_from_its_own_address_alone(bridge: core.Bridge, guests: MakeGuest, source: bytes) -> None:
+def test_c22_a_checked_port_sends_from_its_own_address_alone(
+    bridge: core.Bridge, guests: MakeGuest, source: bytes
+) -> None:
     drivers = three(bridge, guests)
     bridge.set_mac(drivers[1].port, mac(1), True)
     good = [frame(BROADCAST, mac(1)), frame(mac(9), mac(1), vlan=3)]
@@ -229,11 +231,49 @@ def test_a_checked_port_sends_from_its_own_address_alone(bridge: core.Bridge, gu
 
 
 @pytest.mark.parametrize("source", [ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
-def test_no_guest_sends_from_an_address_that_is_none(bridge: core.Bridge, guests: MakeGuest, source: bytes) -> None:
+def test_c22_no_guest_sends_from_an_address_that_is_none(bridge: core.Bridge, guests: MakeGuest, source: bytes) -> None:
     drivers = three(bridge, guests)
     send(drivers[1], frame(BROADCAST, source))
     assert drivers[1].drops(core.TX) == {"spoof": 1}
     assert known(bridge) == set()
+
+
+def reserved(last: int) -> bytes:
+    """An address of IEEE 802.1Q, table 8-1: of the next bridge, that is, and of no other."""
+    return bytes.fromhex("0180c20000") + bytes([last])
+
+
+@pytest.mark.parametrize("last", range(16))
+def test_c21_what_is_for_the_next_bridge_alone_goes_no_further(
+    bridge: core.Bridge, guests: MakeGuest, last: int
+) -> None:
+    drivers = three(bridge, guests)
+    good = frame(BROADCAST, mac(1))
+    send(drivers[1], frame(reserved(last), mac(7)), good, frame(reserved(last), mac(8), vlan=5))
+    assert [received(driver) for driver in drivers] == [[good], [], [good]]
+    assert drivers[1].drops(core.TX) == {"policy": 2}
+    assert drivers[1].stats(core.TX).packets == 3
+    assert known(bridge) == {(mac(1), 0, drivers[1].port)}
+
+
+@pytest.mark.parametrize("to", ["0180c2000010", "0180c2000021", "0180c2000100", "0180c3000001", "0380c2000001"])
+def test_c21_addresses_beside_the_reserved_ones_are_groups_as_any(
+    bridge: core.Bridge, guests: MakeGuest, to: str
+) -> None:
+    drivers = three(bridge, guests)
+    sent = frame(bytes.fromhex(to), mac(1))
+    send(drivers[1], sent)
+    assert [received(driver) for driver in drivers] == [[sent], [], [sent]]
+
+
+@pytest.mark.parametrize("to", [mac(2), mac(99), BROADCAST, reserved(1)], ids=bytes.hex)
+def test_c21_a_guest_pauses_nobody_s_card(bridge: core.Bridge, guests: MakeGuest, to: bytes) -> None:
+    drivers = three(bridge, guests)
+    pause, others = [(to + mac(1) + kind + b"\0\1\xff\xff").ljust(60, b"\0") for kind in (b"\x88\x08", b"\x88\x09")]
+    send(drivers[1], pause)
+    assert drivers[1].drops(core.TX) == {"policy": 1}
+    send(drivers[1], others)
+    assert received(drivers[2]) == ([] if to == reserved(1) else [others])
 
 
 def test_an_address_is_given_once(bridge: core.Bridge, guests: MakeGuest) -> None:
