@@ -24,7 +24,8 @@ enum {
 	VLAN_TAG = 4,
 	PAGE = 4096,
 	/* The rest of a chain comes at once, or never. */
-	UNFINISHED_US = 1000000
+	UNFINISHED_US = 1000000,
+	BAD_FRAMES = 3
 };
 
 /* The view of a frame in memory of ours. A virtual interface may have left its checksum partial. */
@@ -57,12 +58,24 @@ static const struct xdp_desc *received(const struct xsk *x, u32 i)
 	return xsk_desc_at(&x->rx, x->rx.cached_consumer + i);
 }
 
-/* Whether a descriptor is one of a receive frame of this socket. */
+/* Whether a descriptor is one of a receive frame of this socket, and says nothing that we do not know. */
 static bool is_ours(const struct xsk *x, const struct xdp_desc *d)
 {
 	u64 in_set = xsk_place(d->addr) - x->first;
 
-	return in_set < x->arena->set_size / 2 && d->len <= XN_FRAME_SIZE - in_set % XN_FRAME_SIZE;
+	return in_set < x->arena->set_size / 2 && d->len <= XN_FRAME_SIZE - in_set % XN_FRAME_SIZE &&
+	       !(d->options & (x->sg ? (u32)~XDP_PKT_CONTD : UINT32_MAX));
+}
+
+/* Each may be a frame that never comes back. A kernel or driver that does it again and again gets a new socket. */
+static __attribute__((noinline)) void drop_bad_frame(struct xsk *x, struct view *v)
+{
+	v->len = 0;
+	view_drop(v, XN_DROP_BAD_FRAME);
+	if (++x->bad_frames % BAD_FRAMES)
+		return;
+	x->stuck = true;
+	bridge_event(x->port->bridge, XN_EVENT_UMEM);
 }
 
 static u32 xsk_poll(struct worker *w, struct source *s)
@@ -83,8 +96,7 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 
 		if (unlikely(!is_ours(x, d))) {
 			bad |= 1ull << i;
-			v->len = 0;
-			view_drop(v, XN_DROP_BAD_FRAME);
+			drop_bad_frame(x, v);
 			continue;
 		}
 		w->pieces[i] = (struct piece){x->arena->base + xsk_place(d->addr), d->len};
@@ -136,7 +148,7 @@ static __attribute__((noinline)) void open_joined(const struct xsk *x, struct vi
 	}
 }
 
-static void open_chain(const struct xsk *x, struct view *v, struct piece *pieces, u32 i, u32 n)
+static void open_chain(struct xsk *x, struct view *v, struct piece *pieces, u32 i, u32 n)
 {
 	u32 len = 0;
 
@@ -144,8 +156,7 @@ static void open_chain(const struct xsk *x, struct view *v, struct piece *pieces
 		const struct xdp_desc *d = received(x, i + k);
 
 		if (unlikely(!is_ours(x, d))) {
-			v->len = 0;
-			view_drop(v, XN_DROP_BAD_FRAME);
+			drop_bad_frame(x, v);
 			return;
 		}
 		pieces[k] = (struct piece){x->arena->base + xsk_place(d->addr), d->len};

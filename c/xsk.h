@@ -84,7 +84,8 @@ struct xsk {
 	u32 lent_n;
 	bool copies;	   /* a loan ends as soon as the kernel has taken the descriptor: it has a copy by then */
 	u32 taken;	   /* with it: descriptors that we know it has taken, free-running */
-	bool stuck;	   /* did not return a loan in time */
+	bool stuck;	   /* keeps what is not its own: to be closed and opened again */
+	u32 bad_frames;	   /* descriptors that were not ours */
 	bool zerocopy;	   /* the driver's */
 	bool metadata;	   /* of its UMEM */
 	bool leaves_csum;  /* partial checksums are the interface's to complete */

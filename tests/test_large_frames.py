@@ -303,7 +303,9 @@ def send_joined(pair: Veth, whole: bytes, kind: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("takes", [0, TSO], ids=["cut", "whole"])
-def test_tcp_that_the_kernel_has_joined_reaches_the_guest(bridge: core.Bridge, guests: MakeGuest, takes: int) -> None:
+def test_c30_tcp_that_the_kernel_has_joined_reaches_the_guest(
+    bridge: core.Bridge, guests: MakeGuest, takes: int
+) -> None:
     payload = os.urandom(30000)
     with jumbo(bridge, mode="generic") as (pair, port):
         guest = guest_on(bridge, guests, MODERN | takes)
@@ -320,7 +322,7 @@ def test_tcp_that_the_kernel_has_joined_reaches_the_guest(bridge: core.Bridge, g
         assert into == out
 
 
-def test_datagrams_that_the_kernel_has_joined_do_not_become_one(bridge: core.Bridge, guests: MakeGuest) -> None:
+def test_c30_datagrams_that_the_kernel_has_joined_do_not_become_one(bridge: core.Bridge, guests: MakeGuest) -> None:
     with jumbo(bridge, mode="generic") as (pair, port):
         guest = guest_on(bridge, guests, MODERN | TSO)
         send_joined(pair, over(4, UDP, bytes(14000), PARTIAL, to=GUEST), 5, 1400)
@@ -381,11 +383,12 @@ class FaultyKernel:
 
 
 @pytest.fixture
-def port(bridge: core.Bridge) -> Iterator[int]:
+def port(bridge: core.Bridge, request: pytest.FixtureRequest) -> Iterator[int]:
     """Without a program: only we deliver."""
-    with veth(mtu=9000) as pair:
+    mtu: int = getattr(request, "param", 9000)
+    with veth(mtu=mtu) as pair:
         made = bridge.add_netdev(1)
-        bridge.netdev_open_queue(made, 0, socket.if_nametoindex(pair.ifname), 9018)
+        bridge.netdev_open_queue(made, 0, socket.if_nametoindex(pair.ifname), mtu + 18)
         yield made
         bridge.netdev_close_queue(made, 0)
 
@@ -431,7 +434,7 @@ def test_a_chain_whose_end_comes_later_is_waited_for(
 
 
 @pytest.mark.parametrize(("pieces", "passes"), [(18, True), (19, False), (40, False)])
-def test_a_chain_has_at_most_as_many_pieces_as_the_kernel_gives_a_frame(
+def test_c27_a_chain_has_at_most_as_many_pieces_as_the_kernel_gives_a_frame(
     kernel: FaultyKernel, guest: Driver, drops: Drops, pieces: int, passes: bool
 ) -> None:
     kernel.deliver([*kernel.chain(*[50] * pieces), *kernel.chain(60)])
@@ -440,7 +443,7 @@ def test_a_chain_has_at_most_as_many_pieces_as_the_kernel_gives_a_frame(
     assert drops() == ({} if passes else {"frags": 1})
 
 
-def test_a_chain_that_is_too_long_before_it_ends_is_dropped_with_all_that_comes_of_it(
+def test_c27_a_chain_that_is_too_long_before_it_ends_is_dropped_with_all_that_comes_of_it(
     kernel: FaultyKernel, guest: Driver, drops: Drops
 ) -> None:
     kernel.deliver(kernel.chain(*[50] * 19, ends=False))
@@ -454,7 +457,7 @@ def test_a_chain_that_is_too_long_before_it_ends_is_dropped_with_all_that_comes_
     assert drops() == {"frags": 1}
 
 
-def test_a_chain_that_never_ends_does_not_hold_its_frames_for_ever(
+def test_c27_a_chain_that_never_ends_does_not_hold_its_frames_for_ever(
     kernel: FaultyKernel, guest: Driver, drops: Drops
 ) -> None:
     kernel.deliver(kernel.chain(3840, 3840, ends=False))
@@ -468,7 +471,7 @@ def test_a_chain_that_never_ends_does_not_hold_its_frames_for_ever(
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("fault", ["address", "length"])
-def test_a_piece_out_of_place_drops_its_chain_alone(
+def test_c28_a_piece_out_of_place_drops_its_chain_alone(
     kernel: FaultyKernel, guest: Driver, drops: Drops, which: int, fault: str
 ) -> None:
     chain = kernel.chain(3840, 3840, 100)
@@ -488,3 +491,83 @@ def test_more_chains_than_a_burst_holds_all_arrive(kernel: FaultyKernel, guest: 
     assert lengths(guest, 60) == [100 * (1 + i % 3) for i in range(60)]
     assert eventually(lambda: kernel.returned == 120)
     assert drops() == {}
+
+
+each_socket = pytest.mark.parametrize("port", [1500, 9000], indirect=True, ids=["plain", "large"])
+WITHIN = {  # where the last byte of 60 is the last of a frame, of 4096 bytes, and where it is not
+    "from its start": lambda addr: (addr - HEADROOM, 60, 0),
+    "to its end": lambda addr: (addr - HEADROOM + 4096 - 60, 60, 0),
+    "at an odd address": lambda addr: (addr + 1, 60, 0),
+    "whole": lambda addr: (addr - HEADROOM, 4096, 0),
+}
+NOT_OURS = {
+    "past its end": lambda addr: (addr - HEADROOM + 4096 - 59, 60, 0),
+    "longer than a frame": lambda addr: (addr - HEADROOM, 4097, 0),
+    "as long as can be": lambda addr: (addr, 0xFFFFFFFF, 0),
+    "beyond the memory": lambda _: (1 << 40, 60, 0),
+    "at the end of all addresses": lambda _: ((1 << 64) - 8, 60, 0),
+    "in a frame for transmit": lambda addr: (addr + 128 * 4096, 60, 0),
+    "an option for transmit": lambda addr: (addr, 60, 2),
+    "an unknown option": lambda addr: (addr, 60, 1 << 31),
+}
+Place = Callable[[int], tuple[int, int, int]]
+
+
+@each_socket
+@pytest.mark.parametrize("place", WITHIN.values(), ids=WITHIN.keys())
+def test_c28_a_descriptor_may_be_anywhere_in_a_frame_of_the_socket(
+    kernel: FaultyKernel, guest: Driver, drops: Drops, place: Place
+) -> None:
+    descriptor = place(kernel.take())
+    kernel.deliver([*kernel.chain(61), descriptor, *kernel.chain(62)])
+    assert lengths(guest, 3) == [61, descriptor[1], 62]
+    assert eventually(lambda: (kernel.consumed, kernel.returned) == (3, 3))
+    assert drops() == {}
+
+
+@each_socket
+@pytest.mark.parametrize("place", NOT_OURS.values(), ids=NOT_OURS.keys())
+def test_c28_a_descriptor_that_is_not_ours_drops_its_frame_alone(
+    kernel: FaultyKernel, guest: Driver, drops: Drops, place: Place
+) -> None:
+    kernel.deliver([*kernel.chain(61), place(kernel.take()), *kernel.chain(62)])
+    assert lengths(guest, 2) == [61, 62]
+    assert eventually(lambda: (kernel.consumed, kernel.returned) == (3, 2))
+    assert drops() == {"bad_frame": 1}
+
+
+@pytest.mark.parametrize("port", [1500], indirect=True)
+def test_c28_a_part_of_a_frame_on_a_socket_that_gets_none_is_not_ours(
+    kernel: FaultyKernel, guest: Driver, drops: Drops
+) -> None:
+    kernel.deliver([*kernel.chain(60, ends=False), *kernel.chain(62)])
+    assert lengths(guest) == [62]
+    assert drops() == {"bad_frame": 1}
+
+
+@each_socket
+def test_c28_a_kernel_that_does_so_three_times_gets_a_new_socket(
+    bridge: core.Bridge, port: int, kernel: FaultyKernel, guest: Driver, drops: Drops
+) -> None:
+    bridge.events()
+    for _ in range(2):
+        kernel.deliver([(1 << 40, 60, 0)])
+    assert eventually(lambda: kernel.consumed == 2)
+    assert not bridge.netdev_is_stale(port, "off")
+    assert not bridge.events() & core.EVENT_UMEM
+    kernel.deliver([(1 << 40, 60, 0), *kernel.chain(60)])
+    assert lengths(guest) == [60]
+    assert bridge.netdev_is_stale(port, "off")
+    assert bridge.events() & core.EVENT_UMEM
+    assert drops() == {"bad_frame": 3}
+
+
+@each_socket
+@pytest.mark.parametrize(("size", "passes"), [(0, False), (1, False), (13, False), (14, True)])
+def test_c27_a_frame_without_an_ethernet_header_is_dropped_and_its_buffer_goes_back(
+    kernel: FaultyKernel, guest: Driver, drops: Drops, size: int, passes: bool
+) -> None:
+    kernel.deliver([*kernel.chain(size), *kernel.chain(60)])
+    assert lengths(guest, 1 + passes) == [size] * passes + [60]
+    assert eventually(lambda: kernel.returned == 2)
+    assert drops() == ({} if passes else {"runt": 1})

@@ -244,7 +244,7 @@ class Netdev:
         try:
             for queue in range(self.queues):
                 await self._reopen_queue(link, queue)
-            log.info("%s: sockets renewed, for guest memory has changed", self.name)
+            log.info("%s: sockets renewed: guest memory has changed, or one had lost frames", self.name)
         except (SetupError, OSError) as error:
             log.warning("%s: sockets not renewed: %s", self.name, error)
             self._detach()
