@@ -233,7 +233,7 @@ def test_a_frame_that_differs_stays_apart_and_in_its_place(offload: Offload, who
 
 
 @each_kind
-def test_a_wrong_checksum_stays_apart_and_wrong(offload: Offload, whole: Segment, need: int, gso_type: int) -> None:
+def test_c29_a_wrong_checksum_stays_apart_and_wrong(offload: Offload, whole: Segment, need: int, gso_type: int) -> None:
     good = wire(whole.cut(1000))
     for bad in range(4):
         sent = list(good)

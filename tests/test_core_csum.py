@@ -138,7 +138,7 @@ def test_a_right_checksum_stays(port: tuple[Netdev, Driver], wire: Wire, version
 
 
 @each_protocol
-def test_a_wrong_checksum_stays_wrong(port: tuple[Netdev, Driver], wire: Wire, protocol: int) -> None:
+def test_c29_a_wrong_checksum_stays_wrong(port: tuple[Netdev, Driver], wire: Wire, protocol: int) -> None:
     at = 14 + 20 + (16 if protocol == TCP else 6)
     sent = bytearray(over(4, protocol, b"payload", RIGHT))
     sent[at] ^= 0x55

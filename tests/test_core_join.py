@@ -118,7 +118,7 @@ def test_two_flows_and_others_in_between_are_told_apart(scene: Scene) -> None:
     assert sorted(got) == sorted([one.frame(partial=True), other.frame(partial=True), *[plain] * 3])
 
 
-def test_a_wrong_checksum_stays_apart_and_is_not_called_right(scene: Scene) -> None:
+def test_c29_a_wrong_checksum_stays_apart_and_is_not_called_right(scene: Scene) -> None:
     first, second, third = (each.frame() for each in Segment(payload=data(3000), to=GUESTS[TAKES]).cut(1000))
     wrong = second[:-1] + bytes([second[-1] ^ 1])
     got = scene.through([first, wrong, third])

@@ -66,7 +66,7 @@ def test_b12_b20_frames_cross_in_every_layout_byte_for_byte(
 
 
 @each_header
-def test_the_received_header_is_all_zero_but_for_the_number_of_buffers(
+def test_c33_the_received_header_is_all_zero_but_for_the_number_of_buffers(
     bridge: core.Bridge, guests: MakeGuest, header: int
 ) -> None:
     a, b = guests(bridge, features=header), guests(bridge, features=header)
@@ -154,7 +154,7 @@ def test_frames_of_every_legal_size_pass_through_big_buffers(pair: Pair, size: i
     ("size", "reason"),
     [(-12, "short"), (-1, "short"), (0, "short"), (1, "runt"), (13, "runt"), (65535 + 23, "oversize")],
 )
-def test_b10_b11_b13_a_chain_without_a_legal_frame_is_dropped_and_handed_back(
+def test_b10_b11_b13_c13_c14_a_chain_without_a_legal_frame_is_dropped_and_handed_back(
     pair: Pair, size: int, reason: str
 ) -> None:
     a, b = pair

@@ -73,7 +73,7 @@ def test_frames_leave_byte_for_byte(
 
 
 @pytest.mark.parametrize("size", [14, 15, 32, 33, 59])
-def test_short_frames_are_padded_with_zeroes_never_with_another_s_bytes(
+def test_c13_short_frames_are_padded_with_zeroes_never_with_another_s_bytes(
     bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int, size: int
 ) -> None:
     a = guests(bridge)
@@ -89,7 +89,7 @@ def test_short_frames_are_padded_with_zeroes_never_with_another_s_bytes(
 
 
 @pytest.mark.parametrize(("size", "passes"), [(LONGEST, True), (LONGEST + 1, False), (65535, False)])
-def test_a_frame_longer_than_the_interface_carries_is_dropped(
+def test_c14_a_frame_longer_than_the_interface_carries_is_dropped(
     bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int, size: int, passes: bool
 ) -> None:
     a = guests(bridge)

@@ -456,7 +456,9 @@ def test_a_guest_cannot_take_the_hosts_own_address(
     assert "own address" in caplog.text
 
 
-def test_a_guest_cannot_send_from_the_interfaces_own_address(opened: Netdev, pair: Veth, bridge: core.Bridge) -> None:
+def test_c22_a_guest_cannot_send_from_the_interfaces_own_address(
+    opened: Netdev, pair: Veth, bridge: core.Bridge
+) -> None:
     with contextlib.closing(Driver(bridge).start()) as guest:
         for source in (pair.mac, GUEST):
             guest.pair.send(BROADCAST + source + PAYLOAD)
@@ -718,7 +720,7 @@ def strips(monkeypatch: pytest.MonkeyPatch, pair: Veth) -> Veth:
     return pair
 
 
-def test_vlan_stripping_is_off_while_the_port_is_open(bridge: core.Bridge, strips: Veth) -> None:
+def test_c30_vlan_stripping_is_off_while_the_port_is_open(bridge: core.Bridge, strips: Veth) -> None:
     port = Netdev(bridge, strips.ifname)
     port.open()
     assert netdev.stripping(strips.ifname) == []
