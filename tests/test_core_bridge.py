@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.driver import Driver
+from tests.driver import Driver, ledger
 from tests.guests import BROADCAST, MULTICAST, MakeBridge, MakeGuest, frame, mac, rarp
 from tests.rings import eventually
 from xdpnet import core
@@ -369,6 +369,75 @@ def test_what_does_not_exist_is_not_found(bridge: core.Bridge) -> None:
     ):
         with pytest.raises(OSError, match="No such file"):
             call()
+
+
+# ---- storms, loops and floods of addresses ----
+
+
+def test_c31_a_storm_of_broadcasts_is_lost_where_it_is_not_taken_and_others_talk(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    stormy, *others, aside = (guests(bridge) for _ in range(4))
+    one, two = others
+    bridge.set_mac(one.port, mac(1), False)
+    bridge.set_mac(two.port, mac(2), False)
+    aside.pair.post(8)
+    for each in others:
+        each.pair.fill()
+    for round_ in range(40):
+        for _ in range(64):
+            stormy.pair.queue(frame(BROADCAST, mac(0)))
+        stormy.pair.tx.kick()
+        for source, to, names in ((one, two, (1, 2)), (two, one, (2, 1))):
+            sent = frame(mac(names[1]), mac(names[0]), mark=bytes([round_]))
+            source.pair.send(sent)
+            while sent not in (got := to.pair.frames()):
+                assert got
+                to.pair.fill()
+            to.pair.fill()
+        assert stormy.pair.wait_sent()
+    into, out = ledger(bridge, {each.port: 1 for each in (stormy, *others, aside)})
+    assert into == out
+    assert aside.drops(core.RX) == {"no_buffer": 40 * 64 - 8}
+    assert stormy.drops(core.TX) == {}
+
+
+def test_c31_guests_that_send_back_whatever_they_get_make_a_loop_of_their_own_frames_alone(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    """Each time round it takes a guest's doing: when they stop, it is over."""
+    one, two = guests(bridge), guests(bridge)
+    looping = frame(BROADCAST, mac(7))
+    one.pair.fill()
+    two.pair.fill()
+    send(one, looping)
+    for _ in range(100):
+        for each in two, one:
+            assert each.pair.frames() == [looping]
+            each.pair.fill()
+            send(each, looping)
+    assert two.pair.frames() == [looping]
+    assert [driver.stats(core.TX).packets for driver in (one, two)] == [101, 100]
+    assert one.pair.frames(timeout=0.1) == []
+    assert known(bridge) == {(mac(7), 0, one.port)}
+
+
+def test_c32_the_table_has_a_bound_and_a_guest_s_own_address_stays_in_it(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """Of 12288 places; a guest may teach what it is told, 4096 at most: here 4 of them try for all."""
+    bridge = make_bridge(max_macs=4096)
+    drivers = [guests(bridge) for _ in range(5)]
+    bridge.set_mac(drivers[4].port, mac(4), True)
+    for number, driver in enumerate(drivers[:4]):
+        driver.pair.send_all(frame(mac(4), mac(number << 16 | i)) for i in range(1 << 8, 4400 + (1 << 8)))
+        assert driver.stats(core.TX).packets == 4400
+    entries = bridge.fdb_dump()
+    assert len(entries) <= 12288
+    taught = [sum(entry.port == driver.port for entry in entries) for driver in drivers]
+    assert all(each <= 4096 for each in taught)
+    assert taught[4] == 1
+    assert (mac(4), 0xFFFF, drivers[4].port) in known(bridge)
 
 
 # ---- announcements ----

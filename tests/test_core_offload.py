@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.driver import TOGETHER, Driver, Layout, ledger
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac
-from tests.rings import MODERN, RING_PACKED, VERSION_1
+from tests.rings import MODERN, RING_PACKED, VERSION_1, Span
 from tests.segments import (
     ACK,
     CWR,
@@ -692,6 +692,42 @@ def test_c24_frames_of_many_segments_do_not_keep_others_waiting(bridge: core.Bri
     assert a.stats(core.TX).bursts >= 64 * 128 // (4 * 64 + 127)
     b.pair.fill()
     still_works(a, b)
+
+
+def test_c24_a_guest_that_asks_for_the_most_and_smallest_segments_takes_no_more_than_its_turns(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    """While both have frames waiting, so many segments go out between two bursts of the other, and no more."""
+    greedy, modest = guests(bridge, features=MODERN | SENDS), guests(bridge)
+    receiver = guests(bridge, num=4096, spans=(Span(0x4000_0000, 32 << 20, 0x7F12_0000_0000, 0),))
+    for number, each in enumerate((greedy, modest, receiver)):
+        bridge.set_mac(each.port, mac(1 + number), False)
+    receiver.pair.fill()
+    bridge.stop()
+    bomb = replace(TCP4, to=mac(3), payload=data(128 * 8))
+    for _ in range(250):
+        greedy.pair.queue(bomb.frame(partial=True), header=bomb.header(TSO4, 8))
+    small = replace(TCP4, to=mac(3), source=mac(2), payload=b"modest").frame()
+    for _ in range(250):
+        modest.pair.queue(small)
+    for each in greedy, modest:
+        each.pair.tx.kick()
+    bridge.start()
+    assert modest.pair.wait_sent()
+    got = receiver.pair.frames()
+    assert got.count(small) == 250
+    before = len(got) - 1 - got[::-1].index(small) + 1 - 250
+    turns = -(-250 // 64) + 2
+    assert before <= turns * (4 * 64 + 127)
+    assert greedy.pair.wait_sent()
+    assert greedy.stats(core.TX).segments == 250 * 127
+
+
+def test_c24_64_kib_in_segments_of_8_bytes_is_refused_whole(link: Link) -> None:
+    whole = replace(TCP4, payload=data(65535 - 40))
+    pair = link()
+    refused(pair, whole.header(TSO4, 8), whole.frame(partial=True), "gso_size")
+    assert pair[0].stats(core.TX).segments == 0
 
 
 # ---- any frame ----

@@ -409,6 +409,29 @@ def test_an_announced_guest_is_heard_at_the_far_end(opened: Netdev, pair: Veth, 
     session.close()
 
 
+def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
+    opened: Netdev, pair: Veth, bridge: core.Bridge
+) -> None:
+    with contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
+        bridge.set_mac(guest.port, GUEST, True)
+        opened.sync_macs([GUEST])
+        guest.pair.fill()
+        for number in range(16000):
+            wire.send(frame(GUEST, b"\x02\0" + number.to_bytes(4, "big")))
+            if not number % 64:
+                time.sleep(0.0005)  # the socket has 128 frames
+        assert eventually(lambda: bridge.queue_stats(opened.port, 0, core.RX).packets > 12000)
+        entries = bridge.fdb_dump()
+        assert 4096 < len(entries) <= 12288
+        assert [entry.mac for entry in entries if entry.port == guest.port] == [GUEST]
+        guest.pair.packets()
+        guest.pair.fill()
+        wire.send(frame(GUEST, SECOND))
+        assert frame(GUEST, SECOND) in guest.pair.frames()
+        guest.pair.send(frame(SECOND, GUEST))
+        assert wire.receive() == frame(SECOND, GUEST)
+
+
 def test_addresses_come_and_go(opened: Netdev, pair: Veth) -> None:
     with pair.wire() as wire:
 
