@@ -57,7 +57,7 @@ class TxRing:
         return self.index(self._producer) == self.index(self._consumer)
 
     def chains(self) -> list[list[tuple[int, int, int]]]:
-        """Address, length and options of the descriptors of the last lap, by frame; of one cut off by it, the rest."""
+        """Address, length and options of the descriptors of the last lap, by frame; its first may be cut off."""
         end = self.index(self._producer)
         made: list[list[tuple[int, int, int]]] = [[]]
         for i in range(max(0, end - ENTRIES), end):
@@ -65,7 +65,7 @@ class TxRing:
             if not made[-1][-1][2] & CONTINUED:
                 made.append([])
         assert made.pop() == []
-        return made
+        return made[end > ENTRIES :]
 
 
 @dataclass
