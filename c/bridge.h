@@ -8,6 +8,7 @@
 #define XN_BRIDGE_H
 
 #include "fdb.h"
+#include "guard.h"
 #include "vring.h"
 #include "worker.h"
 #include "xsk.h"
@@ -22,6 +23,7 @@ struct guest {
 	u64 features;
 	u8 sends; /* enum view_need: what it may ask for, and what it takes */
 	u8 takes;
+	struct guard guard;
 	struct mem *mem;
 	u32 mem_lost;		 /* raised by the SIGBUS handler */
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */

@@ -312,6 +312,24 @@ int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
 	return 0;
 }
 
+int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips, uint32_t n)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	if (!p)
+		return -ENOENT;
+	if (n > XN_MAX_IPS)
+		return -EINVAL;
+	for (u32 i = 0; i < n; i++)
+		if (ips[i].version != 4 && ips[i].version != 6)
+			return -EINVAL;
+	workers_park(b);
+	p->guest.guard = (struct guard){.n = n};
+	memcpy(p->guest.guard.ips, ips, n * sizeof(*ips));
+	workers_resume(b);
+	return 0;
+}
+
 static struct virtqueue *ring_of(struct xn_bridge *b, u32 port, u32 ring)
 {
 	struct port *p = bridge_port(b, port, PORT_GUEST);

@@ -32,11 +32,17 @@ static u32 gather(u8 *to, u32 bytes, struct piece **pieces, u32 n)
 	return n;
 }
 
+/* Whether more of a frame decides over it than the first bytes. */
+static inline bool is_looked_into(const struct virtqueue *q, const u8 *hdr)
+{
+	return vnet_asks(hdr) || q->port->guest.guard.n;
+}
+
 /*
- * A frame that something is asked for: all that rests on its headers rests on a snapshot, which takes their place. There
- * is room for one more piece in front.
+ * A frame that something is asked for, or of a guest that may not say everything: all that rests on its headers rests on
+ * a snapshot, which takes their place. There is room for one more piece in front.
  */
-static void open_offload(const struct virtqueue *q, struct view *v, const u8 *raw, u8 *headers)
+static void look_into(const struct virtqueue *q, struct view *v, const u8 *raw, u8 *headers)
 {
 	const struct virtio_net_hdr hdr = vnet_read(raw);
 	struct piece *pieces = (struct piece *)v->pieces;
@@ -46,7 +52,10 @@ static void open_offload(const struct virtqueue *q, struct view *v, const u8 *ra
 	v->pieces = pieces;
 	v->n = left + 1;
 	view_snapshot(v);
-	vnet_judge(v, &hdr, q->port->guest.sends, headers, have);
+	if (vnet_asks(raw))
+		vnet_judge(v, &hdr, q->port->guest.sends, headers, have);
+	if (q->port->guest.guard.n && v->port != VIEW_DROPPED && !guard_allows(&q->port->guest.guard, v, headers, have))
+		view_drop(v, XN_DROP_POLICY);
 }
 
 static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, struct view *v, u64 total, u8 *headers)
@@ -68,8 +77,8 @@ static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, 
 	v->len = (u32)(total - q->hdr_len);
 	if (v->len < ETH_HLEN)
 		view_drop(v, XN_DROP_RUNT);
-	else if (vnet_asks(hdr))
-		open_offload(q, v, hdr, headers);
+	else if (is_looked_into(q, hdr))
+		look_into(q, v, hdr, headers);
 	else
 		view_snapshot(v);
 }
@@ -91,8 +100,8 @@ static always_inline void open_chain(const struct virtqueue *q, struct view *v, 
 	piece->ptr += q->hdr_len;
 	piece->len -= q->hdr_len;
 	v->len = piece->len;
-	if (unlikely(vnet_asks(hdr)))
-		open_offload(q, v, hdr, headers);
+	if (unlikely(is_looked_into(q, hdr)))
+		look_into(q, v, hdr, headers);
 	else
 		g_copy_from(v->head, piece->ptr, VIEW_HEAD);
 }

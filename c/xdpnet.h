@@ -22,6 +22,7 @@ enum xn_limit {
 	XN_MAX_REGIONS = 64,
 	XN_MAX_RING = 32768,
 	XN_FRAME_SIZE = 4096,
+	XN_MAX_IPS = 16,     /* that a guest is given */
 	XN_MIN_FRAMES = 256, /* of a netdev queue */
 	/* The longest frame that an AF_XDP buffer takes from the wire: XDP_PACKET_HEADROOM is in front. */
 	XN_MAX_PLAIN_FRAME = XN_FRAME_SIZE - 256,
@@ -48,7 +49,7 @@ enum xn_drop {
 	XN_DROP_FRAGMENT,  /* to be segmented, and it is a fragment */
 	XN_DROP_VLAN,	   /* to be segmented, and it has more VLAN tags than two */
 	XN_DROP_SPOOF,	   /* a source address that is not the guest's own */
-	XN_DROP_POLICY,	   /* a frame that no guest is to send: for the next bridge alone, or to pause a card */
+	XN_DROP_POLICY,	   /* for the next bridge alone, to pause a card, or with another's IP address */
 	XN_DROP_DISABLED,  /* transmitted on a ring that is started but disabled */
 	XN_DROP_NO_PORT,   /* the destination is the port it came from, or there is no other */
 	XN_DROP_NO_BUFFER, /* the guest has posted too few receive buffers */
@@ -192,6 +193,11 @@ struct xn_worker_stats {
 	int32_t tid;
 };
 
+struct xn_ip {
+	uint8_t version; /* 4 or 6 */
+	uint8_t ip[16];	 /* of version 4 the first four */
+};
+
 struct xn_fdb_entry {
 	uint8_t mac[6];
 	uint16_t vlan; /* 0: untagged; 0xffff: any (static entries) */
@@ -229,6 +235,11 @@ int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t 
 
 /* ---- guest ports ---- */
 
+/*
+ * The IP addresses that the guest may use as its own, beside the link-local one that its MAC gives it; none: any. Frames
+ * in which it claims another are dropped, and so are advertisements of routers, and redirects.
+ */
+int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips, uint32_t n);
 /* Replaces the memory table (n may be 0). Started rings are translated anew; one that no longer lies in memory is stopped. */
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n);
 int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);

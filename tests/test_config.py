@@ -1,6 +1,7 @@
 """The configuration: limits in pairs, every fault at once, flags over the file."""
 
 import contextlib
+import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,40 @@ def test_each_worker_has_a_cpu_or_none_has() -> None:
 def test_the_source_address_is_checked_wherever_it_is_known() -> None:
     assert config.parse(guest(mac="52:54:00:00:00:01")).guests[0].checks_source
     assert not config.parse(guest(mac="52:54:00:00:00:01", check_source=False)).guests[0].checks_source
+
+
+def test_addresses_of_a_guest_are_the_same_in_a_file_and_a_flag() -> None:
+    wrong: list[str] = []
+    flag = config.parse_flag("web,socket=/a,mac=52:54:00:00:00:01,ips=10.0.0.5+fd00::5", "name", wrong)
+    made = [config.parse({"guest": [each]}).guests[0].ips for each in (flag, {**flag, "ips": ["10.0.0.5", "fd00::5"]})]
+    assert made[0] == made[1] == (ipaddress.ip_address("10.0.0.5"), ipaddress.ip_address("fd00::5"))
+    assert config.parse(guest()).guests[0].ips == ()
+
+
+@pytest.mark.parametrize(
+    ("ips", "fault"),
+    [
+        ("10.0.0", "must be at most 16"),
+        ("10.0.0.5+", "must be at most 16"),
+        ("fe80::1%eth0", "must be at most 16"),
+        ([10], "must be at most 16"),
+        (5, "must be at most 16"),
+        (["10.0.0.1"] * 17, "must be at most 16"),
+        ("224.0.0.1", "224.0.0.1 is not"),
+        ("::", ":: is not"),
+    ],
+    ids=str,
+)
+def test_what_is_no_address_of_a_guest(ips: object, fault: str) -> None:
+    (line,) = faults(guest(mac="52:54:00:00:00:01", ips=ips))
+    assert fault in line
+    config.parse(guest(mac="52:54:00:00:00:01", ips=["10.0.0.1"] * 16))
+
+
+@pytest.mark.parametrize("more", [{}, {"mac": "52:54:00:00:00:01", "check_source": False}], ids=str)
+def test_addresses_of_a_guest_need_its_mac_and_its_check(more: dict[str, object]) -> None:
+    (line,) = faults(guest(ips="10.0.0.5", **more))
+    assert line == 'guest "web": ips = "10.0.0.5": needs mac, and its check'
 
 
 def test_a_flag_changes_the_guest_of_the_file_and_adds_an_unknown_one() -> None:

@@ -19,6 +19,7 @@ from xdpnet.errors import ConfigError, SocketPathError
 from xdpnet.sockets import check_path
 
 Raw = dict[str, Any]
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Limits of the core (c/xdpnet.h) and of the specifications.
 MAX_PORTS = 128
@@ -26,6 +27,7 @@ MAX_PAIRS = 16
 MAX_NETDEV_QUEUES = 16
 MAX_WORKERS = 16
 MAX_CPU = 4095
+MAX_IPS = 16
 FRAMES = (256, 65536)
 MTU = (68, 65535)  # virtio 1.2, 5.1.4.1
 IFNAME_MAX = 15  # IFNAMSIZ, less its terminating zero
@@ -158,6 +160,23 @@ def parse_address(value: object) -> tuple[str, int]:
     return host, int(port)
 
 
+def parse_ips(value: object) -> tuple[IPAddress, ...]:
+    """The addresses of "10.0.0.5+fd00::5"; a list of strings is taken too."""
+    fault = ValueError(f'must be at most {MAX_IPS} IP addresses, as "10.0.0.5+fd00::5"')
+    words = value.split("+") if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or len(words) > MAX_IPS:
+        raise fault
+    ips = []
+    for word in words:
+        try:
+            ips.append(ipaddress.ip_address(word if isinstance(word, str) and "%" not in word else ""))
+        except ValueError:
+            raise fault from None
+        if ips[-1].is_multicast or ips[-1].is_unspecified:
+            raise ValueError(f"must be addresses of a station: {word} is not")
+    return tuple(ips)
+
+
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
 Mac = Annotated[bytes, BeforeValidator(parse_mac)]
 SocketPath = Annotated[str, _text(_socket)]
@@ -176,6 +195,7 @@ class GuestConfig(BaseModel):
     client: Boolean = False
     mtu: Annotated[int, _integer(*MTU)] | None = None
     check_source: Boolean | None = None
+    ips: Annotated[tuple[IPAddress, ...], BeforeValidator(parse_ips)] = ()
 
     @property
     def checks_source(self) -> bool:
@@ -354,6 +374,9 @@ def _relations(raw: Raw) -> Iterator[str]:
             yield f"{where}: fd = {_show(table['fd'])}: excludes socket"
         if table.get("mac") is None and table.get("check_source") in (True, "true", "yes", "on"):
             yield f"{where}: check_source = true: needs mac"
+        unchecked = table.get("mac") is None or table.get("check_source") in (False, "false", "no", "off")
+        if table.get("ips") and unchecked:
+            yield f"{where}: ips = {_show(table['ips'])}: needs mac, and its check"
         if table.get("socket") is not None and table["socket"] == raw.get("control", DEFAULT_CONTROL):
             yield f"{where}: socket = {_show(table['socket'])}: is the control socket"
     yield from _duplicates(guests, "socket")

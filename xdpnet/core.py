@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Literal
 
 from xdpnet import _core
@@ -265,6 +266,14 @@ class Bridge:
         if len(mac) != 6:
             raise ValueError(f"MAC address of {len(mac)} bytes")
         _check(lib.xn_port_set_mac(self._bridge, port, mac, check_source), f"set address {mac.hex(':')} of port {port}")
+
+    def guest_set_ips(self, port: int, ips: Sequence[IPv4Address | IPv6Address]) -> None:
+        """The IP addresses that the guest may use as its own; none: any."""
+        out = ffi.new("struct xn_ip[]", len(ips))
+        for at, ip in zip(out, ips, strict=True):
+            at.version = ip.version
+            at.ip = ip.packed.ljust(16, b"\0")
+        _check(lib.xn_guest_set_ips(self._bridge, port, out, len(ips)), f"set IP addresses of port {port}")
 
     def queue_stats(self, port: int, queue: int, direction: int) -> QueueStats:
         """Counters of one queue; direction RX or TX."""

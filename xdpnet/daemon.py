@@ -187,6 +187,7 @@ class Daemon:
                     f"guest {guest.name}: mac {guest.mac.hex(':')}: {error.strerror}",
                     "choose an address that no interface of this daemon has",
                 ) from error
+        self.bridge.guest_set_ips(port, guest.ips)
         device = GuestDevice(self.bridge, guest.name, port, guest.queues, guest.mtu)
         return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd))
 
