@@ -23,10 +23,19 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--core", type=Path, metavar="PATH", help="load this build of the C core as xdpnet._core")
     parser.addoption("--expected-skips", type=Path, metavar="FILE", help="fail on a skip that FILE does not list")
+    parser.addoption(
+        "--transfer", type=size, default="2M", metavar="SIZE", help="of each transfer by a Linux guest: 1G"
+    )
     parser.addoption("--nothing-left", action="store_true", help="fail if interfaces, processes or files remain")
     parser.addoption(
         "--wire-mib", type=int, default=64, metavar="N", help="MiB each way through a veth pair, checked whole"
     )
+
+
+def size(text: str) -> int:
+    """Bytes, of "65537", "4M" or "1G"."""
+    unit = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+    return int(text.rstrip("MG")) * unit
 
 
 def pytest_configure(config: pytest.Config) -> None:

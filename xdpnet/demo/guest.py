@@ -38,6 +38,7 @@ class Card:
     level_interrupts: bool = False  # no MSI-X
     packed: bool = False  # packed rings, if the backend has them too
     mtu: int = 0  # what the guest is told; 0: it chooses
+    options: str = ""  # others of QEMU's, such as "csum=off"
 
 
 @dataclass
@@ -84,6 +85,8 @@ class Guest:
                 device += f",host_mtu={card.mtu}"
             if card.packed:
                 device += ",packed=on"
+            if card.options:
+                device += f",{card.options}"
             if card.level_interrupts or self.accel == "tcg":
                 device += ",vectors=0"  # QEMU 7.2 takes MSI-X with vhost-user only with KVM's irqfds
             command += ["-device", device]

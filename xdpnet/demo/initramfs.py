@@ -81,13 +81,16 @@ def find_kernel() -> Kernel:
 
 
 def build(kernel: Kernel, target: Path, programs: Iterable[str] = PROGRAMS) -> Path:
-    """Write the initramfs for `kernel` to `target`."""
+    """Write the initramfs for `kernel` to `target`, with these programs, by name or by path, in /usr/bin."""
     archive = Archive()
     archive.device("dev/console", 5, 1)
     archive.file("init", INIT.replace("MODULES", " ".join(MODULES)).encode(), 0o755)
     archive.file("bin/busybox", Path(program("busybox")).read_bytes(), 0o755)
-    for path in sorted({needed for name in programs for needed in with_libraries(program(name))}):
-        archive.file(path.lstrip("/"), Path(path).read_bytes(), 0o755)
+    paths = [program(name) for name in programs]
+    for path in paths:
+        archive.file(f"usr/bin/{Path(path).name}", Path(path).read_bytes(), 0o755)
+    for library in sorted({library for path in paths for library in libraries(path)}):
+        archive.file(library.lstrip("/"), Path(library).read_bytes(), 0o755)
     for name in MODULES:
         archive.file(f"modules/{name}.ko", module(kernel, name))
     target.write_bytes(gzip.compress(archive.finish(), compresslevel=1))
@@ -101,10 +104,10 @@ def program(name: str) -> str:
     return path
 
 
-def with_libraries(path: str) -> Iterable[str]:
-    """The program and what its dynamic loader would map."""
+def libraries(path: str) -> Iterable[str]:
+    """What the program's dynamic loader would map."""
     listing = subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout
-    return [path, *re.findall(r"(/\S+) \(0x", listing)]
+    return re.findall(r"(/\S+) \(0x", listing)
 
 
 def module(kernel: Kernel, name: str) -> bytes:
