@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--core", type=Path, metavar="PATH", help="load this build of the C core as xdpnet._core")
     parser.addoption("--expected-skips", type=Path, metavar="FILE", help="fail on a skip that FILE does not list")
     parser.addoption(
-        "--transfer", type=size, default="2M", metavar="SIZE", help="of each transfer by a Linux guest: 1G"
+        "--transfer", type=size, default="1M", metavar="SIZE", help="of each transfer by a Linux guest: 1G"
     )
     parser.addoption("--nothing-left", action="store_true", help="fail if interfaces, processes or files remain")
     parser.addoption(

@@ -2,12 +2,11 @@
  * Moves bytes over TCP and datagrams over UDP, and compares what arrived with what was sent.
  *
  *   transfer serve PORT
- *   transfer tcp up|down ADDRESS PORT BYTES
- *   transfer udp ADDRESS PORT BYTES SIZE[,SIZE...]
+ *   transfer with ADDRESS PORT BYTES DATAGRAMS SIZE[,SIZE...]
  *
- * tcp: a stream from the client or to it; both ends say its checksum. udp: datagrams of these sizes in turn, each echoed
- * and compared, until so many bytes went both ways together; none may be lost, for few are under way at once.
- * IPv4 and IPv6, by the address. Whatever takes PATIENCE_S without a byte has failed.
+ * A stream of BYTES to the server, and one from it; of both, either end says its checksum. Then datagrams of these sizes in
+ * turn, each echoed and compared, until DATAGRAMS bytes went both ways together; none may be lost, for few are under way
+ * at once. IPv4 and IPv6, by the address. Whatever takes PATIENCE_S without a byte has failed.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -26,7 +25,7 @@ enum {
 	MAX_SIZES = 64,
 	PATIENCE_S = 20,
 	ECHO_PATIENCE_MS = 3000,
-	/* Under way at once: less than any ring or socket buffer on the way has room for, in frames of 1500 bytes too. */
+	/* Under way at once: what every ring and socket buffer on the way has room for, in frames of 1500 bytes too. */
 	MOST_DATAGRAMS = 24,
 	MOST_BYTES = 64 << 10,
 	SOCKET_BUFFER = 4 << 20
@@ -228,58 +227,59 @@ static int connected(int type, const char *address, uint16_t port)
 	if (fd < 0)
 		die("socket");
 	be_patient(fd);
-	if (is_six ? connect(fd, (struct sockaddr *)&six, sizeof(six))
-		   : connect(fd, (struct sockaddr *)&four, sizeof(four)))
+	if (connect(fd, is_six ? (struct sockaddr *)&six : (struct sockaddr *)&four,
+		    is_six ? sizeof(six) : sizeof(four)))
 		die("connect");
 	return fd;
 }
 
-static int stream(int fd, uint64_t bytes, int down)
+static void stream(const char *address, uint16_t port, uint64_t bytes, int down)
 {
 	const struct request request = {bytes, (uint64_t)down};
+	int fd = connected(SOCK_STREAM, address, port), on = 1;
 	uint64_t ours = 0, theirs;
-	int on = 1;
 
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 	if (send_all(fd, (const uint8_t *)&request, sizeof(request)) ||
 	    (down ? receive_stream : send_stream)(fd, bytes, &ours) || receive_all(fd, &theirs, sizeof(theirs)))
-		die("stream");
-	printf("tcp %s: %llu bytes, %016llx here, %016llx there\n", down ? "down" : "up", (unsigned long long)bytes,
+		die(down ? "stream from the server" : "stream to the server");
+	close(fd);
+	printf("%s: %llu bytes, %016llx here, %016llx there\n", down ? "down" : "up", (unsigned long long)bytes,
 	       (unsigned long long)ours, (unsigned long long)theirs);
-	return ours != theirs;
 }
 
-/* One of those that are under way comes back; -1: none does, or not as it was. */
-static int await_echo(int fd, uint64_t first, uint64_t *left, const size_t *sizes, size_t sizes_n)
+/* One of those that are under way comes back, as it was. `left`: their bits, from datagram `first` on. */
+static void await_echo(int fd, uint64_t first, uint64_t *left, const size_t *sizes, size_t sizes_n)
 {
 	static uint8_t datagram[MAX_DATAGRAM + 1];
 	struct pollfd ready = {.fd = fd, .events = POLLIN};
 
 	if (poll(&ready, 1, ECHO_PATIENCE_MS) <= 0) {
-		fprintf(stderr, "udp: datagrams from %llu on: those of %llx (bits) are lost, sizes %zu, %zu ...\n",
-			(unsigned long long)first, (unsigned long long)*left, sizes[first % sizes_n],
-			sizes[(first + 1) % sizes_n]);
-		return -1;
+		for (unsigned int i = 0; i < MOST_DATAGRAMS; i++)
+			if (*left >> i & 1)
+				fprintf(stderr, "datagram %llu of %zu bytes is lost\n", (unsigned long long)first + i,
+					sizes[(first + i) % sizes_n]);
+		exit(1);
 	}
 	ssize_t n = recv(fd, datagram, sizeof(datagram), 0);
 
 	if (n < 0)
 		die("recv");
-	/* Most are in order, so this is short. */
 	for (unsigned int i = 0; i < MOST_DATAGRAMS; i++) {
 		if (!(*left >> i & 1) || sizes[(first + i) % sizes_n] != (size_t)n ||
 		    memcmp(noise_of(first + i), datagram, (size_t)n) != 0)
 			continue;
 		*left &= ~(1ull << i);
-		return 0;
+		return;
 	}
-	fprintf(stderr, "udp: a datagram of %zd bytes, near number %llu, is none that was sent\n", n,
+	fprintf(stderr, "a datagram of %zd bytes, near number %llu, is none that was sent\n", n,
 		(unsigned long long)first);
-	return -1;
+	exit(1);
 }
 
-static int datagrams(int fd, uint64_t bytes, const size_t *sizes, size_t sizes_n)
+static void datagrams(const char *address, uint16_t port, uint64_t bytes, const size_t *sizes, size_t sizes_n)
 {
+	int fd = connected(SOCK_DGRAM, address, port);
 	uint64_t done = 0, number = 0;
 
 	while (done < bytes) {
@@ -297,30 +297,30 @@ static int datagrams(int fd, uint64_t bytes, const size_t *sizes, size_t sizes_n
 		} while (number - first < MOST_DATAGRAMS && under_way + sizes[number % sizes_n] <= MOST_BYTES);
 		done += 2 * under_way;
 		while (left)
-			if (await_echo(fd, first, &left, sizes, sizes_n))
-				return 1;
+			await_echo(fd, first, &left, sizes, sizes_n);
 	}
-	printf("udp: %llu datagrams, %llu bytes both ways\n", (unsigned long long)number, (unsigned long long)done);
-	return 0;
+	close(fd);
+	printf("echoed: %llu datagrams, %llu bytes both ways\n", (unsigned long long)number, (unsigned long long)done);
 }
 
 int main(int argc, char **argv)
 {
+	size_t sizes[MAX_SIZES], n = 0;
+
 	make_noise();
 	if (argc == 3 && !strcmp(argv[1], "serve"))
 		serve((uint16_t)atoi(argv[2]));
-	if (argc == 6 && !strcmp(argv[1], "tcp"))
-		return stream(connected(SOCK_STREAM, argv[3], (uint16_t)atoi(argv[4])), strtoull(argv[5], NULL, 10),
-			      !strcmp(argv[2], "down"));
-	if (argc == 6 && !strcmp(argv[1], "udp")) {
-		size_t sizes[MAX_SIZES], n = 0;
-
-		for (char *word = strtok(argv[5], ","); word && n < MAX_SIZES; word = strtok(NULL, ","))
-			sizes[n++] = strtoul(word, NULL, 10);
-		if (n)
-			return datagrams(connected(SOCK_DGRAM, argv[2], (uint16_t)atoi(argv[3])),
-					 strtoull(argv[4], NULL, 10), sizes, n);
+	if (argc != 7 || strcmp(argv[1], "with") != 0) {
+		fprintf(stderr, "usage: see the head of transfer.c\n");
+		return 2;
 	}
-	fprintf(stderr, "usage: see the head of transfer.c\n");
-	return 2;
+	const char *address = argv[2];
+	uint16_t port = (uint16_t)atoi(argv[3]);
+
+	for (char *word = strtok(argv[6], ","); word && n < MAX_SIZES; word = strtok(NULL, ","))
+		sizes[n++] = strtoul(word, NULL, 10);
+	stream(address, port, strtoull(argv[4], NULL, 10), 0);
+	stream(address, port, strtoull(argv[4], NULL, 10), 1);
+	datagrams(address, port, strtoull(argv[5], NULL, 10), sizes, n);
+	return 0;
 }
