@@ -12,13 +12,15 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyroute2.netns
 import pytest
 
-from tests import needs
+from tests import clsact, needs
 from tests.native import compile_program
 from tests.waiting import until
 from xdpnet.demo import await_listener, initramfs, process, topology
@@ -116,7 +118,8 @@ def seen_errors(text: str) -> Counter[str]:
         if names[0].endswith(":") and names[0] == values[0] and names[1].isalpha():
             counts.update({names[0] + name: int(value) for name, value in zip(names[1:], values[1:], strict=True)})
     counts.update({line[0]: int(line[1]) for line in lines if len(line) == 2})
-    return Counter({name: counts[name] for name in ERRORS})
+    frames = {line[0]: 1 for line in lines if line[0].startswith("/sys/")}
+    return Counter({name: counts[name] for name in ERRORS} | frames)
 
 
 ERRORS = (
@@ -125,6 +128,10 @@ ERRORS = (
 )  # fmt: skip
 # No more than that: each byte takes its time through an emulated serial port.
 SAY_ERRORS = "grep -hE '^(Ip|Tcp|Udp):|(Hdr|Reasm|In).*(Errors|Fails|Truncated)' /proc/net/snmp /proc/net/snmp6"
+
+
+# Of frames whose virtio_net_hdr a driver could make nothing of.
+SAY_BAD_FRAMES = "grep -Hv '^0$' /sys/class/net/net*/statistics/rx_*errors; true"
 
 
 def lost(snapshot: Snapshot) -> Counter[str]:
@@ -192,15 +199,15 @@ class Stage:
     @contextmanager
     def unharmed(self, *guests: Guest) -> Iterator[None]:
         """What is done meanwhile costs no frame but for want of room, and nobody sees a wrong one."""
-        ends = [self.far_says, *(guest.check for guest in guests)]
         drops = lost(self.backend.snapshot())
         yield
         snapshot = self.backend.settled()
         assert balanced(snapshot), snapshot.totals
         new = lost(snapshot) - drops
         assert not set(new) - BUSY, new
-        for end in ends:
-            assert not +seen_errors(end(SAY_ERRORS))
+        assert not +seen_errors(self.far_says(SAY_ERRORS))
+        for guest in guests:
+            assert not +seen_errors(guest.check(f"{SAY_ERRORS}; {SAY_BAD_FRAMES}"))
         statistics = wire(snapshot).xsk.statistics  # type: ignore[union-attr]
         assert statistics["tx_invalid_descs"] == statistics["rx_invalid_descs"] == 0
 
@@ -337,6 +344,62 @@ def test_the_far_end_may_do_without_too(stage: Stage, toggle: str) -> None:
                 stage.exchange(stage.guest, address)
             # A checksum that the far end makes itself is verified where frames are joined.
             assert (done["csum_verified"] > 0) == (toggle == "tx-checksum-ip-generic")
+
+
+@pytest.mark.parametrize("stage", [Setting(1500, "off"), Setting(9000, "on")], indirect=True, ids=str)
+@pytest.mark.parametrize("toggle", ["as it is", "tx-tcp-ecn-segmentation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_congestion_that_the_network_marks_is_answered(stage: Stage, layout: str, toggle: str) -> None:
+    subnet = LAYOUTS.index(layout)
+    with (
+        stage.unharmed(stage.guest),
+        toggled(stage.guest.check, f"net{subnet}", TOGGLES[toggle]),
+        congested(stage.net.far),
+    ):
+        for address in addresses(subnet, FAR):
+            ends = {"far": stage.far_says, "guest": stage.guest.check}
+            before = {name: marked(end) for name, end in ends.items()}
+            stage.exchange(stage.guest, address)
+            assert all(marked(end) > before[name] for name, end in ends.items())
+
+
+# One for each 64 KiB, whatever they are cut into when they pass here.
+MARKER = b"""
+#include <uapi/linux/bpf.h>
+int mark(struct __sk_buff *skb)
+{
+        if (bpf_get_prandom_u32() % 65536 < skb->len)
+                bpf_skb_ecn_set_ce(skb);
+        return 0;
+}
+"""
+
+
+@contextmanager
+def congested(far: topology.Namespace) -> Iterator[None]:
+    """The far end marks packets that may be marked, of both directions: who sent them slows down, and says so (CWR)."""
+
+    def there(function: Callable[[], None]) -> None:
+        def inside() -> None:
+            pyroute2.netns.setns(str(far.path))
+            function()
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(inside).result()
+
+    with clsact.loaded(MARKER, b"mark") as program:
+        there(lambda: clsact.attach(program, topology.FAR_IF, clsact.INGRESS, clsact.EGRESS))
+        try:
+            yield
+        finally:
+            there(lambda: clsact.detach(topology.FAR_IF))
+
+
+def marked(end: Callable[[str], str]) -> int:
+    """How many marked packets an end has received."""
+    names, values = (line.split() for line in end("grep ^IpExt /proc/net/netstat").splitlines())
+    six = end("grep Ip6InCEPkts /proc/net/snmp6").split()
+    return int(values[names.index("InCEPkts")]) + int(six[1])
 
 
 @pytest.fixture(scope="module")

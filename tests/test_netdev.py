@@ -11,22 +11,20 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pyroute2.iproute.linux import IPRoute
 
+from tests import clsact
 from tests.driver import Driver
 from tests.guests import rarp
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.test_loader import open_files
 from xdpnet import core, netdev
 from xdpnet.bpf import loader
-from xdpnet.bpf.headers import find_headers
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
 from xdpnet.link import Link, find_link, require_link
@@ -814,37 +812,18 @@ int tag(struct __sk_buff *skb) { bpf_skb_vlan_push(skb, __builtin_bswap16(0x8100
 
 
 @contextlib.contextmanager
-def tags_beside_frames(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tags_beside_frames(pair: Veth) -> Iterator[None]:
     """What the peer sends leaves its stack with a tag of VLAN 100, which its hardware is to put in."""
-    headers = find_headers()
-    with tempfile.TemporaryDirectory(prefix="xdpnet-kheaders-") as scratch, monkeypatch.context() as environment:
-        if headers.packed:
-            headers = headers.unpack(Path(scratch))
-        environment.setenv("BCC_KERNEL_SOURCE", str(headers.source))
-        import bcc
-
-        module = bcc.BPF(text=TAGGER, cflags=list(headers.cflags))
-    program = module.load_func(b"tag", bcc.BPF.SCHED_CLS)
-
-    def attach() -> None:
-        with IPRoute() as netlink:
-            (index,) = netlink.link_lookup(ifname=pair.peer)
-            netlink.tc("add", "clsact", index)
-            filtered = {"fd": program.fd, "name": program.name, "parent": "ffff:fff3", "classid": 1}
-            netlink.tc("add-filter", "bpf", index, ":1", direct_action=True, **filtered)
-
-    pair.namespace.call(attach)
-    yield
-    module.cleanup()
+    with clsact.loaded(TAGGER, b"tag") as program:
+        pair.namespace.call(lambda: clsact.attach(program, pair.peer, clsact.EGRESS))
+        yield
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
-def test_on_veth_the_peer_decides_whether_a_tag_arrives(
-    bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch, mode: netdev.Mode
-) -> None:
+def test_on_veth_the_peer_decides_whether_a_tag_arrives(bridge: core.Bridge, pair: Veth, mode: netdev.Mode) -> None:
     plain, tagged = frame(GUEST), GUEST + STRANGER + b"\x81\0\0\x64" + PAYLOAD
     with (
-        tags_beside_frames(pair, monkeypatch),
+        tags_beside_frames(pair),
         contextlib.closing(Netdev(bridge, pair.ifname, mode=mode)) as port,
         contextlib.closing(Driver(bridge)) as guest,
         pair.wire() as wire,
