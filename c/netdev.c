@@ -637,7 +637,7 @@ void netdev_release(struct port *p)
 }
 
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
-			 uint32_t zerocopy, int copies_at_once, int makes_csum)
+			 uint32_t zerocopy, uint32_t flags)
 {
 	struct netdev_queue *nq = queue_of(b, port, queue);
 	struct xsk *x;
@@ -648,7 +648,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		return -EINVAL;
 	if (nq->xsk)
 		return -EALREADY;
-	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, copies_at_once, makes_csum);
+	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, flags);
 
 	if (r < 0)
 		return r;

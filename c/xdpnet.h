@@ -267,16 +267,26 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
 
 /* ---- netdev ports ---- */
 
+/* What is known of an interface's frames. */
+enum xn_netdev_flag {
+	/*
+	 * By the time a sendto() returns the driver has a copy of what it took, unless it has zero copy; then the guest has
+	 * its buffers back, and need not wait until the frame has been received.
+	 */
+	XN_COPIES_AT_ONCE = 1,
+	/* Unless it has zero copy, the driver's interface completes partial checksums that it is told of by metadata. */
+	XN_MAKES_CSUM = 2,
+	/* Several that the kernel has in one may come, in several buffers as if they were longer (below). */
+	XN_JOINED = 4
+};
+
 /*
  * Opens and binds the AF_XDP socket of a queue; frames flow once its fd is in the XSKMAP. -EBUSY: try again for a second.
  * max_frame: the longest frame that the interface carries. Above XN_MAX_PLAIN_FRAME frames are in several buffers, which
- * takes Linux 6.6 (-EINVAL before) and a program that is loaded for frames in fragments.
- * copies_at_once: by the time a sendto() returns the driver has a copy of what it took, unless it has zero copy; then the
- * guest has its buffers back, and need not wait until the frame has been received.
- * makes_csum: unless it has zero copy, the driver's interface completes partial checksums that it is told of by metadata.
+ * takes Linux 6.6 (-EINVAL before) and, in native mode, a program that is loaded for frames in fragments.
  */
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
-			 uint32_t zerocopy, int copies_at_once, int makes_csum);
+			 uint32_t zerocopy, uint32_t flags);
 /* 1: the sockets have not the guest memory that they would have if they were closed and opened again. */
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy);
 int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue);

@@ -136,11 +136,11 @@ static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 
 }
 
 int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
-	     bool copies, bool makes_csum)
+	     u32 flags)
 {
 	struct xsk *x = aligned_alloc(XN_CACHELINE, (sizeof(*x) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
 	u64 umem = arena_umem(a, policy != XN_ZEROCOPY_OFF);
-	bool sg = max_frame > XN_MAX_PLAIN_FRAME;
+	bool sg = max_frame > XN_MAX_PLAIN_FRAME || flags & XN_JOINED;
 	const struct xsk *first = sharer(a, umem, sg);
 	u32 half = a->frames / 2;
 	struct xdp_options options = {0};
@@ -189,9 +189,9 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	(void)set_option(x->fd, XDP_MAX_TX_SKB_BUDGET, &half, sizeof(half));
 	if (!getsockopt(x->fd, SOL_XDP, XDP_OPTIONS, &options, &len))
 		x->zerocopy = options.flags & XDP_OPTIONS_ZEROCOPY;
-	x->copies = copies && umem && !x->zerocopy;
+	x->copies = flags & XN_COPIES_AT_ONCE && umem && !x->zerocopy;
 	/* With zero copy that is another question, of the driver: it may make another checksum than it is asked for. */
-	x->leaves_csum = makes_csum && x->metadata && !x->zerocopy;
+	x->leaves_csum = flags & XN_MAKES_CSUM && x->metadata && !x->zerocopy;
 	for (u32 i = 0; i < half; i++)
 		xsk_refill(x, x->first + (u64)i * XN_FRAME_SIZE);
 	xsk_submit(&x->fill);

@@ -102,7 +102,7 @@ struct xsk {
 };
 
 int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
-	     bool copies, bool makes_csum);
+	     u32 flags);
 /* Whatever is lent is returned: the kernel has let go of it, sent or not. */
 void xsk_close(struct xsk *x);
 /* A returned address that is no private frame's: ends its loan and gives back the token; UINT64_MAX: not ours. */

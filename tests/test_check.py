@@ -126,7 +126,7 @@ def test_an_mtu_of_large_frames_is_for_kernels_that_have_them(pair: Veth, monkey
     command("ip", "link", "set", pair.ifname, "mtu", "9000")
     lines = interface(pair)
     assert (lines["state"].ok, lines["native XDP"].ok) == (True, True)
-    monkeypatch.setattr(check, "FRAGS_KERNEL", (999, 0))
+    monkeypatch.setattr(netdev, "FRAGS_KERNEL", (999, 0))
     state = interface(pair)["state"]
     assert not state.ok
     assert f"mtu {netdev.PLAIN_MTU}" in state.remedy

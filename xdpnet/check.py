@@ -16,11 +16,18 @@ from xdpnet import netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.errors import SetupError
-from xdpnet.link import XDP_ACT_BASIC, XDP_ACT_REDIRECT, XDP_ACT_RX_SG, fixed_features, require_link, xdp_features
+from xdpnet.link import (
+    XDP_ACT_BASIC,
+    XDP_ACT_REDIRECT,
+    XDP_ACT_RX_SG,
+    fixed_features,
+    kernel_version,
+    require_link,
+    xdp_features,
+)
 
 AF_XDP = 44
 MIN_KERNEL = (5, 9)  # bpf_link for XDP
-FRAGS_KERNEL = (6, 6)  # AF_XDP for frames in several buffers
 QUEUE_MEMORY = 16 << 20  # locked for a queue: 4096 frames of 4 KiB
 
 CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_BPF = 12, 13, 14, 21, 39
@@ -63,13 +70,9 @@ def _check(name: str, question: Callable[[], str], required: bool = True) -> Che
         return Check(name, False, str(error), required=required)
 
 
-def _version(release: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", release)[:2])
-
-
 def _kernel() -> str:
     release = os.uname().release
-    if _version(release) < MIN_KERNEL:
+    if kernel_version() < MIN_KERNEL:
         wanted = ".".join(map(str, MIN_KERNEL))
         raise SetupError(f"Linux {release}, at least {wanted} is needed", "boot a newer kernel")
     return f"Linux {release}"
@@ -164,7 +167,7 @@ def _interface(ifname: str) -> Iterator[Check]:
 
     def fit() -> str:
         netdev.check_link(link)
-        if link.mtu > netdev.PLAIN_MTU and _version(os.uname().release) < FRAGS_KERNEL:
+        if link.mtu > netdev.PLAIN_MTU and not netdev.has_frags():
             raise netdev.needs_frags(link)
         return f"up, MTU {link.mtu}, no XDP program"
 

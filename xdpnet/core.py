@@ -402,12 +402,13 @@ class Bridge:
         zerocopy: ZeroCopy = "off",
         copies_at_once: bool = False,
         makes_csum: bool = False,
+        joined: bool = False,
     ) -> None:
         """Open and bind the AF_XDP socket of a queue; EBUSY for a moment after another socket left it."""
         what = f"bind AF_XDP socket to queue {queue} of interface {ifindex}"
         policy = ZEROCOPY[zerocopy]
-        limits = (ifindex, max_frame, policy, copies_at_once, makes_csum)
-        _check(lib.xn_netdev_open_queue(self._bridge, port, queue, *limits), what)
+        flags = lib.XN_COPIES_AT_ONCE * copies_at_once | lib.XN_MAKES_CSUM * makes_csum | lib.XN_JOINED * joined
+        _check(lib.xn_netdev_open_queue(self._bridge, port, queue, ifindex, max_frame, policy, flags), what)
 
     def netdev_is_stale(self, port: int, zerocopy: ZeroCopy) -> bool:
         """Whether the port's sockets would have other guest memory if they were closed and opened again."""

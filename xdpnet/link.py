@@ -6,6 +6,8 @@ Reference: kernel Documentation/netlink/specs/rt-link.yaml and netdev.yaml.
 """
 
 import errno
+import os
+import re
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +77,11 @@ def _fetch(query: dict[str, object]) -> list[Any]:
 
 def link_names() -> list[str]:
     return [message.get("ifname") for message in _fetch({})]
+
+
+def kernel_version() -> tuple[int, ...]:
+    """Of the running kernel, its first two numbers."""
+    return tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def find_link(ifname: str) -> Link | None:

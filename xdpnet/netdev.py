@@ -18,6 +18,7 @@ import struct
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
-from xdpnet.link import Link, features, find_link, require_link, set_features
+from xdpnet.link import Link, features, find_link, kernel_version, require_link, set_features
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ XDP_FLAGS: dict[str, int] = {"native": 4, "generic": 2}  # XDP_FLAGS_DRV_MODE, X
 ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
 PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (core.netdev_open_queue)
 MAX_MTU = core.MAX_MTU
+FRAGS_KERNEL = (6, 6)  # AF_XDP for frames in several buffers
 # Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
 # (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
 COPYING = frozenset({"veth"})
@@ -71,6 +73,10 @@ class BusyError(SetupError):
     """Another process has the queue or the XDP hook; a process that just ended may still seem to."""
 
 
+class NotLinkedError(SetupError):
+    """The kernel does not attach the program in this mode; it may in another."""
+
+
 class Netdev:
     """A netdev port. All calls from the control thread."""
 
@@ -91,6 +97,7 @@ class Netdev:
         self.state: State = "gone"
         self._bridge = bridge
         self._wanted_mode = mode
+        self._native_refused = 0, 0  # index and MTU of the interface then
         self._program: loader.Program | None = None
         self._group: GroupSocket | None = None
         self._link_fd = -1
@@ -160,11 +167,25 @@ class Netdev:
         if link.mtu > PLAIN_MTU and program.frags_fd < 0:
             raise needs_frags(link)
         self._stop_stripping(link)
+        modes: list[Mode] = ["native", "generic"] if self._wanted_mode == "auto" else [self._wanted_mode]
+        if self._native_refused == (link.index, link.mtu):
+            modes.remove("native")
+        while True:
+            mode = modes.pop(0)
+            try:
+                return self._attach_in(mode, link, program)
+            except NotLinkedError as failure:
+                if not modes:
+                    raise
+                log.warning("%s; falling back to generic mode, which is slower", failure.message)
+                self._native_refused = link.index, link.mtu
+
+    def _attach_in(self, mode: Mode, link: Link, program: loader.Program) -> None:
         with ExitStack() as undo:
             # 2. An AF_XDP socket a queue, known to the program.
             for queue in range(self.queues):
                 undo.callback(self._bridge.netdev_close_queue, self.port, queue)
-                self._open_queue(link, queue)
+                self._open_queue(link, queue, mode)
             # 3. The AF_PACKET socket for group-addressed frames, and the receive filters.
             group = self._open_group(link)
             undo.callback(group.close)
@@ -172,7 +193,7 @@ class Netdev:
             self._bridge.netdev_set_group_fd(self.port, group.fileno())
             undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
             # 4. From here on frames flow.
-            link_fd, mode = self._attach_program(link, program)
+            link_fd = self._attach_program(link, program, mode)
             undo.callback(os.close, link_fd)
             self._attached = undo.pop_all()
         self._group, self._link_fd, self.mode = group, link_fd, mode
@@ -213,12 +234,15 @@ class Netdev:
         except OSError as error:
             log.warning("%s: %s not turned on again: %s", self.name, ", ".join(wanted), error)
 
-    def _open_queue(self, link: Link, queue: int) -> None:
+    def _open_queue(self, link: Link, queue: int, mode: str) -> None:
+        """Generic mode sees what the kernel has joined (GRO), or not cut yet (TSO at the peer of a veth)."""
         what = f"interface {self.name}: AF_XDP socket of queue {queue}"
-        max_frame, copies = link.mtu + ETH_OVERHEAD, link.kind in COPYING
+        copies = link.kind in COPYING
         makes_csum = copies and features(link.name).get(MAKES_CSUM, False)
+        opens = partial(self._bridge.netdev_open_queue, self.port, queue, link.index, link.mtu + ETH_OVERHEAD)
+        opens = partial(opens, makes_csum=makes_csum, joined=mode == "generic" and has_frags())
         try:
-            self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, self.zerocopy, copies, makes_csum)
+            opens(zerocopy=self.zerocopy, copies_at_once=copies)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 remedy = "end the other AF_XDP program: ss --xdp -a -p names it"
@@ -227,7 +251,7 @@ class Netdev:
                 raise needs_frags(link) from error
             failure = setup_error(what, error)
             try:
-                self._bridge.netdev_open_queue(self.port, queue, link.index, max_frame, "off", makes_csum=makes_csum)
+                opens(zerocopy="off")
             except OSError:
                 raise failure from error
             log.warning("%s with guest memory; frames are copied", failure.message)
@@ -254,7 +278,7 @@ class Netdev:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                return self._open_queue(link, queue)
+                return self._open_queue(link, queue, self.mode)
             except BusyError:  # by what we just closed
                 if time.monotonic() > deadline:
                     raise
@@ -266,19 +290,16 @@ class Netdev:
         except OSError as error:
             raise setup_error(f"interface {self.name}: AF_PACKET socket", error) from error
 
-    def _attach_program(self, link: Link, program: loader.Program) -> tuple[int, str]:
-        modes = ["native", "generic"] if self._wanted_mode == "auto" else [self._wanted_mode]
-        while True:
-            mode = modes.pop(0)
-            try:
-                return self._link_program(link, program, mode), mode
-            except OSError as error:
-                failure = setup_error(f"interface {self.name}: attach in {mode} mode", error)
-                if error.errno in (errno.EBUSY, errno.EEXIST):
-                    raise occupied(require_link(self.name)) from error
-                if not modes or error.errno == errno.EPERM:
-                    raise failure from error
-                log.warning("%s; falling back to generic mode, which is slower", failure.message)
+    def _attach_program(self, link: Link, program: loader.Program, mode: Mode) -> int:
+        try:
+            return self._link_program(link, program, mode)
+        except OSError as error:
+            failure = setup_error(f"interface {self.name}: attach in {mode} mode", error)
+            if error.errno in (errno.EBUSY, errno.EEXIST):
+                raise occupied(require_link(self.name)) from error
+            if error.errno == errno.EPERM:
+                raise failure from error
+            raise NotLinkedError(failure.message, failure.remedy) from error
 
     def _link_program(self, link: Link, program: loader.Program, mode: str) -> int:
         flags = XDP_FLAGS[mode]
@@ -505,7 +526,7 @@ def advise(link: Link, queues: int, mode: str, strips: Collection[str]) -> list[
             f"ethtool -K {name} {off}, or another interface, unless nobody uses tags"
         )
     if mode == "generic" and features(name).get("rx-gro"):
-        drops = "AF_XDP drops them" if link.mtu <= PLAIN_MTU else "all but those of TCP are dropped"
+        drops = "all but those of TCP are dropped" if has_frags() else "AF_XDP drops them"
         advice.append(
             f"interface {name}: generic mode sees the large frames that GRO makes, and {drops}; "
             f"ethtool -K {name} gro off"
@@ -517,6 +538,11 @@ def stripping(ifname: str) -> list[str]:
     """Features, turned on now, by which the interface takes VLAN tags out of received frames."""
     have = features(ifname)
     return [name for name in VLAN_STRIPPING if have.get(name)]
+
+
+def has_frags() -> bool:
+    """Whether this kernel's AF_XDP has frames in several buffers."""
+    return kernel_version() >= FRAGS_KERNEL
 
 
 def needs_frags(link: Link) -> SetupError:
