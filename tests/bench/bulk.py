@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-from tests.bench.lab import BACKENDS, MAC, PEER_MAC, Contender, Lab, Row, Values
+from tests.bench.lab import BACKENDS, GENERIC, MAC, PEER_MAC, Contender, Lab, Row, Values
 from tests.bench.latency import linux_guest, taps
 from xdpnet.demo import await_listener, iperf_client, process, topology
 from xdpnet.demo.guest import Card, Guest
@@ -82,6 +82,8 @@ SCENES: dict[str, Scene] = {
     "DPDK": served(BACKENDS["DPDK"], complete_checksums=True),
     "tap": tapped,
 }
+# It sees what the far end's TCP has not cut yet.
+GENERIC_SCENES = {name: served(contender) for name, contender in GENERIC.items()}
 
 ROWS = [
     Row(
@@ -94,7 +96,7 @@ ROWS = [
         "tcp-host-to-guest",
         "TCP from the far end to a Linux guest",
         UNITS,
-        {name: with_far_end(scene, reverse=True) for name, scene in SCENES.items()},
+        {name: with_far_end(scene, reverse=True) for name, scene in (SCENES | GENERIC_SCENES).items()},
     ),
     Row(
         "tcp-guest-to-guest",

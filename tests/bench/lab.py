@@ -153,6 +153,7 @@ ZEROCOPY: dict[str, Contender] = {
     f"xdpnet zerocopy={mode}": partial(xdpnet, netdev_options=f",zerocopy={mode}", guest_options=",check_source=false")
     for mode in ("on", "off")
 }
+GENERIC: dict[str, Contender] = {"xdpnet mode=generic": partial(xdpnet, netdev_options=",mode=generic")}
 
 
 # ---- the far end and the clock ----
