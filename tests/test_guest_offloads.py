@@ -98,7 +98,6 @@ class Setting:
 
 SETTINGS = [Setting(mtu, zerocopy) for mtu in (1500, 9000) for zerocopy in ("off", "on")]
 
-
 FAR, OWN, PEER = 1, 10, 11  # hosts of each card's subnets: the far end, its guest, and the other guest
 
 
@@ -128,8 +127,6 @@ ERRORS = (
 )  # fmt: skip
 # No more than that: each byte takes its time through an emulated serial port.
 SAY_ERRORS = "grep -hE '^(Ip|Tcp|Udp):|(Hdr|Reasm|In).*(Errors|Fails|Truncated)' /proc/net/snmp /proc/net/snmp6"
-
-
 # Of frames whose virtio_net_hdr a driver could make nothing of.
 SAY_BAD_FRAMES = "grep -Hv '^0$' /sys/class/net/net*/statistics/rx_*errors; true"
 
@@ -153,6 +150,7 @@ class Stage:
     size: int
     boot: Callable[[str, list[Card]], Guest]
     guest: Guest = field(init=False)
+    errors: dict[str, Counter[str]] = field(default_factory=dict)  # of each end, when it was asked last
 
     def socket(self, subnet: int) -> Path:
         return self.directory / f"{subnet}.socket"
@@ -205,9 +203,11 @@ class Stage:
         assert balanced(snapshot), snapshot.totals
         new = lost(snapshot) - drops
         assert not set(new) - BUSY, new
-        assert not +seen_errors(self.far_says(SAY_ERRORS))
-        for guest in guests:
-            assert not +seen_errors(guest.check(f"{SAY_ERRORS}; {SAY_BAD_FRAMES}"))
+        errors = {"far": seen_errors(self.far_says(SAY_ERRORS))}
+        errors |= {guest.name: seen_errors(guest.check(f"{SAY_ERRORS}; {SAY_BAD_FRAMES}")) for guest in guests}
+        before, self.errors = self.errors, self.errors | errors
+        for name, seen in errors.items():
+            assert not seen - before.get(name, Counter()), name
         statistics = wire(snapshot).xsk.statistics  # type: ignore[union-attr]
         assert statistics["tx_invalid_descs"] == statistics["rx_invalid_descs"] == 0
 
