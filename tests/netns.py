@@ -44,6 +44,17 @@ def command(*words: str) -> str:
     return result.stdout
 
 
+def call_in(namespace: str, function: Callable[[], T]) -> T:
+    """Call it in a thread that is in the namespace, a name or a path; sockets opened there stay there."""
+
+    def inside() -> T:
+        pyroute2.netns.setns(namespace)
+        return function()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(inside).result()
+
+
 @dataclass(frozen=True)
 class Namespace:
     """A network namespace with a name."""
@@ -59,14 +70,7 @@ class Namespace:
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call it in a thread that is in the namespace; sockets opened there stay there."""
-
-        def inside() -> T:
-            pyroute2.netns.setns(self.name)
-            return function()
-
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(inside).result()
+        return call_in(self.name, function)
 
 
 @dataclass(frozen=True)

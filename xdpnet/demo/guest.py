@@ -41,6 +41,15 @@ class Card:
     options: str = ""  # others of QEMU's, such as "csum=off"
 
 
+@dataclass(frozen=True)
+class Qemu:
+    """The program, with the options that it always needs; Debian 12's by default."""
+
+    command: tuple[str, ...] = ("qemu-system-x86_64",)
+    msix_under_tcg: bool = False  # QEMU 7.2 needs KVM's irqfds for MSI-X with vhost-user
+    reconnect: str = "reconnect=1"  # QEMU 11 has reconnect-ms alone
+
+
 @dataclass
 class Guest:
     """One guest; start() boots it, close() ends it."""
@@ -53,6 +62,8 @@ class Guest:
     memory_mib: int = 256
     cpus: int = 1
     name: str = "xdpn-guest"
+    qemu: Qemu = Qemu()
+    options: Sequence[str] = ()  # more of QEMU's
     release: str = field(default="", init=False)
     _next_id: int = field(default=0, init=False)
     _received: bytes = field(default=b"", init=False)
@@ -67,7 +78,7 @@ class Guest:
 
     def command(self) -> list[str]:
         memory = f"{self.memory_mib}M"
-        command = ["qemu-system-x86_64", "-name", self.name, "-nodefaults", "-display", "none"]
+        command = [*self.qemu.command, "-name", self.name, "-nodefaults", "-display", "none"]
         command += ["-M", f"q35,accel={self.accel}", "-cpu", "host" if self.accel == "kvm" else "max"]
         command += ["-smp", str(self.cpus), "-m", memory, "-numa", "node,memdev=memory"]
         command += ["-object", f"memory-backend-memfd,id=memory,size={memory},share=on"]
@@ -75,7 +86,7 @@ class Guest:
         command += ["-append", "console=ttyS0 panic=-1 quiet"]
         command += ["-serial", f"file:{self.console}", "-serial", f"unix:{self._shell_path}"]
         for number, card in enumerate(self.cards):
-            server = ",server=on" if card.server else ",reconnect=1"
+            server = ",server=on" if card.server else f",{self.qemu.reconnect}"
             command += ["-chardev", f"socket,id=backend{number},path={card.socket}{server}"]
             command += ["-netdev", f"vhost-user,id=net{number},chardev=backend{number},queues={card.queues}"]
             device = f"virtio-net-pci,netdev=net{number},mac={card.mac},romfile="
@@ -87,10 +98,10 @@ class Guest:
                 device += ",packed=on"
             if card.options:
                 device += f",{card.options}"
-            if card.level_interrupts or self.accel == "tcg":
-                device += ",vectors=0"  # QEMU 7.2 takes MSI-X with vhost-user only with KVM's irqfds
+            if card.level_interrupts or (self.accel == "tcg" and not self.qemu.msix_under_tcg):
+                device += ",vectors=0"
             command += ["-device", device]
-        return command
+        return [*command, *self.options]
 
     @property
     def _shell_path(self) -> Path:

@@ -66,14 +66,15 @@ class Kernel:
         return self.image.name.removeprefix("vmlinuz-")
 
 
-def find_kernel() -> Kernel:
-    """The newest cloud kernel: one that is installed, or one that bootstrap.sh unpacked beside the sources."""
+def find_kernel(*roots: Path) -> Kernel:
+    """The newest cloud kernel below `roots`; by default one that is installed or that bootstrap.sh has unpacked."""
     unpacked = Path(__file__).parents[2] / "build" / "guest-kernel"
     kernels = [
         Kernel(image, modules)
-        for root in (Path("/"), unpacked)
+        for root in roots or (Path("/"), unpacked)
         for image in (root / "boot").glob(KERNEL_PATTERN)
-        if (modules := root / "lib/modules" / image.name.removeprefix("vmlinuz-")).is_dir()
+        for lib in ("lib", "usr/lib")  # the latter since Debian 13
+        if (modules := root / lib / "modules" / image.name.removeprefix("vmlinuz-")).is_dir()
     ]
     if not kernels:
         raise SetupError("no guest kernel: no linux-image-*-cloud-amd64 in /boot", INSTALL)
@@ -82,16 +83,17 @@ def find_kernel() -> Kernel:
 
 def build(kernel: Kernel, target: Path, programs: Iterable[str] = PROGRAMS) -> Path:
     """Write the initramfs for `kernel` to `target`, with these programs, by name or by path, in /usr/bin."""
+    modules = [name for name in MODULES if not is_built_in(kernel, name)]
     archive = Archive()
     archive.device("dev/console", 5, 1)
-    archive.file("init", INIT.replace("MODULES", " ".join(MODULES)).encode(), 0o755)
+    archive.file("init", INIT.replace("MODULES", " ".join(modules)).encode(), 0o755)
     archive.file("bin/busybox", Path(program("busybox")).read_bytes(), 0o755)
     paths = [program(name) for name in programs]
     for path in paths:
         archive.file(f"usr/bin/{Path(path).name}", Path(path).read_bytes(), 0o755)
     for library in sorted({library for path in paths for library in libraries(path)}):
         archive.file(library.lstrip("/"), Path(library).read_bytes(), 0o755)
-    for name in MODULES:
+    for name in modules:
         archive.file(f"modules/{name}.ko", module(kernel, name))
     target.write_bytes(gzip.compress(archive.finish(), compresslevel=1))
     return target
@@ -108,6 +110,10 @@ def libraries(path: str) -> Iterable[str]:
     """What the program's dynamic loader would map."""
     listing = subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout
     return re.findall(r"(/\S+) \(0x", listing)
+
+
+def is_built_in(kernel: Kernel, name: str) -> bool:
+    return any(Path(line).stem == name for line in (kernel.modules / "modules.builtin").read_text().splitlines())
 
 
 def module(kernel: Kernel, name: str) -> bytes:
