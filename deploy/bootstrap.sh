@@ -16,6 +16,7 @@ readonly RUNTIME=(ca-certificates gcc iproute2 libc6-dev linux-headers-amd64 lin
 readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
 readonly TEST=(bpftool dpdk-dev)
 readonly BENCH=(sockperf)
+readonly NEWER=trixie # and its backports: see newer_guest
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
 
@@ -63,23 +64,62 @@ packages() {
 		fail "apt-get could not install ${missing[*]}: $(tail -n 3 "$LOG")" "check the network and the free space, then run this again"
 }
 
-# Take a package's files without installing it: no kernel joins the boot menu and no service starts.
+# Take packages' files without installing them: no kernel joins the boot menu and no service starts.
+take() { # directory, [options of apt-get,] packages
+	local into="$1.part" package
+	rm -rf "$into" "$1"
+	mkdir -p "$into/partial"
+	(cd "$into" && apt-get -q -o APT::Sandbox::User=root "${@:2}") >"$LOG" 2>&1 </dev/null || return
+	for package in "$into"/*.deb; do
+		dpkg-deb -x "$package" "$into" >"$LOG" 2>&1 || return
+	done
+	rm -rf "$into"/*.deb "$into"/partial "$into"/lock
+	touch "$into/.complete"
+	mv "$into" "$1"
+}
+
 unpack() { # package, directory
 	[ -e "$2/.complete" ] && return
 	have_lists || refresh
 	say "unpacking Debian's $1 into ${2#"$ROOT"/}"
-	local into="$2.part"
-	rm -rf "$into" "$2"
-	mkdir -p "$into"
-	(cd "$into" && apt-get -q -o APT::Sandbox::User=root download "$1") >"$LOG" 2>&1 </dev/null || {
-		refresh
-		(cd "$into" && apt-get -q -o APT::Sandbox::User=root download "$1") >"$LOG" 2>&1 </dev/null ||
-			fail "apt-get could not download $1: $(tail -n 3 "$LOG")" "check the network, then run this again"
+	take "$2" download "$1" && return
+	refresh
+	take "$2" download "$1" ||
+		fail "apt-get could not download $1: $(tail -n 3 "$LOG")" "check the network, then run this again"
+}
+
+# A newer QEMU with its libraries and a newer guest kernel, for what Debian 12's do not negotiate: from the archive that apt
+# uses anyway, over lists of our own, so that apt here stays as it is. Where they are out of reach, their tests are skipped.
+newer_guest() {
+	local into=$ROOT/build/newer-guest
+	[ -e "$into/.complete" ] && return
+	have_lists || refresh
+	say "unpacking QEMU and a kernel of Debian's $NEWER into ${into#"$ROOT"/}"
+	take_newer "$into" "$ROOT/build/newer-lists" ||
+		say "they are not to be had, so their tests are skipped: $(tail -n 3 "$LOG")"
+	rm -rf "$ROOT/build/newer-lists" "$into.part"
+}
+
+take_newer() { # directory, directory for lists
+	local archive kernel VERSION_CODENAME=""
+	# shellcheck source=/dev/null
+	. /etc/os-release
+	archive=$(apt-get indextargets --format '$(REPO_URI)' "Created-By: Packages" "Codename: $VERSION_CODENAME" \
+		"Component: main" 2>"$LOG" | head -n 1)
+	[ -n "$archive" ] || {
+		echo "apt knows no archive of $VERSION_CODENAME" >"$LOG"
+		return 1
 	}
-	dpkg-deb -x "$into"/*.deb "$into"
-	rm "$into"/*.deb
-	touch "$into/.complete"
-	mv "$into" "$2"
+	mkdir -p "$2/lists/partial" "$2/archives/partial"
+	printf "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive %s main\n" \
+		"$NEWER" "$NEWER-backports" >"$2/sources.list"
+	local own=(-o "Dir::Etc::sourcelist=$2/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State=$2"
+		-o Dir::State::status=/dev/null -o "Dir::Cache=$2" -o APT::Sandbox::User=root)
+	apt-get -q "${own[@]}" update >"$LOG" 2>&1 </dev/null || return
+	kernel=$(apt-cache "${own[@]}" depends linux-image-cloud-amd64 2>"$LOG" |
+		awk '$1 == "Depends:" && /linux-image/ { print $2; exit }')
+	take "$1" "${own[@]}" -y --no-install-recommends -o "Dir::Cache::archives=$1.part" -t "$NEWER-backports" \
+		--download-only install qemu-system-x86 "$kernel/$NEWER"
 }
 
 guest_packages() {
@@ -181,6 +221,7 @@ main() {
 		;;
 	test)
 		test_packages
+		newer_guest
 		environment "[dev]"
 		if [ "${1:-}" = -- ]; then
 			shift

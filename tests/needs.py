@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests import dpdk
+from tests import dpdk, newer
 from xdpnet.demo import initramfs
 from xdpnet.errors import SetupError
 
@@ -33,6 +33,7 @@ def _missing_tx_metadata() -> str | None:
 
 root = _skip(None if os.geteuid() == 0 else "needs root")
 guest = _skip(_missing_guest())
+newer_guest = _skip(_missing_guest() or newer.missing())
 testpmd = _skip(dpdk.missing())
 tx_metadata = _skip(_missing_tx_metadata())
 
