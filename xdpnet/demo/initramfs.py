@@ -47,12 +47,14 @@ ifconfig lo up
 stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
 echo "ready $(uname -r)" >&3
-while read -r id script <&3; do
+# In a process of its own: the end of any orphan is a signal to the first one, and would cut short what it reads.
+(while read -r id script <&3; do
     echo "$script" | base64 -d >/tmp/.script
     sh /tmp/.script >/tmp/.output 2>&1 </dev/null 3>&-
     status=$?
     { echo "begin $id"; base64 </tmp/.output; echo "end $id $status"; } >&3
-done
+done)
+exit
 """
 
 
