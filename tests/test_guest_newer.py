@@ -127,8 +127,8 @@ class Stage:
 def stage(tmp_path_factory: pytest.TempPathFactory, control: ControlThread, bridge: Bridge) -> Iterator[Stage]:
     directory = tmp_path_factory.mktemp("xdpn")
     kernel = newer.kernel()
-    programs = {"bin/datagrams": compile_program("datagrams", directory, "-static")}
-    initrd = initramfs.build(kernel, directory / "initramfs", executables=programs)
+    datagrams = compile_program("datagrams", directory)
+    initrd = initramfs.build(kernel, directory / "initramfs", (*initramfs.PROGRAMS, str(datagrams)))
     accel = best_accelerator(kernel, initrd, directory)
     macs = {name: f"52:54:00:78:66:0{number}" for number, name in enumerate(("whole", "split", "plain", "packed"))}
     with ExitStack() as stack:
@@ -148,9 +148,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory, control: ControlThread, brid
         driver = control.call(lambda: Driver(bridge, MODERN | sends).start())
         stack.callback(lambda: control.call(driver.close))
 
-        def card(name: str, properties: str = "") -> Card:
+        def card(name: str, options: str = "") -> Card:
             address = macs.get(name, UFO_MAC.hex(":"))
-            return Card(directory / f"{name}.socket", address, properties=f"id={name}{properties}")
+            return Card(directory / f"{name}.socket", address, options=f"id={name}{options}")
 
         def boot(guest: str, cards: Sequence[Card], with_uso: str, hidden: int) -> Guest:
             path = directory / f"{with_uso}.relay"
