@@ -29,6 +29,7 @@ from xdpnet import core
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 
 FAR = mac(99)
+PIECE = 4064  # of a frame of several descriptors: a buffer without the room for metadata
 ENTRIES = 128
 CONTINUED, METADATA = 1, 2  # options of a descriptor: XDP_PKT_CONTD, XDP_TX_METADATA
 RAM = (Span(0x4000_0000, 1 << 26, 0x7F12_0000_0000, 0),)
@@ -95,7 +96,7 @@ class Scene:
         for chain in self.ring.chains():
             sizes = [size for _, size, _ in chain]
             assert 60 <= sum(sizes) <= self.mtu + 18
-            assert len(chain) == 1 or set(sizes[:-1]) == {4096}
+            assert len(chain) == 1 or set(sizes[:-1]) == {PIECE}
             assert all(1 <= size <= 4096 for size in sizes)
             # Metadata, if any, is of our making, and of frames that were copied.
             own = METADATA * all(addr >> 48 == 0 for addr, _, _ in chain)
