@@ -51,12 +51,13 @@ static bool is_link_local(const struct view *v, u64 dst)
 /* No address: of those, only 48 bits are set. The address of all zeroes is one that a frame may carry. */
 #define NO_MAC UINT64_MAX
 
-static void classify(struct worker *w, const struct port *from, struct view *views, u32 n)
+/* Gives each frame its way; whether any may go to an interface. */
+static bool classify(struct worker *w, const struct port *from, struct view *views, u32 n)
 {
 	struct xn_bridge *b = w->bridge;
 	u64 last_src = 0, last_dst = NO_MAC;
 	u16 last_vlan = 0, last_port = 0;
-	bool good = false;
+	bool good = false, to_netdev = false;
 
 	for (u32 i = 0; i < n; i++) {
 		struct view *v = &views[i];
@@ -82,6 +83,7 @@ static void classify(struct worker *w, const struct port *from, struct view *vie
 			u32 port = mac_is_group(dst) ? FDB_NONE : fdb_lookup(b->fdb, dst, vlan, w->now);
 
 			last_port = port == FDB_NONE ? VIEW_FLOOD : (u16)port;
+			to_netdev |= port != FDB_NONE && b->ports[port].kind == PORT_NETDEV;
 		}
 		last_src = src;
 		last_dst = dst;
@@ -92,6 +94,7 @@ static void classify(struct worker *w, const struct port *from, struct view *vie
 						     b->ports[v->port].kind == PORT_NETDEV)))
 			view_drop(v, XN_DROP_NO_PORT);
 	}
+	return to_netdev;
 }
 
 static __attribute__((noinline)) u32 descriptors_of_large(const struct view *v)
@@ -211,42 +214,56 @@ static __attribute__((noinline)) void deliver_changed(struct worker *w, struct p
 		deliver_plain(w, to, queue, views, which + from, n - from);
 }
 
-static void deliver(struct worker *w, struct port *to, u32 queue, struct view *views, u64 mask,
-		    struct xn_queue_stats *stats)
+/* Frames that all go to one port; `plain`: none of them needs anything. */
+static always_inline void deliver(struct worker *w, struct port *to, u32 queue, struct view *views, u8 *which, u32 n,
+				  bool plain, struct xn_queue_stats *stats)
 {
-	u8 which[XN_BURST], needs = 0;
-	u32 n = 0;
-
-	for (; mask; mask &= mask - 1) {
-		u32 i = (u32)__builtin_ctzll(mask);
-
-		which[n++] = (u8)i;
-		needs |= views[i].needs;
-	}
-	if (likely(!needs))
+	if (likely(plain))
 		deliver_plain(w, to, queue, views, which, n);
 	else
 		deliver_changed(w, to, queue, views, which, n, stats);
 }
 
-/* From the wire to the one guest that it is for: frames of a flow in one, where it takes such. */
-static u64 join(struct worker *w, const struct port *to, struct view *views, u64 mask, struct xn_queue_stats *stats)
+/* From the wire to the one guest that it is for: frames of a flow in one, where it takes such. Returns how many are left. */
+static u32 join(struct worker *w, const struct port *to, struct view *views, u8 *which, u32 n,
+		struct xn_queue_stats *stats)
 {
 	struct gro_done done = {0};
-	u8 which[XN_BURST];
-	u32 n = 0;
-	u64 left = 0;
 
-	for (u64 m = mask; m; m &= m - 1)
-		which[n++] = (u8)__builtin_ctzll(m);
 	n = gro_join(&w->joined, views, which, n, takes(to), &done);
-	if (!done.joined && !done.verified)
-		return mask;
-	for (u32 i = 0; i < n; i++)
-		left |= 1ull << which[i];
 	count(&stats->joined, done.joined);
 	count(&stats->csum_verified, done.verified);
-	return left;
+	return n;
+}
+
+static void forward_unicast(struct worker *w, const struct port *from, u32 port, u32 queue, struct view *views,
+			    u8 *which, u32 n, bool plain, struct xn_queue_stats *stats)
+{
+	struct port *to = &w->bridge->ports[port];
+
+	if (from->kind == PORT_NETDEV && takes(to) & NEED_CUT) {
+		u32 left = join(w, to, views, which, n, stats);
+
+		plain = plain && left == n;
+		n = left;
+	}
+	deliver(w, to, queue, views, which, n, plain, stats);
+}
+
+/* Takes those with the first one's port out of a mask; returns how many. */
+static u32 take_one_way(const struct view *views, u64 *mask, u8 *which)
+{
+	u32 port = views[__builtin_ctzll(*mask)].port, n = 0;
+
+	for (u64 left = *mask; left; left &= left - 1) {
+		u32 i = (u32)__builtin_ctzll(left);
+
+		if (views[i].port != port)
+			continue;
+		which[n++] = (u8)i;
+		*mask &= ~(left & -left);
+	}
+	return n;
 }
 
 static bool floods_to(const struct port *from, const struct port *to)
@@ -254,65 +271,93 @@ static bool floods_to(const struct port *from, const struct port *to)
 	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV);
 }
 
-static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask,
+static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask, bool plain,
 		  struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
-	u32 frames = (u32)__builtin_popcountll(mask), ports = 0;
+	u8 which[XN_BURST];
+	u32 n = 0, ports = 0;
 
+	for (; mask; mask &= mask - 1)
+		which[n++] = (u8)__builtin_ctzll(mask);
 	for (u32 i = 0; i < b->ports_n; i++) {
 		if (!floods_to(from, &b->ports[i]))
 			continue;
 		ports++;
-		deliver(w, &b->ports[i], queue, views, mask, stats);
+		deliver(w, &b->ports[i], queue, views, which, n, plain, stats);
 	}
 	if (ports)
-		count(&stats->copies, (u64)(ports - 1) * frames);
+		count(&stats->copies, (u64)(ports - 1) * n);
 	else
-		count(&stats->drops[XN_DROP_NO_PORT], frames);
+		count(&stats->drops[XN_DROP_NO_PORT], n);
+}
+
+/* Where the frames of a burst go, a bit each, and what they are together. */
+struct sorted {
+	u64 unicast, flooded, dropped;
+	u64 bytes;
+	bool one_way; /* all are unicast, to one port */
+	bool plain;   /* none needs anything */
+};
+
+static always_inline struct sorted sort(const struct view *views, u32 n)
+{
+	struct sorted s = {0};
+	u16 port = views->port, other = 0;
+	u8 needs = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		const struct view *v = &views[i];
+
+		s.bytes += v->len;
+		needs |= v->needs;
+		other |= v->port ^ port;
+	}
+	s.plain = !needs;
+	s.one_way = port < VIEW_FLOOD && !other;
+	if (likely(s.one_way))
+		return s;
+	for (u32 i = 0; i < n; i++) {
+		u64 *mask = views[i].port < VIEW_FLOOD	  ? &s.unicast
+			    : views[i].port == VIEW_FLOOD ? &s.flooded
+							  : &s.dropped;
+
+		*mask |= 1ull << i;
+	}
+	return s;
 }
 
 u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
 		   struct xn_queue_stats *stats, bool may_wait)
 {
-	u64 unicast = 0, group = 0, bytes = 0;
+	bool to_netdev = classify(w, from, views, n);
+	u8 which[XN_BURST];
 
-	classify(w, from, views, n);
-	if (may_wait)
+	if (may_wait && to_netdev)
 		n = with_room(w, queue, views, n);
 	if (!n)
 		return 0;
-	for (u32 i = 0; i < n; i++) {
-		bytes += views[i].len;
-		if (likely(views[i].port < VIEW_FLOOD))
-			unicast |= 1ull << i;
-		else if (views[i].port == VIEW_FLOOD)
-			group |= 1ull << i;
-		else
-			count(&stats->drops[views[i].drop], 1);
-	}
+	struct sorted s = sort(views, n);
+
 	count(&stats->packets, n);
-	count(&stats->bytes, bytes);
+	count(&stats->bytes, s.bytes);
 	count(&stats->bursts, 1);
 	count(&w->stats.packets, n);
-	while (unicast) {
-		u32 port = views[__builtin_ctzll(unicast)].port;
-		u64 mask = unicast;
-
-		/* Mostly the whole burst has one way. */
-		for (u64 left = unicast & (unicast - 1); left; left &= left - 1)
-			if (unlikely(views[__builtin_ctzll(left)].port != port))
-				mask &= ~(left & -left);
-		struct port *to = &w->bridge->ports[port];
-		u64 whole = mask;
-
-		if (from->kind == PORT_NETDEV && takes(to) & NEED_CUT)
-			whole = join(w, to, views, mask, stats);
-		deliver(w, to, queue, views, whole, stats);
-		unicast &= ~mask;
+	if (likely(s.one_way)) {
+		for (u32 i = 0; i < XN_BURST; i++)
+			which[i] = (u8)i;
+		forward_unicast(w, from, views->port, queue, views, which, n, s.plain, stats);
+		return n;
 	}
-	if (unlikely(group))
-		flood(w, from, queue, views, group, stats);
+	for (; s.dropped; s.dropped &= s.dropped - 1)
+		count(&stats->drops[views[__builtin_ctzll(s.dropped)].drop], 1);
+	while (s.unicast) {
+		u32 port = views[__builtin_ctzll(s.unicast)].port, taken = take_one_way(views, &s.unicast, which);
+
+		forward_unicast(w, from, port, queue, views, which, taken, s.plain, stats);
+	}
+	if (s.flooded)
+		flood(w, from, queue, views, s.flooded, s.plain, stats);
 	return n;
 }
 
