@@ -115,9 +115,10 @@ take_newer() { # directory, directory for lists
 		"$NEWER" "$NEWER-backports" >"$2/sources.list"
 	local own=(-o "Dir::Etc::sourcelist=$2/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State=$2"
 		-o Dir::State::status=/dev/null -o "Dir::Cache=$2" -o APT::Sandbox::User=root)
-	apt-get -q "${own[@]}" update >"$LOG" 2>&1 </dev/null || return
+	apt-get -q "${own[@]}" --error-on=any update >"$LOG" 2>&1 </dev/null || return
 	kernel=$(apt-cache "${own[@]}" depends linux-image-cloud-amd64 2>"$LOG" |
 		awk '$1 == "Depends:" && /linux-image/ { print $2; exit }')
+	[ -n "$kernel" ] || return
 	take "$1" "${own[@]}" -y --no-install-recommends -o "Dir::Cache::archives=$1.part" -t "$NEWER-backports" \
 		--download-only install qemu-system-x86 "$kernel/$NEWER"
 }
