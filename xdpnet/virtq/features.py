@@ -110,6 +110,7 @@ def _mtu_known(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
 # GUEST_ANNOUNCE costs us nothing: where it is negotiated, QEMU asks the guest to announce itself (configuration space
 # and control queue), in all its VLANs and with its IP addresses, and sends us no SEND_RARP (hw/virtio/vhost-user.c,
 # vhost_user_migration_done); not offered, QEMU takes the bit away from the guest. RARP is for the other guests.
+# To a guest without a control queue a frontend must not pass it on, as with MQ: Linux refuses such a card.
 # RING_RESET is not offered, though rings stop and start one by one: QEMU would let the guest reset a ring and tell no
 # vhost-user backend of it (hw/net/virtio-net.c, virtio_net_queue_reset); the ring would be polled in memory given back.
 OFFERED: dict[VirtioFeature, Condition] = {
