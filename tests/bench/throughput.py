@@ -13,7 +13,6 @@ from tests.bench.lab import (
     BACKEND_CPU,
     BACKENDS,
     CLIENT_CPU,
-    GENERIC,
     MAC,
     PEER_MAC,
     ZEROCOPY,
@@ -152,7 +151,7 @@ ROWS = [
             f"veth-and-back-{length}",
             f"through veth and back, {length} B",
             UNITS,
-            {name: veth_and_back(contender, length) for name, contender in (BACKENDS | ZEROCOPY | GENERIC).items()}
+            {name: veth_and_back(contender, length) for name, contender in (BACKENDS | ZEROCOPY).items()}
             | {"raw AF_XDP": raw(length, back=True)},
         )
         for length in (64, 1500)
