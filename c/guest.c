@@ -106,7 +106,7 @@ static bool recall(struct port *p, bool patient)
 		}
 		if (guest_take_back(q, cycles())) {
 			full_fence();
-			vring_notify(q);
+			(void)vring_notify(q, q->used);
 		}
 		done &= q->loans_head == q->loans_tail;
 	}

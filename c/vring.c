@@ -79,14 +79,14 @@ int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, 
 	return (int)n;
 }
 
-static bool split_wants_call(const struct virtqueue *q, struct cursor old)
+static bool split_wants_call(const struct virtqueue *q, struct cursor old, struct cursor until)
 {
 	if (!q->event_idx)
 		return !(g_load16(&q->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
-	return !q->signalled_valid || vring_need_event(g_load16(split_used_event_at(q)), q->used.pos, old.pos);
+	return !q->signalled_valid || vring_need_event(g_load16(split_used_event_at(q)), until.pos, old.pos);
 }
 
-static bool packed_wants_call(const struct virtqueue *q, struct cursor old)
+static bool packed_wants_call(const struct virtqueue *q, struct cursor old, struct cursor until)
 {
 	u16 flags = g_load16(&q->packed.driver->flags);
 
@@ -97,34 +97,39 @@ static bool packed_wants_call(const struct virtqueue *q, struct cursor old)
 		return true;
 	u16 off_wrap = g_load16(&q->packed.driver->off_wrap);
 	u32 event = off_wrap & ((1u << VRING_PACKED_EVENT_F_WRAP_CTR) - 1);
-	u32 new = q->used.pos, from = old.pos;
+	u32 new = until.pos, from = old.pos;
 
-	/* On one line with `used` as its end: what lies in the lap before is below zero, modulo 2^16. */
-	if (off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR != q->used.wrap)
+	/* On one line with `until` as its end: what lies in the lap before is below zero, modulo 2^16. */
+	if (off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR != until.wrap)
 		event -= q->num;
-	if (old.wrap != q->used.wrap)
+	if (old.wrap != until.wrap)
 		from -= q->num;
 	return vring_need_event((u16)event, (u16) new, (u16)from);
 }
 
-void vring_notify(struct virtqueue *q)
+bool vring_notify(struct virtqueue *q, struct cursor until)
 {
 	struct cursor old = q->signalled;
-	bool wanted;
 
 	/* Past a lap, where `used` stood and where it stands no longer tell how far it went. */
-	if (q->unchecked > q->num)
+	if (q->unchecked > q->num) {
 		q->signalled_valid = false;
-	q->unchecked = 0;
-	if (q->signalled_valid && old.pos == q->used.pos && old.wrap == q->used.wrap)
-		return;
-	wanted = q->is_packed ? packed_wants_call(q, old) : split_wants_call(q, old);
-	q->signalled = q->used;
-	q->signalled_valid = true;
-	if (!wanted || q->call_fd < 0) {
-		count(&q->stats.calls_saved, 1);
-		return;
+		until = q->used;
 	}
-	count(&q->stats.calls, 1);
-	signal_fd(q->call_fd);
+	if (!q->signalled_valid || !cursor_is(old, until)) {
+		bool wanted = q->is_packed ? packed_wants_call(q, old, until) : split_wants_call(q, old, until);
+
+		if (wanted)
+			until = q->used;
+		if (wanted && q->call_fd >= 0) {
+			count(&q->stats.calls, 1);
+			signal_fd(q->call_fd);
+		} else {
+			count(&q->stats.calls_saved, 1);
+		}
+	}
+	q->signalled = until;
+	q->signalled_valid = true;
+	q->unchecked = vring_distance(q, until, q->used);
+	return !cursor_is(until, q->used);
 }

@@ -76,10 +76,11 @@ struct virtqueue {
 	u16 avail_idx;		 /* split: the guest's index, as last read */
 	u32 unchecked; /* descriptors (split: chains) published since the last notification check; may be more than a lap */
 	bool signalled_valid;
-	u8 broken;    /* enum xn_broken */
-	u32 hint;     /* memory region of the last translation */
-	u32 dirty;    /* workers that owe a notification check, one bit each */
-	u64 call_due; /* cycles, when the guest is to be told of what it has back */
+	u8 broken;	    /* enum xn_broken */
+	u32 hint;	    /* memory region of the last translation */
+	u32 dirty;	    /* workers that owe a notification check, one bit each */
+	u64 call_due;	    /* cycles, when the guest is to be told of what it has back ... */
+	struct cursor owed; /* ... up to here; where `used` stood when that was set */
 	struct source source;
 
 	/* A transmit ring's chains between pop and push, oldest first, if one of them is lent; free-running indices. */
@@ -95,8 +96,11 @@ struct virtqueue {
 /* Latches the ring broken, tells the frontend through its err eventfd and the control thread through an event. */
 void vring_break(struct virtqueue *q, enum xn_broken why);
 
-/* Interrupts the guest if an index that it published asks for it. The caller has put a full fence after vring_publish. */
-void vring_notify(struct virtqueue *q);
+/*
+ * Interrupts the guest if an index that it published asks for it, up to where `used` stood at `until`. The caller has put
+ * a full fence after vring_publish. Whether there is more, that the guest was not told of either.
+ */
+bool vring_notify(struct virtqueue *q, struct cursor until);
 
 /*
  * Takes the pieces of a chain: at most `room`, their bytes added up in *total. Returns how many; -EMSGSIZE if there are
@@ -129,6 +133,19 @@ static inline void cursor_advance(const struct virtqueue *q, struct cursor *c, u
 		c->pos = (u16)(c->pos - q->num);
 		c->wrap ^= 1;
 	}
+}
+
+static inline bool cursor_is(struct cursor a, struct cursor b)
+{
+	return a.pos == b.pos && a.wrap == b.wrap;
+}
+
+/* From one place to a later one, less than a lap on. */
+static inline u32 vring_distance(const struct virtqueue *q, struct cursor from, struct cursor to)
+{
+	if (!q->is_packed)
+		return (u16)(to.pos - from.pos);
+	return to.pos - from.pos + (to.wrap == from.wrap ? 0 : q->num);
 }
 
 /* ---- split ---- */
@@ -324,12 +341,11 @@ static always_inline bool vring_publish(struct virtqueue *q, const struct pushin
 		return false;
 	if (packed) {
 		g_store16_release(&q->packed.desc[p->first_pos].flags, p->first_flags);
-		q->unchecked += p->at.pos - q->used.pos + (p->at.wrap == q->used.wrap ? 0 : q->num);
 	} else {
-		q->unchecked += (u16)(p->at.pos - q->used.pos);
 		/* Release: the buffers and used elements are visible before the index that announces them. */
 		g_store16_release(&q->split.used->idx, p->at.pos);
 	}
+	q->unchecked += vring_distance(q, q->used, p->at);
 	q->used = p->at;
 	return true;
 }

@@ -202,10 +202,15 @@ static void end_loans(struct worker *w, u64 now)
 	w->lenders_n = kept;
 }
 
-/* Whether the guest is to be told now of what it has back; before the worker sleeps, in any case. */
+/* Whether the guest is to be told now of all that it has back; before the worker sleeps, in any case. */
+static bool tells_all(const struct worker *w, const struct virtqueue *q)
+{
+	return !w->active_n || q->index % 2 == XN_RX || q->unchecked >= q->num / SENT_CALL_PART;
+}
+
 static bool call_is_due(const struct worker *w, const struct virtqueue *q)
 {
-	return !w->active_n || (int64_t)(w->turn - q->call_due) >= 0 || q->unchecked >= q->num / SENT_CALL_PART;
+	return tells_all(w, q) || (int64_t)(w->turn - q->call_due) >= 0;
 }
 
 static void notify_guests(struct worker *w)
@@ -228,8 +233,13 @@ static void notify_guests(struct worker *w)
 		}
 
 		vring_lock(q);
-		q->dirty &= ~(1u << w->id);
-		vring_notify(q);
+		/* What it has seen by itself meanwhile has cost nothing; what came later has a time of its own. */
+		if (vring_notify(q, tells_all(w, q) ? q->used : q->owed)) {
+			worker_set_due(w, q);
+			w->notify[kept++] = q;
+		} else {
+			q->dirty &= ~(1u << w->id);
+		}
 		vring_unlock(q);
 	}
 	w->notify_n = kept;

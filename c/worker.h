@@ -99,13 +99,20 @@ void worker_keep_active(struct worker *w, struct source *s);
 void worker_forget_ring(struct worker *w, const struct virtqueue *q);
 void worker_forget_xsk(struct worker *w, const struct xsk *x);
 
+/* When the guest is told of what it has back now. */
+static inline void worker_set_due(const struct worker *w, struct virtqueue *q)
+{
+	q->owed = q->used;
+	q->call_due = w->turn + (q->index % 2 == XN_TX ? w->sent_call_delay : 0);
+}
+
 /* The ring owes a notification check at the end of the turn; under the ring's lock, if it is shared. */
 static inline void worker_owes(struct worker *w, struct virtqueue *q)
 {
 	if (q->dirty & 1u << w->id)
 		return;
 	q->dirty |= 1u << w->id;
-	q->call_due = w->turn + (q->index % 2 == XN_TX ? w->sent_call_delay : 0);
+	worker_set_due(w, q);
 	w->notify[w->notify_n++] = q;
 }
 
