@@ -125,6 +125,28 @@ def test_a_burst_costs_one_call(make_bridge: MakeBridge, guests: MakeGuest) -> N
     assert b.stats(core.RX).calls == a.stats(core.TX).calls == 1
 
 
+def test_a_guest_that_sees_by_itself_that_its_frames_are_sent_is_not_called(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """As in a conversation: when the delay of one frame's call is over, the guest has seen that, but not yet the next."""
+    bridge = make_bridge(spin_us=10_000_000)
+    a, b = guests(bridge), guests(bridge)
+    b.pair.fill()
+    a.pair.send(frame(BROADCAST, mac(1)))
+    assert eventually(lambda: a.pair.tx.calls() == 1)  # the first call after a start always comes
+    before, tx = a.stats(core.TX).calls, a.pair.tx
+    for _ in range(400):
+        a.pair.queue(frame(BROADCAST, mac(1)))
+        tx.kick()
+        while not tx.pending():
+            pass
+        tx.collect()
+        tx.want_call()
+        if not b.pair.rx.room:
+            b.pair.frames()
+    assert a.stats(core.TX).calls - before <= 100
+
+
 @each_kind
 def test_a_new_call_fd_is_signalled_at_once_and_used_from_then_on(
     bridge: core.Bridge, guests: MakeGuest, features: int
