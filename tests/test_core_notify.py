@@ -128,7 +128,7 @@ def test_a_burst_costs_one_call(make_bridge: MakeBridge, guests: MakeGuest) -> N
 def test_a_guest_that_sees_by_itself_that_its_frames_are_sent_is_not_called(
     make_bridge: MakeBridge, guests: MakeGuest
 ) -> None:
-    """As in a conversation: when the delay of one frame's call is over, the guest has seen that, but not yet the next."""
+    """As in a conversation: when one frame's call is due, the guest has seen that, but not yet the next."""
     bridge = make_bridge(spin_us=10_000_000)
     a, b = guests(bridge), guests(bridge)
     b.pair.fill()
