@@ -422,7 +422,7 @@ static __attribute__((noinline)) bool write_large(struct xsk *x, const struct vi
 	}
 	if (!v->needs) {
 		view_copy_large(frames, v);
-	} else if (x->leaves_csum) {
+	} else if (leaves_csum(x, v)) {
 		view_copy_large(frames, v);
 		first->options |= leave_csum(*frames, v, stats);
 	} else {
@@ -548,9 +548,12 @@ void netdev_is_stuck(struct xsk *x)
 {
 	lock_tx(x);
 	xsk_recall(x);
-	x->stuck = x->lent_n;
+	bool keeps = x->lent_n;
+
+	/* It may be stuck already, for what it has delivered. */
+	x->stuck |= keeps;
 	unlock_tx(x);
-	if (x->stuck)
+	if (keeps)
 		bridge_event(x->port->bridge, XN_EVENT_UMEM);
 }
 
