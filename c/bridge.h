@@ -109,6 +109,8 @@ bool netdev_kick(struct xsk *x);
 
 /* What a started transmit ring is to its worker, by layout. */
 extern const struct source_ops split_source, packed_source;
+/* An AF_XDP socket, and one that gets frames in several descriptors; the AF_PACKET socket. */
+extern const struct source_ops xsk_source, chains_source, group_source;
 
 /* Hands back chains whose loans have ended; returns how many. */
 u32 guest_take_back(struct virtqueue *q, u64 now);

@@ -1,0 +1,396 @@
+/*
+ * The way of a burst: where each frame goes, by its addresses and VLAN, and in what form its receiver takes it.
+ */
+#include <linux/if_arp.h>
+
+#include "bridge.h"
+#include "csum.h"
+#include "packet.h"
+
+enum { MAC_CONTROL = 0x8808 };
+
+/* Remembers where a frame came from. False: the address is not this port's to use. */
+static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan)
+{
+	struct xn_bridge *b = w->bridge;
+
+	if (from->kind == PORT_GUEST) {
+		if (from->check_source && src != from->mac)
+			return false;
+		if (unlikely(mac_is_group(src) || !src))
+			return false;
+	} else if (mac_is_group(src) || !src) {
+		return true;
+	}
+	switch (fdb_learn(b->fdb, src, vlan, from->id, from->kind == PORT_GUEST, w->now)) {
+	case FDB_LEARNED:
+		bridge_event(b, XN_EVENT_FDB);
+		return true;
+	case FDB_FOREIGN:
+		/* Another guest's own address. On the wire that may be our own frame coming back, or the guest on its way. */
+		return from->kind != PORT_GUEST;
+	case FDB_KNOWN:
+		break;
+	}
+	return true;
+}
+
+/*
+ * What one station says to the bridge or the card at the other end of its cable, and no bridge passes on: to the reserved
+ * group addresses 01-80-C2-00-00-00 to -0F (IEEE 802.1Q, 8.6.3: spanning tree, LACP, LLDP), or MAC control, which pauses
+ * a card (802.3, 31). From a guest it would be for the bridges and cards outside.
+ */
+static bool is_link_local(const struct view *v, u64 dst)
+{
+	return (dst & ~(0xfull << 40)) == 0x0000c28001 || load_be16(v->head + 12) == MAC_CONTROL;
+}
+
+/* No address: of those, only 48 bits are set. The address of all zeroes is one that a frame may carry. */
+#define NO_MAC UINT64_MAX
+
+/* Gives each frame its way; whether any may go to an interface. */
+static bool classify(struct worker *w, const struct port *from, struct view *views, u32 n)
+{
+	struct xn_bridge *b = w->bridge;
+	u64 last_src = 0, last_dst = NO_MAC;
+	u16 last_vlan = 0, last_port = 0;
+	bool good = false, to_netdev = false;
+
+	for (u32 i = 0; i < n; i++) {
+		struct view *v = &views[i];
+
+		if (v->port == VIEW_DROPPED)
+			continue;
+		u64 src = view_src(v), dst = view_dst(v);
+		u16 vlan = view_vlan(v);
+
+		if (unlikely(is_link_local(v, dst)) && from->kind == PORT_GUEST) {
+			view_drop(v, XN_DROP_POLICY);
+			continue;
+		}
+		/* Bursts come in trains of one flow: look up what differs. */
+		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
+			good = learn(w, from, src, vlan);
+		if (unlikely(!good)) {
+			view_drop(v, XN_DROP_SPOOF);
+			last_dst = NO_MAC;
+			continue;
+		}
+		if (dst != last_dst || vlan != last_vlan) {
+			u32 port = mac_is_group(dst) ? FDB_NONE : fdb_lookup(b->fdb, dst, vlan, w->now);
+
+			last_port = port == FDB_NONE ? VIEW_FLOOD : (u16)port;
+			to_netdev |= port != FDB_NONE && b->ports[port].kind == PORT_NETDEV;
+		}
+		last_src = src;
+		last_dst = dst;
+		last_vlan = vlan;
+		v->port = last_port;
+		/* Back where it came from; or from one interface to another, which would close loops of the networks outside. */
+		if (unlikely(v->port == from->id || (v->port < VIEW_FLOOD && from->kind == PORT_NETDEV &&
+						     b->ports[v->port].kind == PORT_NETDEV)))
+			view_drop(v, XN_DROP_NO_PORT);
+	}
+	return to_netdev;
+}
+
+static __attribute__((noinline)) u32 descriptors_of_large(const struct view *v)
+{
+	u32 longest = v->len;
+
+	if (v->needs & NEED_CUT)
+		longest = min_u32(v->vnet.hdr_len + v->vnet.gso_size, longest) + IPV6_FRAGMENT_HDR;
+	return min_u32(vnet_segments(v) * ((longest + TX_PIECE - 1) / TX_PIECE), XN_MIN_FRAMES / 2);
+}
+
+/* Descriptors that a view is on the wire, at most; no more than the smallest set of frames has room for. */
+static u32 descriptors_of(const struct view *v)
+{
+	return likely(v->len <= TX_PIECE && !(v->needs & NEED_CUT)) ? 1 : descriptors_of_large(v);
+}
+
+/* How many views, from the first, can go before one finds its netdev full. */
+static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 n)
+{
+	struct xn_bridge *b = w->bridge;
+	u32 port = VIEW_DROPPED, room = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		if (views[i].port >= VIEW_FLOOD || b->ports[views[i].port].kind != PORT_NETDEV)
+			continue;
+		if (views[i].port != port) {
+			/* A burst to several interfaces is rare; the first of them decides. */
+			if (port != VIEW_DROPPED)
+				continue;
+			port = views[i].port;
+			room = netdev_room(w, &b->ports[port], queue, descriptors_of(&views[i]));
+		}
+		u32 wanted = descriptors_of(&views[i]);
+
+		if (room < wanted)
+			return i;
+		room -= wanted;
+	}
+	return n;
+}
+
+static void deliver_plain(struct worker *w, struct port *to, u32 queue, const struct view *views, const u8 *which,
+			  u32 n)
+{
+	if (likely(to->kind == PORT_GUEST))
+		guest_deliver(w, to, queue, views, which, n);
+	else
+		netdev_deliver(w, to, queue, views, which, n);
+}
+
+/* What a port does itself: a guest what it has agreed to; an interface's checksums are seen to as the frame is copied. */
+static u8 takes(const struct port *to)
+{
+	return to->kind == PORT_GUEST ? to->guest.takes : NEED_CSUM;
+}
+
+/* Completes a checksum that the port does not take as it is. What becomes of it at an interface is counted there. */
+static void suit_csum(const struct port *to, struct view *v, struct xn_queue_stats *stats)
+{
+	if (v->needs & ~takes(to)) {
+		csum_complete(v);
+		count(&stats->csum_completed, 1);
+	} else if (v->needs && to->kind == PORT_GUEST) {
+		count(&stats->csum_partial, 1);
+	}
+}
+
+/* Cuts a frame that the port does not take whole. */
+static void deliver_cut(struct worker *w, struct port *to, u32 queue, struct view *whole, struct xn_queue_stats *stats)
+{
+	struct virtqueue *lender = w->lender;
+	struct gso_room *room = &w->cut;
+	u8 which[XN_BURST];
+	struct gso cut;
+	u32 made = 0, n;
+
+	/* The payload of a segment is no chain of its own. */
+	w->lender = NULL;
+	gso_start(&cut, whole);
+	while ((n = gso_next(&cut, room))) {
+		for (u32 i = 0; i < n; i++) {
+			which[i] = (u8)i;
+			suit_csum(to, &room->views[i], stats);
+		}
+		deliver_plain(w, to, queue, room->views, which, n);
+		made += n;
+	}
+	w->lender = lender;
+	/* That of a datagram, over all of its fragments. */
+	if (whole->needs & NEED_UFO)
+		count(&stats->csum_completed, 1);
+	count(&stats->cut, 1);
+	count(&stats->segments, made - 1);
+}
+
+/* In order: what the port takes as it is in runs, the others changed into what it does take. */
+static __attribute__((noinline)) void deliver_changed(struct worker *w, struct port *to, u32 queue, struct view *views,
+						      u8 *which, u32 n, struct xn_queue_stats *stats)
+{
+	u32 from = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		struct view *v = &views[which[i]];
+		u8 missing = v->needs & (u8)~takes(to);
+
+		if (missing & NEED_CUT) {
+			if (i > from)
+				deliver_plain(w, to, queue, views, which + from, i - from);
+			deliver_cut(w, to, queue, v, stats);
+			from = i + 1;
+		} else {
+			suit_csum(to, v, stats);
+		}
+	}
+	if (n > from)
+		deliver_plain(w, to, queue, views, which + from, n - from);
+}
+
+/* Frames that all go to one port; `plain`: none of them needs anything. */
+static always_inline void deliver(struct worker *w, struct port *to, u32 queue, struct view *views, u8 *which, u32 n,
+				  bool plain, struct xn_queue_stats *stats)
+{
+	if (likely(plain))
+		deliver_plain(w, to, queue, views, which, n);
+	else
+		deliver_changed(w, to, queue, views, which, n, stats);
+}
+
+/* From the wire to the one guest that it is for: frames of a flow in one, where it takes such. Returns how many are left. */
+static u32 join(struct worker *w, const struct port *to, struct view *views, u8 *which, u32 n,
+		struct xn_queue_stats *stats)
+{
+	struct gro_done done = {0};
+
+	n = gro_join(&w->joined, views, which, n, takes(to), &done);
+	count(&stats->joined, done.joined);
+	count(&stats->csum_verified, done.verified);
+	return n;
+}
+
+static void forward_unicast(struct worker *w, const struct port *from, u32 port, u32 queue, struct view *views,
+			    u8 *which, u32 n, bool plain, struct xn_queue_stats *stats)
+{
+	struct port *to = &w->bridge->ports[port];
+
+	if (from->kind == PORT_NETDEV && takes(to) & NEED_CUT) {
+		u32 left = join(w, to, views, which, n, stats);
+
+		plain = plain && left == n;
+		n = left;
+	}
+	deliver(w, to, queue, views, which, n, plain, stats);
+}
+
+/* Takes those with the first one's port out of a mask; returns how many. */
+static u32 take_one_way(const struct view *views, u64 *mask, u8 *which)
+{
+	u32 port = views[__builtin_ctzll(*mask)].port, n = 0;
+
+	for (u64 left = *mask; left; left &= left - 1) {
+		u32 i = (u32)__builtin_ctzll(left);
+
+		if (views[i].port != port)
+			continue;
+		which[n++] = (u8)i;
+		*mask &= ~(left & -left);
+	}
+	return n;
+}
+
+static bool floods_to(const struct port *from, const struct port *to)
+{
+	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV);
+}
+
+static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask, bool plain,
+		  struct xn_queue_stats *stats)
+{
+	struct xn_bridge *b = w->bridge;
+	u8 which[XN_BURST];
+	u32 n = 0, ports = 0;
+
+	for (; mask; mask &= mask - 1)
+		which[n++] = (u8)__builtin_ctzll(mask);
+	for (u32 i = 0; i < b->ports_n; i++) {
+		if (!floods_to(from, &b->ports[i]))
+			continue;
+		ports++;
+		deliver(w, &b->ports[i], queue, views, which, n, plain, stats);
+	}
+	if (ports)
+		count(&stats->copies, (u64)(ports - 1) * n);
+	else
+		count(&stats->drops[XN_DROP_NO_PORT], n);
+}
+
+/* Where the frames of a burst go, a bit each, and what they are together. */
+struct sorted {
+	u64 unicast, flooded, dropped;
+	u64 bytes;
+	bool one_way; /* all are unicast, to one port; the masks are empty then */
+	bool plain;   /* none needs anything */
+};
+
+static always_inline struct sorted sort(const struct view *views, u32 n)
+{
+	struct sorted s = {0};
+	u16 port = views->port, other = 0;
+	u8 needs = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		const struct view *v = &views[i];
+
+		s.bytes += v->len;
+		needs |= v->needs;
+		other |= v->port ^ port;
+	}
+	s.plain = !needs;
+	s.one_way = port < VIEW_FLOOD && !other;
+	if (likely(s.one_way))
+		return s;
+	for (u32 i = 0; i < n; i++) {
+		u64 *mask = views[i].port < VIEW_FLOOD	  ? &s.unicast
+			    : views[i].port == VIEW_FLOOD ? &s.flooded
+							  : &s.dropped;
+
+		*mask |= 1ull << i;
+	}
+	return s;
+}
+
+u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
+		   struct xn_queue_stats *stats, bool may_wait)
+{
+	bool to_netdev = classify(w, from, views, n);
+	u8 which[XN_BURST];
+
+	if (may_wait && to_netdev)
+		n = with_room(w, queue, views, n);
+	if (!n)
+		return 0;
+	struct sorted s = sort(views, n);
+
+	count(&stats->packets, n);
+	count(&stats->bytes, s.bytes);
+	count(&stats->bursts, 1);
+	count(&w->stats.packets, n);
+	if (likely(s.one_way)) {
+		for (u32 i = 0; i < XN_BURST; i++)
+			which[i] = (u8)i;
+		forward_unicast(w, from, views->port, queue, views, which, n, s.plain, stats);
+		return n;
+	}
+	for (; s.dropped; s.dropped &= s.dropped - 1)
+		count(&stats->drops[views[__builtin_ctzll(s.dropped)].drop], 1);
+	while (s.unicast) {
+		u32 port = views[__builtin_ctzll(s.unicast)].port, taken = take_one_way(views, &s.unicast, which);
+
+		forward_unicast(w, from, port, queue, views, which, taken, s.plain, stats);
+	}
+	if (s.flooded)
+		flood(w, from, queue, views, s.flooded, s.plain, stats);
+	return n;
+}
+
+bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_queue_stats *stats)
+{
+	/* RFC 903: a request for the protocol address of the sender itself. Only its source matters to anybody. */
+	struct {
+		struct ethhdr eth;
+		__be16 hw_type, proto_type;
+		u8 hw_len, proto_len;
+		__be16 op;
+		u8 sender[ETH_ALEN], sender_ip[4];
+		u8 target[ETH_ALEN], target_ip[4];
+		u8 pad[18];
+	} __attribute__((packed)) frame = {.eth.h_dest = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
+					   .eth.h_proto = htobe16(ETH_P_RARP),
+					   .hw_type = htobe16(ARPHRD_ETHER),
+					   .proto_type = htobe16(ETH_P_IP),
+					   .hw_len = ETH_ALEN,
+					   .proto_len = 4,
+					   .op = htobe16(ARPOP_RREQUEST)};
+	struct piece piece = {(u8 *)&frame, sizeof(frame)};
+	struct view view = {.pieces = &piece, .n = 1, .len = sizeof(frame), .port = VIEW_FLOOD};
+
+	_Static_assert(sizeof(frame) == ETH_ZLEN, "the shortest frame, but for its checksum");
+	mac = htole64(mac);
+	memcpy(frame.eth.h_source, &mac, ETH_ALEN);
+	memcpy(frame.sender, &mac, ETH_ALEN);
+	memcpy(frame.target, &mac, ETH_ALEN);
+	view_snapshot(&view);
+	/* It may have slept for long, or not have begun. */
+	w->now = (u32)(monotonic_ns() / 1000000000u);
+	w->turn = cycles();
+	w->lender = NULL;
+	if (!learn(w, from, view_src(&view), 0))
+		return false;
+	bridge_forward(w, from, 0, &view, 1, stats, false);
+	return true;
+}
