@@ -128,7 +128,7 @@ void csum_copy_large(u8 *const *to, const struct view *v)
 
 void csum_complete(struct view *v)
 {
-	const u32 start = v->vnet.csum_start, field = start + v->vnet.csum_offset;
+	const u32 start = v->vnet.csum_start;
 	u64 sum = 0;
 	u32 at = 0;
 
@@ -139,10 +139,8 @@ void csum_complete(struct view *v)
 		sum = csum_add(sum, csum_bytes(v->pieces[i].ptr + before, n - before), at - start);
 		at += n - before;
 	}
-	u16 done = csum_mangle((u16)~csum_fold(sum));
-
-	memcpy(v->pieces->ptr + field, &done, sizeof(done));
-	if (field < VIEW_HEAD)
+	put_sum(v->pieces->ptr, v, sum);
+	if (start + v->vnet.csum_offset < VIEW_HEAD)
 		memcpy(v->head, v->pieces->ptr, min_u32(VIEW_HEAD, v->pieces->len));
 	v->vnet.flags = 0;
 	v->vnet.csum_start = v->vnet.csum_offset = 0;

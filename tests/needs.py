@@ -1,7 +1,6 @@
 """What a test needs of the machine; without it the test is skipped, and the skip says what is missing."""
 
 import os
-import re
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from tests import dpdk, newer
 from xdpnet.demo import initramfs
 from xdpnet.errors import SetupError
+from xdpnet.link import kernel_version
 
 
 def _missing_guest() -> str | None:
@@ -26,9 +26,8 @@ def _skip(reason: str | None) -> pytest.MarkDecorator:
 
 
 def _missing_tx_metadata() -> str | None:
-    release = os.uname().release
-    old = tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < (6, 11)
-    return f"Linux {release}: AF_XDP has metadata of sent frames from 6.11 on" if old else None
+    old = kernel_version() < (6, 11)
+    return f"Linux {os.uname().release}: AF_XDP has metadata of sent frames from 6.11 on" if old else None
 
 
 root = _skip(None if os.geteuid() == 0 else "needs root")

@@ -12,16 +12,16 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import pyroute2.netns
 import pytest
 
 from tests import clsact, needs
 from tests.native import compile_program
+from tests.netns import call_in
 from tests.waiting import until
 from xdpnet.demo import await_listener, initramfs, process, topology
 from xdpnet.demo.backend import Backend, balanced
@@ -381,15 +381,7 @@ int mark(struct __sk_buff *skb)
 @contextmanager
 def congested(far: topology.Namespace) -> Iterator[None]:
     """The far end marks packets that may be marked, of both directions: who sent them slows down, and says so (CWR)."""
-
-    def there(function: Callable[[], None]) -> None:
-        def inside() -> None:
-            pyroute2.netns.setns(str(far.path))
-            function()
-
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(inside).result()
-
+    there = partial(call_in, str(far.path))
     with clsact.loaded(MARKER, b"mark") as program:
         there(lambda: clsact.attach(program, topology.FAR_IF, clsact.INGRESS, clsact.EGRESS))
         try:
