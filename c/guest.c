@@ -403,7 +403,8 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 		q->source = (struct source){.ops = packed ? &packed_source : &split_source,
 					    .fd = q->kick_fd,
 					    .spins = true,
-					    .kicks = &q->stats.kicks};
+					    .kicks = &q->stats.kicks,
+					    .bytes = {&q->stats.bytes, &q[-1].stats.bytes}};
 		r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source);
 		if (r)
 			stop_ring(q);

@@ -113,7 +113,8 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 				    .fd = x->fd,
 				    .spins = true,
 				    .unwatched = true,
-				    .kicks = &nq->rx.kicks};
+				    .kicks = &nq->rx.kicks,
+				    .bytes = {&nq->rx.bytes, &nq->tx.bytes}};
 	workers_park(b);
 	r = worker_add_source(b->workers[queue % b->config.workers], &x->source);
 	if (!r)

@@ -35,6 +35,12 @@ struct source {
 	u64 last_work;	 /* cycles */
 	u64 spin;	 /* cycles that it is polled after its last frame; follows what its traffic is like */
 	uint64_t *kicks; /* counts wake-ups by the fd; NULL: nobody asks */
+
+	/* Of a source that spins: a stream of much data, or a conversation, where one side waits for the other? */
+	const uint64_t *bytes[2]; /* counters of what it and its opposite direction move */
+	u64 weighed;		  /* cycles, when they were last added up */
+	u64 weighed_bytes;	  /* their sum then */
+	bool streams;		  /* what came of it */
 };
 
 #endif

@@ -16,15 +16,19 @@ enum {
 	/* A system call is worth so many frames; for more to come they wait at most so many turns that bring something. */
 	KICK_FRAMES = XN_BURST,
 	KICK_TURNS = 8,
+	/* More than this, both ways together and over so long, is a stream; less, a conversation. 128 Mb/s. */
+	STREAM_BYTES_PER_US = 16,
+	WEIGH_US = 1000,
 	/*
-	 * So long a guest is not told that its frames are sent, if nothing else needs telling: drivers look at both rings
-	 * when a frame arrives, and an answer is often on its way.
+	 * So long a guest that streams is not told that its frames are sent, if nothing else needs telling: drivers look at
+	 * both rings when a frame arrives, and one is often on its way. In a conversation it is told at once: its processor
+	 * has nothing to do and halts, and it would be the answer that has to wake it.
 	 */
 	SENT_CALL_US = 200,
 	/* Or until so much of the ring is waiting for it: a driver may have nothing left to send with. */
 	SENT_CALL_PART = 4,
-	/* A source whose frames come in less than so many spin times is polled from one to the next. */
-	SPIN_STRETCH = 4,
+	/* In a conversation whose frames come in less than so many spin times the worker polls from one to the next. */
+	SPIN_STRETCH = 16,
 	/* Longest sleep, busy or not: a lost kick, an interface that was down or a wedged queue is looked at after this. */
 	SLEEP_MS = 100,
 	/* Sleep with frames that the kernel did not take: a full queue below empties in about this time. */
@@ -33,6 +37,11 @@ enum {
 };
 
 /* ---- sources ---- */
+
+static u64 moved_bytes(const struct source *s)
+{
+	return counted(s->bytes[0]) + counted(s->bytes[1]);
+}
 
 /* Edge-triggered: nobody reads the eventfd, so a kick costs the worker no system call. */
 static int watch(struct worker *w, struct source *s)
@@ -76,6 +85,8 @@ int worker_add_source(struct worker *w, struct source *s)
 		return r;
 	s->worker = w;
 	s->spin = w->bridge->spin_cycles;
+	s->weighed = cycles();
+	s->weighed_bytes = s->spins ? moved_bytes(s) : 0;
 	s->slot = w->sources_n;
 	w->sources[w->sources_n++] = s;
 	activate(w, s);
@@ -125,15 +136,40 @@ void worker_forget_xsk(struct worker *w, const struct xsk *x)
 
 /* ---- a turn ---- */
 
+/* What the source carries, of one that has just brought something. */
+static void weigh(const struct worker *w, struct source *s)
+{
+	u64 cycles_per_us = w->bridge->cycles_per_us, over = w->turn - s->weighed;
+
+	if (!s->spins || over < WEIGH_US * cycles_per_us)
+		return;
+	u64 bytes = moved_bytes(s);
+
+	s->streams = (bytes - s->weighed_bytes) * cycles_per_us > over * STREAM_BYTES_PER_US;
+	s->weighed = w->turn;
+	s->weighed_bytes = bytes;
+}
+
 /*
- * A source was woken. If it had slept only shortly, polling on would have been cheaper, and the answer sooner: as long as
- * its frames come at that pace (the turns of a conversation do) it is polled until the next one. Else it is as before.
+ * A source was woken. If it had slept only shortly, polling on would have been cheaper, and the answer sooner: so it is
+ * polled for longer from now on. Each long sleep halves that: one pause is not the end of a conversation.
  */
 static void learn_spin(struct worker *w, struct source *s, u64 now)
 {
-	u64 spin = w->bridge->spin_cycles, gap = now - s->last_work;
+	u64 spin = w->bridge->spin_cycles, longest = SPIN_STRETCH * spin;
 
-	s->spin = gap < SPIN_STRETCH * spin ? gap + spin : spin;
+	if (now - s->last_work < longest)
+		s->spin = longest;
+	else if (s->spin > spin)
+		s->spin /= 2;
+}
+
+/* Whether a source that brought nothing is to be polled on. */
+static bool is_worth_polling(const struct worker *w, const struct source *s, u64 now)
+{
+	u64 idle = now - s->last_work;
+
+	return s->spins && (idle < w->bridge->spin_cycles || (idle < s->spin && !s->streams));
 }
 
 /* Polls every active source once; the number of frames moved. */
@@ -148,12 +184,13 @@ static u32 poll_sources(struct worker *w, u64 now)
 		moved += n;
 		if (n) {
 			s->last_work = now;
+			weigh(w, s);
 			i++;
 			continue;
 		}
 		/* Without an fd to wake it, it stays. */
-		if ((s->fd < 0 && !s->dead) || (s->spins && now - s->last_work < s->spin) ||
-		    (s->ops->arm && s->ops->arm(s)) || (s->unwatched && watch(w, s) < 0)) {
+		if ((s->fd < 0 && !s->dead) || is_worth_polling(w, s, now) || (s->ops->arm && s->ops->arm(s)) ||
+		    (s->unwatched && watch(w, s) < 0)) {
 			i++;
 			continue;
 		}

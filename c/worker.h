@@ -57,7 +57,7 @@ struct worker {
 	u32 kick_turns;				   /* that these have waited for */
 	struct virtqueue *lenders[WORKER_SOURCES]; /* rings with chains that wait for a loan to end */
 	u32 lenders_n;
-	u64 sent_call_delay; /* cycles */
+	u64 sent_call_delay; /* cycles, in a stream */
 	u32 lenders_wait;    /* ms to sleep for them, the longer the longer it takes */
 
 	/* Of the burst that is forwarded. */
@@ -103,7 +103,7 @@ void worker_forget_xsk(struct worker *w, const struct xsk *x);
 static inline void worker_set_due(const struct worker *w, struct virtqueue *q)
 {
 	q->owed = q->used;
-	q->call_due = w->turn + (q->index % 2 == XN_TX ? w->sent_call_delay : 0);
+	q->call_due = w->turn + (q->index % 2 == XN_TX && q->source.streams ? w->sent_call_delay : 0);
 }
 
 /* The ring owes a notification check at the end of the turn; under the ring's lock, if it is shared. */

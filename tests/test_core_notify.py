@@ -125,26 +125,47 @@ def test_a_burst_costs_one_call(make_bridge: MakeBridge, guests: MakeGuest) -> N
     assert b.stats(core.RX).calls == a.stats(core.TX).calls == 1
 
 
-def test_a_guest_that_sees_by_itself_that_its_frames_are_sent_is_not_called(
-    make_bridge: MakeBridge, guests: MakeGuest
-) -> None:
-    """As in a conversation: when one frame's call is due, the guest has seen that, but not yet the next."""
-    bridge = make_bridge(spin_us=10_000_000)
-    a, b = guests(bridge), guests(bridge)
-    b.pair.fill()
-    a.pair.send(frame(BROADCAST, mac(1)))
-    assert eventually(lambda: a.pair.tx.calls() == 1)  # the first call after a start always comes
-    before, tx = a.stats(core.TX).calls, a.pair.tx
-    for _ in range(400):
-        a.pair.queue(frame(BROADCAST, mac(1)))
+def send_one_by_one(driver: Driver, count: int, packet: bytes) -> int:
+    """The calls that they bring a driver that looks for what it has back by itself, at once."""
+    tx = driver.pair.tx
+    before = driver.stats(core.TX).calls
+    for _ in range(count):
+        driver.pair.queue(packet)
         tx.kick()
         while not tx.pending():
             pass
-        tx.collect()
+        driver.pair.reap()
         tx.want_call()
-        if not b.pair.rx.room:
-            b.pair.frames()
-    assert a.stats(core.TX).calls - before <= 100
+    return driver.stats(core.TX).calls - before
+
+
+def test_a_guest_that_streams_and_sees_by_itself_that_its_frames_are_sent_is_not_called(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """When one frame's call is due, the guest has seen that, but not yet the next."""
+    a = guests(make_bridge(spin_us=10_000_000))
+    stream = frame(BROADCAST, mac(1), 60_000)
+    send_one_by_one(a, 200, stream)
+    assert send_one_by_one(a, 400, stream) <= 100
+
+
+def test_in_a_conversation_a_guest_is_called_at_once_for_each_frame_that_is_sent(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """Without event index every look of the worker at what it owes is a call: held back, many would become one."""
+    a = guests(make_bridge(spin_us=10_000_000), features=VERSION_1)
+    send_one_by_one(a, 400, frame(BROADCAST, mac(1)))
+    assert eventually(lambda: a.stats(core.TX).calls == 400)
+
+
+def test_a_guest_that_streams_is_called_for_many_frames_at_once(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    a = guests(make_bridge(spin_us=10_000_000), features=VERSION_1)
+    stream = frame(BROADCAST, mac(1), 60_000)
+    send_one_by_one(a, 200, stream)
+    assert send_one_by_one(a, 400, stream) <= 300
+    # And when its stream has ended it is soon in a conversation again.
+    send_one_by_one(a, 400, frame(BROADCAST, mac(1)))
+    assert send_one_by_one(a, 400, frame(BROADCAST, mac(1))) >= 380
 
 
 @each_kind

@@ -198,6 +198,49 @@ def test_an_idle_bridge_sleeps(make_bridge: MakeBridge, guests: MakeGuest) -> No
     assert after.sleeps > before.sleeps
 
 
+def effort(driver: Driver, frames: int = 1, size: int = 64) -> tuple[int, int]:
+    """Kicks that the worker had to be given in 30 turns with 10 ms of nothing after each, and turns of its loop."""
+    before = driver.bridge.worker_stats(0).loops
+    for _ in range(30):
+        driver.pair.send_all([frame(BROADCAST, mac(1), size)] * frames)
+        time.sleep(0.01)
+    return driver.stats(core.TX).kicks, driver.bridge.worker_stats(0).loops - before
+
+
+def test_in_a_conversation_the_worker_polls_from_one_frame_to_the_next(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    kicks, _ = effort(guests(make_bridge(spin_us=2000)))
+    assert kicks <= 10
+
+
+def test_one_pause_does_not_end_a_conversation(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    """After each the worker has to be woken once, and not for the frame after that again."""
+    a = guests(make_bridge(spin_us=2000))
+    effort(a)
+    before = a.stats(core.TX).kicks
+    for _ in range(10):
+        time.sleep(0.06)
+        for _ in range(3):
+            a.pair.send_all([frame(BROADCAST, mac(1))])
+            time.sleep(0.01)
+    assert a.stats(core.TX).kicks - before <= 15
+
+
+def test_in_a_conversation_that_is_too_slow_for_that_the_worker_sleeps_soon(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    _, always = effort(guests(make_bridge(spin_us=10_000_000)))
+    kicks, loops = effort(guests(make_bridge(spin_us=500)))
+    assert kicks >= 20
+    assert loops < 0.4 * always
+
+
+def test_between_the_bursts_of_a_stream_the_worker_sleeps(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    kicks, _ = effort(guests(make_bridge(spin_us=2000)), 100, 60_000)
+    assert kicks >= 20
+
+
 def test_a_broken_ring_that_is_polled_keeps_no_worker_awake(make_bridge: MakeBridge, guests: MakeGuest) -> None:
     bridge = make_bridge(spin_us=0)
     a = guests(bridge, started=False).start(kick=False)

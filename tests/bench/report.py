@@ -170,7 +170,11 @@ PLOTS = [
         "ping-pong",
         "TCP ping-pong of a Linux guest, half a round trip",
         "us",
-        {title: [("ping-pong", metric)] * 3 for metric, title in (("p50", "median"), ("p99", "99th percentile"))},
+        {
+            f"{title}, server {place}": [(f"ping-pong{suffix}", metric)] * 3
+            for suffix, place in (("-beside-backend", "beside the backend"), ("-beside-guest", "beside the guest"))
+            for metric, title in (("p50", "median"), ("p99", "99 %"))
+        },
         contenders(OURS, PEER, "tap"),
     ),
     Plot(
