@@ -149,7 +149,7 @@ enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limi
 	if (i < FDB_WAYS && is_static(&e[i]))
 		return FDB_FOREIGN;
 
-	enum fdb_verdict verdict = FDB_KNOWN;
+	enum fdb_verdict verdict = FDB_FULL;
 
 	spin_lock(&f->lock);
 	if (limited && f->learned[port] >= f->max_macs)

@@ -39,9 +39,10 @@ struct fdb {
 };
 
 enum fdb_verdict {
-	FDB_KNOWN,   /* nothing to learn, or a port that has taught its share */
+	FDB_KNOWN,   /* nothing to learn */
 	FDB_LEARNED, /* new, or moved to this port */
 	FDB_FOREIGN, /* the address is another port's own */
+	FDB_FULL     /* not learned: the port has taught its share, or only static entries could give way */
 };
 
 struct fdb *fdb_new(u32 ageing_s, u32 max_macs);

@@ -10,7 +10,7 @@
 enum { MAC_CONTROL = 0x8808 };
 
 /* Remembers where a frame came from. False: the address is not this port's to use. */
-static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan)
+static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan, struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
 
@@ -29,6 +29,9 @@ static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan)
 	case FDB_FOREIGN:
 		/* Another guest's own address. On the wire that may be our own frame coming back, or the guest on its way. */
 		return from->kind != PORT_GUEST;
+	case FDB_FULL:
+		count(&stats->unlearned, 1);
+		return true;
 	case FDB_KNOWN:
 		break;
 	}
@@ -49,7 +52,7 @@ static bool is_link_local(const struct view *v, u64 dst)
 #define NO_MAC UINT64_MAX
 
 /* Gives each frame its way; whether any may go to an interface. */
-static bool classify(struct worker *w, const struct port *from, struct view *views, u32 n)
+static bool classify(struct worker *w, const struct port *from, struct view *views, u32 n, struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
 	u64 last_src = 0, last_dst = NO_MAC;
@@ -70,7 +73,7 @@ static bool classify(struct worker *w, const struct port *from, struct view *vie
 		}
 		/* Bursts come in trains of one flow: look up what differs. */
 		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
-			good = learn(w, from, src, vlan);
+			good = learn(w, from, src, vlan, stats);
 		if (unlikely(!good)) {
 			view_drop(v, XN_DROP_SPOOF);
 			last_dst = NO_MAC;
@@ -327,7 +330,7 @@ static always_inline struct sorted sort(const struct view *views, u32 n)
 u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
 		   struct xn_queue_stats *stats, bool may_wait)
 {
-	bool to_netdev = classify(w, from, views, n);
+	bool to_netdev = classify(w, from, views, n, stats);
 	u8 which[XN_BURST];
 
 	if (may_wait && to_netdev)
@@ -389,7 +392,7 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 	w->now = (u32)(monotonic_ns() / 1000000000u);
 	w->turn = cycles();
 	w->lender = NULL;
-	if (!learn(w, from, view_src(&view), 0))
+	if (!learn(w, from, view_src(&view), 0, stats))
 		return false;
 	bridge_forward(w, from, 0, &view, 1, stats, false);
 	return true;

@@ -150,6 +150,7 @@ struct xn_queue_stats {
 	uint64_t csum_verified;	 /* netdev rx: checksums found right */
 	uint64_t in_place;	 /* netdev tx: packets that were sent from guest memory; the others were copied */
 	uint64_t breaks;	 /* times this ring broke */
+	uint64_t unlearned;	 /* times a source address was not learned, for want of room in the port's share */
 };
 
 /* State of a guest's ring; indices as they stand in the ring, zero unless started. */

@@ -22,7 +22,7 @@ DROPS = dict.fromkeys(("short", "spoof", "no_port", "no_buffer", "no_frame"), 0)
 
 
 def traffic(packets: int = 0, drops: dict[str, int] | None = None, **fields: int) -> Traffic:
-    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 16)
+    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 17)
     return replace(zero, **fields)  # type: ignore[arg-type]  # all of them are int
 
 
@@ -37,12 +37,12 @@ def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
         *(42, 1, 0, 0, 3), {"size": 0, "order": 2}, {"busy": 1, "resources": 0},
     )  # fmt: skip
     rx = traffic(12_345_678, {"no_buffer": 22}, calls=900, calls_saved=99_000)
-    tx = traffic(1_000, {"spoof": 10}, copies=5, kicks=30, kicks_saved=970)
+    tx = traffic(1_000, {"spoof": 10}, copies=5, kicks=30, kicks_saved=970, unlearned=8)
     return Port(name, number, (Queue(0, rx, tx, ring(), ring()),), guest=replace(guest, **fields))
 
 
 def netdev_port(**fields: Any) -> Port:
-    netdev = Netdev("eth1", 7, True, "native", False, "auto", {"guest": 12_345_700, "group": 0, "host": 17})
+    netdev = Netdev("eth1", 7, True, "native", False, "auto", {"guest": 12_345_700, "group": 0, "host": 17}, 6)
     xsk = Xsk(True, False, {name: at for at, name in enumerate(XDP_STATISTICS)}, 2048, 2040, 8, 3, 1 << 24)
     queue = Queue(0, traffic(12_345_700), traffic(995, kicks=40, kicks_saved=3), xsk=xsk)
     return Port("eth1", 1, (queue,), netdev=replace(netdev, **fields))

@@ -153,6 +153,9 @@ def test_c32_a_port_teaches_only_its_share_of_addresses(make_bridge: MakeBridge,
     send(drivers[1], *(frame(BROADCAST, mac(i)) for i in range(10, 15)))
     assert known(bridge) == {(mac(i), 0, drivers[1].port) for i in range(10, 14)}
     assert drivers[1].drops(core.TX) == {}  # what is not learned still goes its way
+    assert drivers[1].stats(core.TX).unlearned == 1
+    send(drivers[1], frame(BROADCAST, mac(13)))
+    assert drivers[1].stats(core.TX).unlearned == 1
     send(drivers[2], frame(BROADCAST, mac(20)))
     assert (mac(20), 0, drivers[2].port) in known(bridge)
 

@@ -82,6 +82,8 @@ def test_the_table_shows_every_kind_of_count_without_cutting_a_heading(width: in
     words = ("web", "eth1", "no_buffer 22", "spoof 10", "XDP native", "copy mode", "790.1 MB", "99,000", "guest 12.35M")
     for word in words:
         assert word in text
+    for words in "lost: group 6", "not learned: addresses 8":  # which may stand on two lines
+        assert words in " ".join(text.split())
     assert "in 12,346,700 + copies 5 = out 12,346,673 + drops 32   every frame accounted for" in text
     assert "…" not in text
 
@@ -147,6 +149,8 @@ def test_every_queue_has_its_packets_bytes_and_drops_by_reason() -> None:
         'xdpnet_ring_up{direction="rx",port="web",queue="0"} 1.0',
         'xdpnet_xdp_info{interface="eth1",mode="native",policy="auto",zerocopy="false"} 1.0',
         'xdpnet_xdp_verdicts_total{interface="eth1",verdict="host"} 17.0',
+        'xdpnet_netdev_group_frames_lost_total{interface="eth1"} 6.0',
+        'xdpnet_queue_unlearned_total{direction="tx",port="web",queue="0"} 8.0',
         'xdpnet_guest_connected{port="web"} 1.0',
         'xdpnet_vhost_user_errors_total{port="web",reason="order"} 2.0',
         'xdpnet_fdb_entries{port="web",type="learned"} 1.0',

@@ -23,7 +23,7 @@ from tests.driver import Driver
 from tests.guests import rarp
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.test_loader import open_files
-from xdpnet import core, netdev
+from xdpnet import core, group, netdev
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
@@ -523,6 +523,40 @@ def test_the_group_socket_gets_group_addressed_frames_of_others_only(pair: Veth)
         with pytest.raises(TimeoutError):
             received.recv(2048)
     group.close()
+
+
+def test_group_addressed_frames_that_found_the_socket_full_are_counted(pair: Veth) -> None:
+    opened = GroupSocket(pair.ifname, require_link(pair.ifname).index)
+    with socket.socket(fileno=os.dup(opened.fileno())) as received, pair.wire() as wire:
+        assert opened.lost() == 0
+        received.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel's least
+        for _ in range(2):
+            for _ in range(100):
+                wire.send(frame(MULTICAST))
+            lost = opened.lost()
+        assert lost > 100
+        received.settimeout(0.2)
+        got = 0
+        with contextlib.suppress(TimeoutError):
+            while received.recv(2048) == frame(MULTICAST):
+                got += 1
+        assert got + opened.lost() == 200
+    opened.close()
+
+
+def test_what_the_group_socket_lost_is_not_forgotten_when_the_interface_goes(
+    bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "RECEIVE_BUFFER", 1)
+    with contextlib.closing(Netdev(bridge, pair.ifname)) as port, pair.wire() as wire:
+        port.open()
+        bridge.stop()
+        for _ in range(100):
+            wire.send(frame(MULTICAST))
+        assert eventually(lambda: port.group_lost > 50)
+        lost = port.group_lost
+        port._detach()
+        assert port.group_lost >= lost
 
 
 # ---- an interface that goes away ----

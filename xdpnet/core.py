@@ -102,6 +102,7 @@ class QueueStats:
     csum_verified: int
     in_place: int
     breaks: int
+    unlearned: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +300,7 @@ class Bridge:
             csum_verified=out.csum_verified,
             in_place=out.in_place,
             breaks=out.breaks,
+            unlearned=out.unlearned,
         )
 
     def worker_stats(self, worker: int) -> WorkerStats:

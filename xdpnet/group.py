@@ -21,6 +21,7 @@ SO_RCVBUFFORCE = 33
 SOL_PACKET = 263
 PACKET_ADD_MEMBERSHIP = 1
 PACKET_DROP_MEMBERSHIP = 2
+PACKET_STATISTICS = 6
 PACKET_AUXDATA = 8
 PACKET_IGNORE_OUTGOING = 23
 PACKET_MR_ALLMULTI = 2
@@ -46,6 +47,7 @@ class GroupSocket:
 
     def __init__(self, ifname: str, ifindex: int) -> None:
         self._ifindex = ifindex
+        self._lost = 0
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
         try:
             self._configure(ifname)
@@ -71,6 +73,13 @@ class GroupSocket:
 
     def close(self) -> None:
         self._socket.close()
+
+    def lost(self) -> int:
+        """Frames so far that found the receive buffer full."""
+        # struct tpacket_stats {u32 tp_packets, tp_drops}; reading sets both to zero
+        _, drops = struct.unpack("=II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
+        self._lost += drops
+        return self._lost
 
     def add(self, macs: Iterable[bytes]) -> None:
         """Have the interface receive frames for these unicast addresses."""

@@ -100,6 +100,7 @@ class Netdev:
         self._native_refused = 0, 0  # index and MTU of the interface then
         self._program: loader.Program | None = None
         self._group: GroupSocket | None = None
+        self._group_lost = 0  # of its predecessors
         self._link_fd = -1
         self._mtu = 0
         self._address = b""
@@ -203,6 +204,7 @@ class Netdev:
 
     def _detach(self) -> None:
         self._link_fd = -1
+        self._group_lost = self.group_lost
         self._group = None
         self.ifindex = 0
         self._attached.close()
@@ -362,6 +364,11 @@ class Netdev:
             value = core.bpf_map_lookup(self._program.verdicts_fd, struct.pack("=I", key), 8 * cpus)
             totals[name] = sum(struct.unpack(f"={cpus}Q", value))
         return totals
+
+    @property
+    def group_lost(self) -> int:
+        """Group-addressed frames that found the AF_PACKET socket full; never runs backwards while the port lives."""
+        return self._group_lost + (self._group.lost() if self._group else 0)
 
     @property
     def alive(self) -> bool:

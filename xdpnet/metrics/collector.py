@@ -44,6 +44,7 @@ NOTIFICATIONS = {
     "calls_saved": ("calls_saved", "Used buffers published for which the guest had asked no interrupt."),
     "chains": ("chains", "Descriptor chains taken from the guest."),
     "breaks": ("breaks", "Times that the ring was latched broken."),
+    "unlearned": ("unlearned", "Times that a source address was not learned: the guest has taught as many as it may."),
 }
 XSK_HELP = {
     "rx_dropped": "Frames that the kernel dropped for reasons other than those counted apart.",
@@ -190,6 +191,11 @@ def _netdevs(snapshot: Snapshot) -> Iterator[Metric]:
     verdicts = CounterMetricFamily(
         "xdpnet_xdp_verdicts", "Frames that the XDP program saw, by its verdict.", labels=["interface", "verdict"]
     )
+    lost = CounterMetricFamily(
+        "xdpnet_netdev_group_frames_lost",
+        "Broadcast and multicast frames that found the buffer of the AF_PACKET socket full.",
+        labels=["interface"],
+    )
     for port in snapshot.ports:
         if port.netdev is None:
             continue
@@ -198,7 +204,8 @@ def _netdevs(snapshot: Snapshot) -> Iterator[Metric]:
         info.add_metric([port.name, netdev.mode, str(netdev.zerocopy).lower(), netdev.policy], 1)
         for verdict, count in port.netdev.verdicts.items():
             verdicts.add_metric([port.name, verdict], count)
-    yield from (up, info, verdicts)
+        lost.add_metric([port.name], netdev.group_lost)
+    yield from (up, info, verdicts, lost)
 
 
 def _guests(snapshot: Snapshot) -> Iterator[Metric]:

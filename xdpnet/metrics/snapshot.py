@@ -44,6 +44,7 @@ class Traffic:
     csum_verified: int
     in_place: int
     breaks: int
+    unlearned: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class Netdev:
     """A network interface; mode is the one that XDP was attached in.
 
     zerocopy: the driver reads and writes frames where they lie. policy: whether they may lie in guest memory.
+    group_lost: group-addressed frames that found the buffer of the AF_PACKET socket full.
     """
 
     interface: str
@@ -121,6 +123,7 @@ class Netdev:
     zerocopy: bool
     policy: str
     verdicts: dict[str, int]
+    group_lost: int
 
 
 @dataclass(frozen=True, slots=True)

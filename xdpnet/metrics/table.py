@@ -82,6 +82,7 @@ def _port_line(port: Port) -> Text:
         text.append("  " + " ".join(_short_feature(name) for name in guest.features), style="dim")
         _append_counts(text, "vhost-user errors", guest.errors)
         _append_counts(text, "refused", guest.refused)
+        _append_counts(text, "not learned", {"addresses": sum(queue.tx.unlearned for queue in port.queues)})
     if port.netdev:
         netdev = port.netdev
         text.append(f"XDP {netdev.mode or 'detached'}", style="green" if netdev.alive else "bold red")
@@ -90,6 +91,7 @@ def _port_line(port: Port) -> Text:
         text.append(f"  sent in place: {netdev.policy}, {count(in_place)}", style="dim")
         text.append("" if netdev.alive else "  interface gone", style="bold red")
         _append_counts(text, "verdicts", netdev.verdicts, "")
+        _append_counts(text, "lost", {"group": netdev.group_lost})
     return text
 
 

@@ -51,6 +51,8 @@ class NetdevSource(Protocol):
     def zerocopy(self) -> str: ...
     @property
     def alive(self) -> bool: ...
+    @property
+    def group_lost(self) -> int: ...
     def verdicts(self) -> Mapping[str, int]: ...
 
 
@@ -109,6 +111,7 @@ def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
         zerocopy=any(queue.xsk.zerocopy for queue in queues if queue.xsk),
         policy=source.zerocopy,
         verdicts=dict(source.verdicts()),
+        group_lost=source.group_lost,
     )
     return Port(name, source.port, queues, netdev=netdev)
 
@@ -134,6 +137,7 @@ def _traffic(stats: core.QueueStats) -> Traffic:
         csum_verified=stats.csum_verified,
         in_place=stats.in_place,
         breaks=stats.breaks,
+        unlearned=stats.unlearned,
     )
 
 
