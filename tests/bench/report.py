@@ -168,10 +168,10 @@ PLOTS = [
     ),
     Plot(
         "ping-pong",
-        "TCP ping-pong of a Linux guest, half a round trip",
+        "TCP ping-pong of a Linux guest, half a round trip, by where its server runs",
         "us",
         {
-            f"{title}, server {place}": [(f"ping-pong{suffix}", metric)] * 3
+            f"{title}, {place}": [(f"ping-pong{suffix}", metric)] * 3
             for suffix, place in (("-beside-backend", "beside the backend"), ("-beside-guest", "beside the guest"))
             for metric, title in (("p50", "median"), ("p99", "99 %"))
         },
