@@ -100,7 +100,7 @@ struct xn_bridge;
 struct xn_bridge_config {
 	uint32_t workers;	   /* 1 .. XN_MAX_WORKERS */
 	int32_t cpus[16];	   /* the CPU of each worker; -1: not pinned */
-	uint32_t spin_us;	   /* polls after the last frame; of a conversation 16x */
+	uint32_t spin_us;	   /* a source is polled so long after its last frame; 16 times in a conversation */
 	uint32_t ageing_s;	   /* how long a learned address lives; 0: for ever */
 	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
 	uint32_t frames_per_queue; /* power of two, 256 .. 65536; half of them for receive */

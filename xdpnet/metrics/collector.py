@@ -37,7 +37,8 @@ TRAFFIC = {
     ),
     "checksums_verified": ("csum_verified", "Checksums of frames from the wire that were found right."),
 }
-NOTIFICATIONS = {
+# of guests' queues; of an interface, the kicks alone
+RINGS = {
     "kicks": ("kicks", "Guest queues: kicks taken. Interface tx: sendto() calls."),
     "kicks_saved": ("kicks_saved", "Guest queues: buffers found without a kick. Interface tx: bursts without one."),
     "calls": ("calls", "Interrupts sent to the guest."),
@@ -119,7 +120,7 @@ def _directions(snapshot: Snapshot) -> Iterator[tuple[Port, list[str], Traffic, 
 
 
 def _traffic(snapshot: Snapshot) -> Iterator[Metric]:
-    for name, (field, text) in (TRAFFIC | NOTIFICATIONS).items():
+    for name, (field, text) in (TRAFFIC | RINGS).items():
         counter = CounterMetricFamily(f"xdpnet_queue_{name}", text, labels=QUEUE)
         for port, labels, traffic, _ in _directions(snapshot):
             if port.guest or name in TRAFFIC or name.startswith("kicks"):
