@@ -144,7 +144,7 @@ u32 gso_next(struct gso *g, struct gso_room *room)
 	const u32 headers = vnet_headers(whole), payload = whole->len - headers, size = whole->vnet.gso_size;
 	u32 made = 0, used = 0;
 
-	for (; made < XN_BURST && ARRAY_LEN(room->pieces) - used >= SEGMENT_PIECES; made++) {
+	for (; made < XN_BURST && used + SEGMENT_PIECES <= ARRAY_LEN(room->pieces); made++) {
 		struct view *v = &room->views[made];
 		u8 *header = room->headers[made];
 		u32 n = min_u32(size, payload - g->done), length = headers;

@@ -138,6 +138,7 @@ static void stop_ring(struct virtqueue *q)
 	for (u32 i = 0; i < b->config.workers; i++)
 		worker_forget_ring(b->workers[i], q);
 	q->dirty = 0;
+	q->waits = false;
 	q->started = false;
 	free(q->loans);
 	q->loans = NULL;

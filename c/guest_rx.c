@@ -124,6 +124,15 @@ struct scratch {
 	u32 chains;
 };
 
+/*
+ * Whether the next chain, of whatever length, finds its place. Behind this limit there is room for a burst of chains of one
+ * piece, which place() takes without asking: so what is used may be more than the limit.
+ */
+static bool has_room(const struct scratch *s)
+{
+	return s->pieces + VRING_MAX_PIECES <= WORKER_PIECES && s->chains < WORKER_CHAINS;
+}
+
 enum placing { PLACED, PLACE_LATER, PLACE_NEVER };
 
 /*
@@ -143,7 +152,7 @@ static __attribute__((noinline)) enum placing place_any(struct worker *w, struct
 		chain_t chain;
 		u64 capacity;
 
-		if (unlikely(WORKER_PIECES - s->pieces < VRING_MAX_PIECES || s->chains == WORKER_CHAINS)) {
+		if (unlikely(!has_room(s))) {
 			*s = start;
 			*why = XN_DROP_TOO_SMALL;
 			return start.chains ? PLACE_LATER : PLACE_NEVER;

@@ -129,7 +129,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 		if (packed)
 			packed_prefetch_ahead(q, at.pos);
 		/* Every chain may have as many pieces as the core gathers: what does not fit now waits for the next turn. */
-		if (unlikely(WORKER_PIECES - used < VRING_MAX_PIECES + 1))
+		if (unlikely(used + VRING_MAX_PIECES + 1 > WORKER_PIECES))
 			break;
 		/* In front of them is room for the snapshot of a frame's headers. */
 		struct piece *to = &w->pieces[used + 1];
@@ -235,12 +235,12 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	struct virtqueue *q = container_of(s, struct virtqueue, source);
 	struct guest *g = &q->port->guest;
 	struct burst burst[XN_BURST];
-	u32 most = XN_BURST;
+	/* A guest may make the same chain available again and again: no more than its ring has are out at once. */
+	u32 most = min_u32(XN_BURST, q->num);
 
 	if (unlikely(__atomic_load_n(&g->mem_lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
-	/* A guest may make the same chain available again and again: no more than its ring has are out at once. */
-	if (unlikely(q->loans_head != q->loans_tail))
+	if (unlikely(q->loans))
 		most = min_u32(most, q->loans_mask + 1 - (q->loans_tail - q->loans_head));
 	u32 n = fetch(w, q, burst, most, packed);
 

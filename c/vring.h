@@ -89,6 +89,7 @@ struct virtqueue {
 	u32 loans_head;
 	u32 loans_tail;
 	u64 loans_since; /* cycles, when the oldest became the oldest */
+	bool waits;	 /* its worker looks for the end of loans */
 
 	struct xn_queue_stats stats XN_ALIGNED;
 };

@@ -233,7 +233,8 @@ static void end_loans(struct worker *w, u64 now)
 			worker_owes(w, q);
 			w->lenders_wait = 1;
 		}
-		if (q->loans_head != q->loans_tail)
+		q->waits = q->loans_head != q->loans_tail;
+		if (q->waits)
 			w->lenders[kept++] = q;
 	}
 	w->lenders_n = kept;

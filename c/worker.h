@@ -116,9 +116,12 @@ static inline void worker_owes(struct worker *w, struct virtqueue *q)
 	w->notify[w->notify_n++] = q;
 }
 
-/* The ring has chains that wait for a loan to end. */
+/* The ring has chains that wait for a loan to end. Of each transmit ring that the worker owns there is one entry. */
 static inline void worker_waits(struct worker *w, struct virtqueue *q)
 {
+	if (q->waits)
+		return;
+	q->waits = true;
 	w->lenders[w->lenders_n++] = q;
 	w->lenders_wait = 1;
 }
