@@ -29,6 +29,7 @@ struct guest {
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
 	u64 umem;		 /* the first UMEM that has all its memory */
 	bool recalling;		 /* nothing more is lent, and what is comes back */
+	bool overdue;		 /* what it lent once had to be called back by closing sockets: it lends no more */
 	struct virtqueue *rings; /* 2 * pairs */
 };
 

@@ -10,8 +10,8 @@
 #include "vnet.h"
 
 enum {
-	/* How long frames that are being sent are waited for, and how often they are looked at. */
-	RECALL_NS = 1000000000,
+	/* How long frames that are being sent are waited for, and how often they are looked at: so long the control thread waits. */
+	RECALL_NS = 10000000,
 	RECALL_STEP_US = 100
 };
 
@@ -65,7 +65,7 @@ void guest_settle(struct port *p)
  */
 static enum xn_zerocopy may_lend(const struct xn_bridge *b, const struct port *p)
 {
-	if (p->check_source || p->guest.recalling || p->guest.umem == UINT64_MAX)
+	if (p->check_source || p->guest.recalling || p->guest.overdue || p->guest.umem == UINT64_MAX)
 		return XN_ZEROCOPY_OFF;
 	if (!mem_is_huge(p->guest.mem))
 		return XN_ZEROCOPY_ON;
@@ -120,11 +120,16 @@ void guest_park(struct port *p)
 	workers_park(p->bridge);
 	p->guest.recalling = true;
 	guests_settle_lending(p->bridge);
-	while (!recall(p, monotonic_ns() - start < RECALL_NS)) {
+	for (bool patient = true; !recall(p, patient);) {
 		/* The kernel is at it: meanwhile the others go on. */
 		workers_resume(p->bridge);
 		usleep(RECALL_STEP_US);
 		workers_park(p->bridge);
+		if (monotonic_ns() - start > RECALL_NS) {
+			/* To close sockets costs the others frames: it happens once. */
+			patient = false;
+			p->guest.overdue = true;
+		}
 	}
 	p->guest.recalling = false;
 }
@@ -185,8 +190,11 @@ static void layout_ring(struct virtqueue *q, u64 features)
 									: sizeof(struct virtio_net_hdr);
 }
 
-/* Swaps the table; every started ring follows, or stops if it is no longer in memory. */
-static void swap_memory(struct port *p, struct mem *new)
+/*
+ * Swaps the table; every started ring follows, or stops if it is no longer in memory. `anew`: nothing of the old one is in
+ * it. What was lost of that is no longer ours then; what a worker loses of the new one is.
+ */
+static void swap_memory(struct port *p, struct mem *new, bool anew)
 {
 	struct guest *g = &p->guest;
 	struct mem *old = g->mem;
@@ -199,6 +207,8 @@ static void swap_memory(struct port *p, struct mem *new)
 			stop_ring(&g->rings[i]);
 	guest_settle(p);
 	guests_settle_lending(p->bridge);
+	if (anew)
+		__atomic_store_n(&g->mem_lost, 0, __ATOMIC_RELAXED);
 	workers_resume(p->bridge);
 	mem_free(old);
 	if (p->bridge->arena.windows_n || changes != p->bridge->arena.changes)
@@ -246,11 +256,7 @@ int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_regi
 			return r;
 		}
 	}
-	workers_park(b);
-	swap_memory(p, m);
-	/* The old memory is unmapped: what was lost of it is no longer ours. What a worker loses of the new one is. */
-	__atomic_store_n(&p->guest.mem_lost, 0, __ATOMIC_RELAXED);
-	workers_resume(b);
+	swap_memory(p, m, true);
 	return 0;
 }
 
@@ -270,7 +276,7 @@ int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_regi
 		mem_free(m);
 		return r;
 	}
-	swap_memory(p, m);
+	swap_memory(p, m, false);
 	return 0;
 }
 
@@ -290,7 +296,7 @@ int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_r
 		mem_free(m);
 		return r;
 	}
-	swap_memory(p, m);
+	swap_memory(p, m, false);
 	return 0;
 }
 

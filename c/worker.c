@@ -468,8 +468,11 @@ void workers_park(struct xn_bridge *b)
 	struct parking *p = &b->parking;
 
 	pthread_mutex_lock(&p->mutex);
-	__atomic_store_n(&p->wanted, p->wanted + 1, __ATOMIC_RELEASE);
-	if (b->running && p->wanted == 1) {
+	if (p->wanted)
+		abort(); /* a fault of ours: to go on would be to change what workers use */
+	p->since = monotonic_ns();
+	__atomic_store_n(&p->wanted, true, __ATOMIC_RELEASE);
+	if (b->running) {
 		for (u32 i = 0; i < b->config.workers; i++)
 			wake(b->workers[i]);
 		while (p->parked < b->config.workers)
@@ -483,8 +486,13 @@ void workers_resume(struct xn_bridge *b)
 	struct parking *p = &b->parking;
 
 	pthread_mutex_lock(&p->mutex);
-	__atomic_store_n(&p->wanted, p->wanted - 1, __ATOMIC_RELEASE);
-	if (!p->wanted)
-		pthread_cond_broadcast(&p->changed);
+	p->total += monotonic_ns() - p->since;
+	__atomic_store_n(&p->wanted, false, __ATOMIC_RELEASE);
+	pthread_cond_broadcast(&p->changed);
 	pthread_mutex_unlock(&p->mutex);
+}
+
+uint64_t xn_bridge_parked_ns(const struct xn_bridge *b)
+{
+	return b->parking.total;
 }

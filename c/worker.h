@@ -30,8 +30,10 @@ enum {
 struct parking {
 	pthread_mutex_t mutex;
 	pthread_cond_t changed;
-	u32 wanted; /* nesting depth, of the control thread's requests; read by workers without the mutex */
+	bool wanted; /* by the control thread; read by workers without the mutex */
 	u32 parked;
+	u64 since; /* ns, when it began to be wanted */
+	u64 total; /* ns, so far */
 };
 
 struct worker {
@@ -86,7 +88,7 @@ void worker_free(struct worker *w);
 int worker_start(struct worker *w);
 void worker_join(struct worker *w);
 
-/* Parks every running worker; nests. Control thread only. */
+/* Parks every running worker, until they are resumed. Control thread only; does not nest, or nobody could be let go on meanwhile. */
 void workers_park(struct xn_bridge *b);
 void workers_resume(struct xn_bridge *b);
 

@@ -218,6 +218,8 @@ int xn_bridge_stop(struct xn_bridge *b);				/* join them; idempotent */
 void xn_bridge_free(struct xn_bridge *b);				/* stop, close and unmap all */
 int xn_bridge_event_fd(struct xn_bridge *b);				/* readable when xn_bridge_events has news */
 uint32_t xn_bridge_events(struct xn_bridge *b); /* enum xn_event bits since the last call; clears the fd */
+uint64_t
+xn_bridge_parked_ns(const struct xn_bridge *b); /* that the workers have stood still for the control thread, so far */
 int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out);
 
 /* ---- addresses ---- */
@@ -252,8 +254,8 @@ int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
 int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struct xn_ring_config *config);
 /*
  * Stops the ring, if it is started: nothing touches it afterwards. *base: where to go on, as SET_VRING_BASE has it.
- * Frames that are being sent in place are waited for, for a second; then the sockets that have them are closed. The same
- * goes for whatever takes memory or a port away.
+ * Frames that are being sent in place are waited for, for 10 ms, while the workers go on; then the sockets that have them
+ * are closed, and this guest's are copied from then on. The same goes for whatever takes memory or a port away.
  */
 int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *base);
 /*

@@ -1,4 +1,4 @@
-"""What one guest's rings may take of a worker: room in its arrays, descriptors walked, time; and what is left to others."""
+"""What one guest may take of a worker: room in its arrays, descriptors walked, time; and what is left to others."""
 
 import struct
 

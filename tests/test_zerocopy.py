@@ -591,6 +591,25 @@ def test_what_the_kernel_does_not_let_go_of_is_ended_by_closing_the_socket(
     assert not port.stale
 
 
+def test_a_guest_whose_loans_cost_the_others_a_socket_is_copied_from_then_on(
+    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+) -> None:
+    a, b = guests(bridge), guests(bridge)
+    port.renew()
+    lend(a, port)
+    before = bridge.parked_ns
+    bridge.guest_set_memory(a.port, a.memory.regions())
+    assert bridge.parked_ns > before
+    held.release()
+    port.renew()
+    in_place, copied = port.sent
+    os.eventfd_write(a.pair.tx.kick_fd, 1)
+    for guest in a, b:
+        guest.pair.send(full(1))
+        assert guest.pair.wait_sent()
+    assert port.sent == (in_place + 1, copied + 1)
+
+
 def test_a_loan_that_lasts_too_long_is_reported_and_a_new_socket_ends_it(
     bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:

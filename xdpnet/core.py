@@ -248,6 +248,11 @@ class Bridge:
         """EVENT_ bits raised since the last call."""
         return int(lib.xn_bridge_events(self._bridge))
 
+    @property
+    def parked_ns(self) -> int:
+        """How long the workers have stood still for calls of the control thread so far."""
+        return int(lib.xn_bridge_parked_ns(self._bridge))
+
     # ---- ports ----
 
     def add_guest(self, pairs: int) -> int:
