@@ -12,7 +12,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
 
 #include "xdpnet.h"
 
@@ -74,27 +73,6 @@ static inline void relax(void)
 #else
 	__asm__ volatile("yield" ::: "memory");
 #endif
-}
-
-/* A cheap clock for spinning and for cycles per packet: the TSC, or nanoseconds where there is none. */
-static inline u64 cycles(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-	return __builtin_ia32_rdtsc();
-#else
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (u64)ts.tv_sec * 1000000000u + (u64)ts.tv_nsec;
-#endif
-}
-
-static inline u64 monotonic_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (u64)ts.tv_sec * 1000000000u + (u64)ts.tv_nsec;
 }
 
 struct spinlock {

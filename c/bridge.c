@@ -39,17 +39,6 @@ const char *xn_broken_name(uint32_t broken)
 	return broken < XN_BROKEN_COUNT ? broken_names[broken] : NULL;
 }
 
-/* TSC ticks in a microsecond, measured once against the monotonic clock. */
-static u64 measure_cycles_per_us(void)
-{
-	u64 ns = monotonic_ns(), c = cycles(), passed;
-
-	do
-		passed = monotonic_ns() - ns;
-	while (passed < 2000000);
-	return (cycles() - c) * 1000 / passed;
-}
-
 struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 {
 	u32 frames = config->frames_per_queue;
@@ -67,7 +56,7 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 	b->event_fd = -1;
 	pthread_mutex_init(&b->parking.mutex, NULL);
 	pthread_cond_init(&b->parking.changed, NULL);
-	b->cycles_per_us = measure_cycles_per_us();
+	b->cycles_per_us = clock_cycles_per_us();
 	b->spin_cycles = config->spin_us * b->cycles_per_us;
 	b->fdb = fdb_new(config->ageing_s, config->max_macs);
 	if (!b->fdb)
@@ -163,6 +152,15 @@ int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats
 		return -ENOENT;
 	*out = b->workers[worker]->stats;
 	return 0;
+}
+
+int xn_time_advance(struct xn_bridge *b, uint64_t us)
+{
+	int r = clock_advance(us);
+
+	if (!r)
+		workers_go_round(b);
+	return r;
 }
 
 /* ---- public: addresses ---- */

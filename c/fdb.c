@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <sys/random.h>
 
+#include "clock.h"
+
 #define MAC_MASK 0xffffffffffffull
 
 static u64 key_of(u64 mac, u16 vlan)

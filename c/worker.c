@@ -33,6 +33,7 @@ enum {
 	SLEEP_MS = 100,
 	/* Sleep with frames that the kernel did not take: a full queue below empties in about this time. */
 	RETRY_MS = 1,
+	ROUND_STEP_US = 20,
 	EVENTS = 64
 };
 
@@ -298,9 +299,15 @@ static void look_at_all(struct worker *w)
 static void wait_for_events(struct worker *w, int timeout)
 {
 	struct epoll_event events[EVENTS];
-	int n = epoll_wait(w->epoll_fd, events, EVENTS, timeout);
+	u64 until = timeout ? monotonic_ns() + (u64)timeout * 1000000 : 0, ns;
+	int n;
 
-	w->now = (u32)(monotonic_ns() / 1000000000u);
+	/* What is over is said by the core's own clock, which may be held. */
+	do {
+		n = epoll_wait(w->epoll_fd, events, EVENTS, timeout);
+		ns = monotonic_ns();
+	} while (!n && ns < until);
+	w->now = (u32)(ns / 1000000000u);
 	if (timeout)
 		count(&w->stats.sleeps, 1);
 	for (int i = 0; i < n; i++) {
@@ -321,7 +328,7 @@ static void wait_for_events(struct worker *w, int timeout)
 		activate(w, s);
 	}
 	/* As often while others keep the worker busy. */
-	if ((!n && timeout == SLEEP_MS) || cycles() - w->looked > SLEEP_MS * 1000 * w->bridge->cycles_per_us)
+	if ((timeout == SLEEP_MS && ns >= until) || cycles() - w->looked >= SLEEP_MS * 1000 * w->bridge->cycles_per_us)
 		look_at_all(w);
 }
 
@@ -461,6 +468,22 @@ void worker_join(struct worker *w)
 {
 	wake(w);
 	pthread_join(w->thread, NULL);
+}
+
+/* Three turns: one may have begun before, its worker may only then look at its events, and the last is a whole one. */
+void workers_go_round(struct xn_bridge *b)
+{
+	u64 loops[XN_MAX_WORKERS];
+
+	for (u32 turns = 0; b->running && turns < 3; turns++) {
+		for (u32 i = 0; i < b->config.workers; i++) {
+			loops[i] = counted(&b->workers[i]->stats.loops);
+			wake(b->workers[i]);
+		}
+		for (u32 i = 0; i < b->config.workers; i++)
+			while (counted(&b->workers[i]->stats.loops) == loops[i])
+				usleep(ROUND_STEP_US);
+	}
 }
 
 void workers_park(struct xn_bridge *b)

@@ -10,6 +10,7 @@
 
 #include <pthread.h>
 
+#include "clock.h"
 #include "gro.h"
 #include "gso.h"
 #include "source.h"
@@ -91,6 +92,8 @@ void worker_join(struct worker *w);
 /* Parks every running worker, until they are resumed. Control thread only; does not nest, or nobody could be let go on meanwhile. */
 void workers_park(struct xn_bridge *b);
 void workers_resume(struct xn_bridge *b);
+/* Returns when every running worker has looked at its events, and then taken a whole turn. Control thread only. */
+void workers_go_round(struct xn_bridge *b);
 
 /* While parked: gives a source to a worker (it is polled at least once, whatever its fd says), or takes it away. */
 int worker_add_source(struct worker *w, struct source *s);

@@ -222,6 +222,20 @@ uint64_t
 xn_bridge_parked_ns(const struct xn_bridge *b); /* that the workers have stood still for the control thread, so far */
 int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out);
 
+/* ---- time, for tests ---- */
+
+/*
+ * From now on the core's time stands still, in the whole process: what waits, or polls on for a while, does so until it
+ * is advanced. -EALREADY. A bridge that lives on after the release may find the time behind where it was.
+ */
+int xn_time_hold(void);
+void xn_time_release(void);
+/*
+ * Advances the time that is held (-EINVAL: it is not), wakes the workers of this bridge, and returns when each of them
+ * has looked at its events and then taken a whole turn by the new time. 0: they do that, at the same time.
+ */
+int xn_time_advance(struct xn_bridge *b, uint64_t us);
+
 /* ---- addresses ---- */
 
 int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max); /* live entries, at most max */

@@ -16,6 +16,14 @@ from xdpnet import core
 
 
 @pytest.fixture
+def held_time() -> Iterator[None]:
+    """The core's time stands still but for bridge.time_advance(); a test names it before its bridges."""
+    core.time_hold()
+    yield
+    core.time_release()
+
+
+@pytest.fixture
 def make_bridge() -> Iterator[MakeBridge]:
     """Makes bridges with running workers; no file descriptor is left of them."""
     before = set(os.listdir("/proc/self/fd"))

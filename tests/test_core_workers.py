@@ -186,16 +186,65 @@ def test_workers_run_on_the_cpus_they_are_given(guests: MakeGuest) -> None:
             assert stats.cpu == 0
 
 
-def test_an_idle_bridge_sleeps(make_bridge: MakeBridge, guests: MakeGuest) -> None:
-    """Turns of the loop, not time: at most a handful for each of the ten looks a second."""
+def test_time_is_held_once_and_advanced_only_while_it_is(held_time: None, make_bridge: MakeBridge) -> None:
+    bridge = make_bridge()
+    bridge.time_advance(0)
+    with pytest.raises(OSError, match="hold time: Operation already in progress"):
+        core.time_hold()
+    core.time_release()
+    core.time_release()
+    with pytest.raises(OSError, match="advance time by 7 us: Invalid argument"):
+        bridge.time_advance(7)
+    core.time_hold()
+
+
+def test_time_that_is_held_is_what_addresses_age_by(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    bridge = make_bridge(ageing_s=300)
+    a = guests(bridge)
+    a.pair.send_all([frame(BROADCAST, mac(1))])
+    bridge.time_advance(300_000_000)
+    assert [(entry.mac, entry.age_s) for entry in bridge.fdb_dump()] == [(mac(1), 300)]
+    bridge.time_advance(1_000_000)
+    assert bridge.fdb_dump() == []
+
+
+def test_when_time_is_advanced_all_workers_have_gone_round_by_the_new_time(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """A frame that the guest kicked nobody for is found by the look at all rings that is due after 100 ms."""
+    bridge = make_bridge(spin_us=0, workers=2)
+    a = guests(bridge, pairs=2)
+    for _ in range(20):
+        bridge.time_advance(100_000)
+        assert all(pair.tx.waits() for pair in a.pairs)
+        for pair in a.pairs:
+            pair.queue(frame(BROADCAST, mac(1)))
+            pair.tx.publish()
+        bridge.time_advance(99_999)
+        assert [pair.tx.pending() for pair in a.pairs] == [0, 0]
+        bridge.time_advance(1)
+        assert [len(pair.reap()) for pair in a.pairs] == [1, 1]
+
+
+def turns(bridge: core.Bridge) -> tuple[int, int]:
+    """Turns of the worker's loop while a second passes, and how often it slept."""
+    before = bridge.worker_stats(0)
+    for _ in range(10):
+        bridge.time_advance(100_000)
+    after = bridge.worker_stats(0)
+    return after.loops - before.loops, after.sleeps - before.sleeps
+
+
+def test_an_idle_bridge_sleeps(held_time: None, make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    """After every turn, of which there are some each time that it is woken."""
     bridge = make_bridge(spin_us=0)
     guests(bridge)
-    time.sleep(0.2)
-    before = bridge.worker_stats(0)
-    time.sleep(0.5)
-    after = bridge.worker_stats(0)
-    assert after.loops - before.loops < 100
-    assert after.sleeps > before.sleeps
+    bridge.time_advance(0)
+    loops, sleeps = turns(bridge)
+    assert 30 <= loops <= 50
+    assert abs(loops - sleeps) <= 1
 
 
 def effort(driver: Driver, frames: int = 1, size: int = 64) -> tuple[int, int]:
@@ -241,15 +290,18 @@ def test_between_the_bursts_of_a_stream_the_worker_sleeps(make_bridge: MakeBridg
     assert kicks >= 20
 
 
-def test_a_broken_ring_that_is_polled_keeps_no_worker_awake(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+def test_a_broken_ring_that_is_polled_keeps_no_worker_awake(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
     bridge = make_bridge(spin_us=0)
     a = guests(bridge, started=False).start(kick=False)
     a.pair.tx.raw((0, 64, 0))
     a.pair.tx.publish()
     assert eventually(lambda: a.state(core.TX).broken == "addr")
-    before = bridge.worker_stats(0).loops
-    time.sleep(0.5)
-    assert bridge.worker_stats(0).loops - before < 100
+    bridge.time_advance(0)
+    loops, sleeps = turns(bridge)
+    assert 30 <= loops <= 50
+    assert abs(loops - sleeps) <= 1
 
 
 # ---- the ledger, at random ----

@@ -308,6 +308,10 @@ class Bridge:
             unlearned=out.unlearned,
         )
 
+    def time_advance(self, us: int) -> None:
+        """Advance the time that time_hold() holds; when this returns, each worker has taken a turn by the new time."""
+        _check(lib.xn_time_advance(self._bridge, us), f"advance time by {us} us")
+
     def worker_stats(self, worker: int) -> WorkerStats:
         """Counters of one worker."""
         out = ffi.new("struct xn_worker_stats *")
@@ -453,6 +457,16 @@ class Bridge:
             open=bool(s.open),
             zerocopy=bool(s.zerocopy),
         )
+
+
+def time_hold() -> None:
+    """Hold the core's time, of all bridges, where it is now. For tests."""
+    _check(lib.xn_time_hold(), "hold time")
+
+
+def time_release() -> None:
+    """Let the core's time run again; idempotent."""
+    lib.xn_time_release()
 
 
 def bpf_map_update(map_fd: int, key: bytes, value: bytes) -> None:
