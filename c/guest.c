@@ -11,7 +11,7 @@
 
 enum {
 	/* How long frames that are being sent are waited for, and how often they are looked at: so long the control thread waits. */
-	RECALL_NS = 10000000,
+	RECALL_STEPS = 100,
 	RECALL_STEP_US = 100
 };
 
@@ -115,7 +115,7 @@ static bool recall(struct port *p, bool patient)
 
 void guest_park(struct port *p)
 {
-	u64 start = monotonic_ns();
+	u32 steps = 0;
 
 	workers_park(p->bridge);
 	p->guest.recalling = true;
@@ -125,7 +125,7 @@ void guest_park(struct port *p)
 		workers_resume(p->bridge);
 		usleep(RECALL_STEP_US);
 		workers_park(p->bridge);
-		if (monotonic_ns() - start > RECALL_NS) {
+		if (++steps == RECALL_STEPS) {
 			/* To close sockets costs the others frames: it happens once. */
 			patient = false;
 			p->guest.overdue = true;
