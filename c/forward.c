@@ -8,6 +8,8 @@
 #include "packet.h"
 
 enum { MAC_CONTROL = 0x8808 };
+/* No number of frames: one has been flooded to all ports, in parts. */
+enum { FLOODED = UINT32_MAX };
 
 /* Remembers where a frame came from. False: the address is not this port's to use. */
 static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan, struct xn_queue_stats *stats)
@@ -51,13 +53,21 @@ static bool is_link_local(const struct view *v, u64 dst)
 /* No address: of those, only 48 bits are set. The address of all zeroes is one that a frame may carry. */
 #define NO_MAC UINT64_MAX
 
-/* Gives each frame its way; whether any may go to an interface. */
-static bool classify(struct worker *w, const struct port *from, struct view *views, u32 n, struct xn_queue_stats *stats)
+/* What there is to be thought of before a burst is delivered. */
+struct ways {
+	bool to_netdev; /* a frame goes to an interface */
+	bool costly;	/* a frame goes to several ports, or is several */
+};
+
+/* Gives each frame its way. */
+static struct ways classify(struct worker *w, const struct port *from, struct view *views, u32 n,
+			    struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
 	u64 last_src = 0, last_dst = NO_MAC;
 	u16 last_vlan = 0, last_port = 0;
-	bool good = false, to_netdev = false;
+	struct ways ways = {0};
+	bool good = false;
 
 	for (u32 i = 0; i < n; i++) {
 		struct view *v = &views[i];
@@ -83,18 +93,20 @@ static bool classify(struct worker *w, const struct port *from, struct view *vie
 			u32 port = mac_is_group(dst) ? FDB_NONE : fdb_lookup(b->fdb, dst, vlan, w->now);
 
 			last_port = port == FDB_NONE ? VIEW_FLOOD : (u16)port;
-			to_netdev |= port != FDB_NONE && b->ports[port].kind == PORT_NETDEV;
+			ways.to_netdev |= port != FDB_NONE && b->ports[port].kind == PORT_NETDEV;
+			ways.costly |= port == FDB_NONE;
 		}
 		last_src = src;
 		last_dst = dst;
 		last_vlan = vlan;
 		v->port = last_port;
+		ways.costly |= v->needs & NEED_CUT;
 		/* Back where it came from; or from one interface to another, which would close loops of the networks outside. */
 		if (unlikely(v->port == from->id || (v->port < VIEW_FLOOD && from->kind == PORT_NETDEV &&
 						     b->ports[v->port].kind == PORT_NETDEV)))
 			view_drop(v, XN_DROP_NO_PORT);
 	}
-	return to_netdev;
+	return ways;
 }
 
 static __attribute__((noinline)) u32 descriptors_of_large(const struct view *v)
@@ -271,6 +283,7 @@ static bool floods_to(const struct port *from, const struct port *to)
 	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV);
 }
 
+/* Delivers to all ports. */
 static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask, bool plain,
 		  struct xn_queue_stats *stats)
 {
@@ -290,6 +303,74 @@ static void flood(struct worker *w, struct port *from, u32 queue, struct view *v
 		count(&stats->copies, (u64)(ports - 1) * n);
 	else
 		count(&stats->drops[XN_DROP_NO_PORT], n);
+}
+
+/* ---- what one poll takes on ---- */
+
+/* What it costs to deliver a frame to one port, ns. */
+static u64 price_of(const struct view *v)
+{
+	u64 price = PRICE_FRAME + v->len / BYTES_PER_NS;
+
+	/* Cut, it is summed as well. */
+	if (v->needs & NEED_CUT)
+		price += vnet_segments(v) * PRICE_SEGMENT + v->len / BYTES_PER_NS;
+	return price;
+}
+
+static u32 flooded_ports(const struct worker *w, const struct port *from)
+{
+	u32 ports = 0;
+
+	for (u32 i = 0; i < w->bridge->ports_n; i++)
+		ports += floods_to(from, &w->bridge->ports[i]);
+	return ports;
+}
+
+/* How many views, from the first, one poll takes on; at least one. *price, ns: of these. */
+static __attribute__((noinline)) u32 affordable(struct worker *w, const struct port *from, const struct view *views,
+						u32 n, u64 *price)
+{
+	const u32 ports = flooded_ports(w, from);
+	u32 i = 0;
+
+	do {
+		if (views[i].port != VIEW_DROPPED)
+			*price += price_of(&views[i]) * (views[i].port == VIEW_FLOOD ? ports : 1);
+		i++;
+	} while (i < n && *price <= POLL_NS);
+	return i;
+}
+
+/*
+ * Floods a frame to as many ports, from *next on, as one poll takes on. True: that was the last of them, and *next is 0;
+ * else it goes on there, with what the guest has in that place by then. The frame itself is counted already.
+ */
+static bool flood_part(struct worker *w, struct port *from, u32 queue, struct view *v, struct xn_queue_stats *stats,
+		       u32 *next)
+{
+	struct xn_bridge *b = w->bridge;
+	const u64 price = price_of(v);
+	u64 paid = 0;
+	u8 which = 0;
+
+	/* A loan would be of a chain that is taken anew. */
+	w->lender = NULL;
+	for (bool first = !*next; *next < b->ports_n; ++*next) {
+		if (!floods_to(from, &b->ports[*next]))
+			continue;
+		if (paid > POLL_NS)
+			break;
+		paid += price;
+		deliver(w, &b->ports[*next], queue, v, &which, 1, !v->needs, stats);
+		count(&stats->copies, !first);
+		first = false;
+	}
+	w->price += paid;
+	if (*next < b->ports_n)
+		return false;
+	*next = 0;
+	return true;
 }
 
 /* Where the frames of a burst go, a bit each, and what they are together. */
@@ -327,22 +408,56 @@ static always_inline struct sorted sort(const struct view *views, u32 n)
 	return s;
 }
 
-u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
-		   struct xn_queue_stats *stats, bool may_wait)
+static void count_frames(struct worker *w, struct xn_queue_stats *stats, u32 n, u64 bytes)
 {
-	bool to_netdev = classify(w, from, views, n, stats);
+	count(&stats->packets, n);
+	count(&stats->bytes, bytes);
+	count(&stats->bursts, 1);
+	count(&w->stats.packets, n);
+}
+
+/*
+ * Limits a guest's burst to what one poll takes on. 0: it has begun, or gone on, with a frame that is too much for one;
+ * *flood_next is 0 again when it is done with that.
+ */
+static __attribute__((noinline)) u32 limit_burst(struct worker *w, struct port *from, u32 queue, struct view *views,
+						 u32 n, struct xn_queue_stats *stats, u32 *flood_next)
+{
+	u64 price = 0;
+
+	/* What is flooded in parts and has become another frame is that from here on. */
+	if (*flood_next && views->port != VIEW_FLOOD)
+		*flood_next = 0;
+	if (!*flood_next) {
+		n = affordable(w, from, views, n, &price);
+		if (n > 1 || views->port != VIEW_FLOOD || price <= POLL_NS) {
+			w->price += price;
+			return n;
+		}
+		count_frames(w, stats, 1, views->len);
+	}
+	return flood_part(w, from, queue, views, stats, flood_next) ? FLOODED : 0;
+}
+
+u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
+		   struct xn_queue_stats *stats, u32 *flood_next)
+{
+	struct ways ways = classify(w, from, views, n, stats);
 	u8 which[XN_BURST];
 
-	if (may_wait && to_netdev)
-		n = with_room(w, queue, views, n);
+	if (flood_next) {
+		if (unlikely(ways.costly || *flood_next))
+			n = limit_burst(w, from, queue, views, n, stats, flood_next);
+		if (n == FLOODED)
+			return 1;
+		if (ways.to_netdev)
+			n = with_room(w, queue, views, n);
+	}
 	if (!n)
 		return 0;
 	struct sorted s = sort(views, n);
 
-	count(&stats->packets, n);
-	count(&stats->bytes, s.bytes);
-	count(&stats->bursts, 1);
-	count(&w->stats.packets, n);
+	count_frames(w, stats, n, s.bytes);
 	if (likely(s.one_way)) {
 		for (u32 i = 0; i < XN_BURST; i++)
 			which[i] = (u8)i;
@@ -392,8 +507,9 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 	w->now = (u32)(monotonic_ns() / 1000000000u);
 	w->turn = cycles();
 	w->lender = NULL;
+	w->payer = &w->accounts[from->id];
 	if (!learn(w, from, view_src(&view), 0, stats))
 		return false;
-	bridge_forward(w, from, 0, &view, 1, stats, false);
+	bridge_forward(w, from, 0, &view, 1, stats, NULL);
 	return true;
 }

@@ -392,6 +392,8 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	if (r)
 		goto out;
 	/* What was taken was also given back, in order: used and available start at the same place. */
+	q->flood_next = 0;
+	q->steps_left = POLL_STEPS;
 	q->next = packed ? (struct cursor){config->base & 0x7fff, config->base >> 15 & 1}
 			 : (struct cursor){(u16)config->base, 0};
 	/*
@@ -412,7 +414,7 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 					    .spins = true,
 					    .kicks = &q->stats.kicks,
 					    .bytes = {&q->stats.bytes, &q[-1].stats.bytes}};
-		r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source);
+		r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source, port);
 		if (r)
 			stop_ring(q);
 		goto out;
@@ -476,6 +478,8 @@ int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enable
 
 	if (!q)
 		return -ENOENT;
+	if (q->enabled == !!enabled)
+		return 0;
 	workers_park(b);
 	q->enabled = enabled;
 	guest_settle(q->port);

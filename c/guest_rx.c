@@ -6,6 +6,12 @@
  */
 #include "bridge.h"
 
+enum {
+	/* Steps that each frame may take beside one for so many bytes: drivers have chains of twenty, or a buffer a page. */
+	FRAME_STEPS = 32,
+	BYTES_A_STEP = 256
+};
+
 /* Where one frame will go: pieces and chains in the worker's scratch. */
 struct place {
 	const struct view *view;
@@ -139,9 +145,8 @@ enum placing { PLACED, PLACE_LATER, PLACE_NEVER };
  * Takes chains for one frame. PLACE_LATER: commit what is placed and come again. PLACE_NEVER: the frame is dropped for
  * *why; its chains stay in the ring, unless one of them is unfit for any frame like it.
  */
-static __attribute__((noinline)) enum placing place_any(struct worker *w, struct virtqueue *q, struct pushing *push,
-							const struct view *v, struct scratch *s, struct place *p,
-							enum xn_drop *why, bool packed)
+static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pushing *push, const struct view *v,
+			       struct scratch *s, struct place *p, enum xn_drop *why, u32 *steps, bool packed)
 {
 	u64 need = (u64)q->hdr_len + v->len, have = 0;
 	const struct scratch start = *s;
@@ -152,7 +157,7 @@ static __attribute__((noinline)) enum placing place_any(struct worker *w, struct
 		chain_t chain;
 		u64 capacity;
 
-		if (unlikely(!has_room(s))) {
+		if (unlikely(!has_room(s) || *steps > POLL_STEPS)) {
 			*s = start;
 			*why = XN_DROP_TOO_SMALL;
 			return start.chains ? PLACE_LATER : PLACE_NEVER;
@@ -162,8 +167,10 @@ static __attribute__((noinline)) enum placing place_any(struct worker *w, struct
 			*why = q->broken ? XN_DROP_BROKEN : XN_DROP_NO_BUFFER;
 			return PLACE_NEVER;
 		}
-		int n = vring_pop(q, &at, true, &w->to_pieces[s->pieces], VRING_MAX_PIECES, &capacity, &chain, packed);
+		int n = vring_pop(q, &at, true, &w->to_pieces[s->pieces], VRING_MAX_PIECES, &capacity, &chain, steps,
+				  packed);
 
+		*steps += 1;
 		if (unlikely(n == -EIO)) {
 			*s = start;
 			*why = XN_DROP_BROKEN;
@@ -193,6 +200,26 @@ static __attribute__((noinline)) enum placing place_any(struct worker *w, struct
 	return PLACED;
 }
 
+/*
+ * As try_chains, for as long as the ring's chains are worth their walk. A sender, who pays for his frame, must not pay for
+ * what a guest has made of its buffers: beyond what a frame may take, as often as one comes, frames are dropped.
+ */
+static __attribute__((noinline)) enum placing place_any(struct worker *w, struct virtqueue *q, struct pushing *push,
+							const struct view *v, struct scratch *s, struct place *p,
+							enum xn_drop *why, bool packed)
+{
+	u32 steps = 0, free = v->len / BYTES_A_STEP;
+
+	if (unlikely(q->steps_left <= 0)) {
+		*why = XN_DROP_COSTLY;
+		return PLACE_NEVER;
+	}
+	enum placing r = try_chains(w, q, push, v, s, p, why, &steps, packed);
+
+	q->steps_left -= (s32)(steps > free ? steps - free : 0);
+	return r;
+}
+
 /* A frame that fits into one chain of one piece, which nearly all do. */
 static always_inline bool place(struct worker *w, struct virtqueue *q, struct cursor at, const struct view *v,
 				const struct scratch *s, struct place *p, bool packed)
@@ -220,6 +247,8 @@ static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q,
 	struct cursor at = q->next;
 	u32 placed = 0;
 
+	q->steps_left = q->steps_left + (s32)(n * FRAME_STEPS) < POLL_STEPS ? q->steps_left + (s32)(n * FRAME_STEPS)
+									    : POLL_STEPS;
 	for (u32 i = 0; i < n;) {
 		const struct view *v = &views[which[i]];
 

@@ -117,7 +117,8 @@ struct burst {
 static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct burst *burst, u32 most, bool packed)
 {
 	struct cursor at = q->next;
-	u32 n = 0, used = 0, frames = 0;
+	u32 n = 0, used = 0, frames = 0, steps = 0;
+	u64 bytes = 0;
 
 	if (!vring_peek(q, at, packed))
 		return 0;
@@ -129,14 +130,15 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 		if (packed)
 			packed_prefetch_ahead(q, at.pos);
 		/* Every chain may have as many pieces as the core gathers: what does not fit now waits for the next turn. */
-		if (unlikely(used + VRING_MAX_PIECES + 1 > WORKER_PIECES))
+		if (unlikely(used + VRING_MAX_PIECES + 1 > WORKER_PIECES || steps > POLL_STEPS || bytes > POLL_BYTES))
 			break;
 		/* In front of them is room for the snapshot of a frame's headers. */
 		struct piece *to = &w->pieces[used + 1];
 
 		v->port = VIEW_FLOOD;
 		v->pieces = to;
-		pieces = vring_pop(q, &at, false, to, VRING_MAX_PIECES, &burst[n].total, &burst[n].chain, packed);
+		pieces = vring_pop(q, &at, false, to, VRING_MAX_PIECES, &burst[n].total, &burst[n].chain, &steps,
+				   packed);
 		burst[n].after = at;
 		if (unlikely(pieces == -EIO))
 			break;
@@ -147,12 +149,14 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 		}
 		v->n = (u32)pieces;
 		used += (u32)pieces + 1;
+		bytes += burst[n].total;
 		if (likely(pieces)) {
 			/* Drivers put the header right before the frame, often at the end of another line. */
 			prefetch(v->pieces->ptr);
 			prefetch(v->pieces->ptr + q->hdr_len);
 		}
 	}
+	w->price += n * PRICE_FRAME + steps * PRICE_STEP + bytes / BYTES_PER_NS;
 	for (u32 i = 0; i < n; i++) {
 		struct view *v = &w->views[i];
 
@@ -253,9 +257,9 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 			view_drop(&w->views[i], XN_DROP_DISABLED);
 	w->lender = q->loans && g->lends != XN_ZEROCOPY_OFF ? q : NULL;
 	w->lent = 0;
-	n = bridge_forward(w, q->port, q->index / 2, w->views, n, &q->stats, true);
+	n = bridge_forward(w, q->port, q->index / 2, w->views, n, &q->stats, &q->flood_next);
 	if (!n)
-		return 0;
+		return q->flood_next ? 1 : 0;
 	if (!s->woken)
 		count(&q->stats.kicks_saved, 1);
 	s->woken = false;

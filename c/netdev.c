@@ -116,7 +116,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 				    .kicks = &nq->rx.kicks,
 				    .bytes = {&nq->rx.bytes, &nq->tx.bytes}};
 	workers_park(b);
-	r = worker_add_source(b->workers[queue % b->config.workers], &x->source);
+	r = worker_add_source(b->workers[queue % b->config.workers], &x->source, port);
 	if (!r)
 		nq->xsk = x;
 	netdev_settle(x->port);
@@ -180,7 +180,7 @@ int xn_netdev_set_group_fd(struct xn_bridge *b, uint32_t port, int fd)
 		d->group_failed = false;
 		d->group = (struct source){.ops = &group_source, .fd = d->group_fd};
 		if (!r)
-			r = worker_add_source(w, &d->group);
+			r = worker_add_source(w, &d->group, port);
 		if (r && d->group_fd >= 0) {
 			close(d->group_fd);
 			d->group_fd = -1;

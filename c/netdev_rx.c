@@ -93,7 +93,7 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 		w->pieces[i] = (struct piece){x->arena->base + xsk_place(d->addr), d->len};
 		open_frame(v, &w->pieces[i], 1, d->len);
 	}
-	bridge_forward(w, x->port, x->queue, w->views, n, stats, false);
+	bridge_forward(w, x->port, x->queue, w->views, n, stats, NULL);
 	for (u32 i = 0; i < n; i++)
 		if (likely(!(bad >> i & 1)))
 			xsk_refill(x, received(x, i)->addr);
@@ -207,7 +207,7 @@ static u32 chains_poll(struct worker *w, struct source *s)
 	}
 	if (!done)
 		return 0;
-	bridge_forward(w, x->port, x->queue, w->views, frames, stats, false);
+	bridge_forward(w, x->port, x->queue, w->views, frames, stats, NULL);
 	for (u32 i = 0; i < done; i++)
 		if (likely(is_ours(x, received(x, i))))
 			xsk_refill(x, received(x, i)->addr);
@@ -287,7 +287,7 @@ static u32 group_poll(struct worker *w, struct source *s)
 		w->pieces[i] = (struct piece){frame, len};
 		open_frame(v, &w->pieces[i], 1, len);
 	}
-	bridge_forward(w, p, 0, w->views, (u32)n, stats, false);
+	bridge_forward(w, p, 0, w->views, (u32)n, stats, NULL);
 	return (u32)n;
 }
 

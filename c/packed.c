@@ -3,7 +3,7 @@
 
 /* The chain in an indirect table: all of its entries; of their flags only WRITE means anything (2.8.7). */
 static int walk_indirect(struct virtqueue *q, const struct vring_packed_desc *at, bool writable, struct piece *out,
-			 u32 room, u64 *total)
+			 u32 room, u64 *total, u32 *steps)
 {
 	struct indirect in;
 	u32 n = 0;
@@ -13,14 +13,16 @@ static int walk_indirect(struct virtqueue *q, const struct vring_packed_desc *at
 	for (u32 i = 0; i < in.entries; i++) {
 		struct vring_packed_desc d;
 
-		if (unlikely(vring_read_indirect(q, &in, i, &d)))
+		if (unlikely(i >= VRING_MAX_DESCS))
+			return -EMSGSIZE;
+		if (unlikely(vring_read_indirect(q, &in, i, &d, steps)))
 			return -EIO;
 		if (unlikely(d.flags & VRING_DESC_F_INDIRECT))
 			return vring_fail(q, XN_BROKEN_INDIRECT);
 		/* Not asked of a table to transmit: DPDK's driver leaves WRITE in its entries (virtio_init_vring). */
 		if (unlikely(writable && !(d.flags & VRING_DESC_F_WRITE)))
 			return vring_fail(q, XN_BROKEN_DIRECTION);
-		int r = vring_add_pieces(q, d.addr, d.len, out + n, room - n);
+		int r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
 
 		if (unlikely(r < 0))
 			return r;
@@ -31,7 +33,7 @@ static int walk_indirect(struct virtqueue *q, const struct vring_packed_desc *at
 }
 
 int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
-		chain_t *chain)
+		chain_t *chain, u32 *steps)
 {
 	bool too_many = false;
 	u32 n = 0;
@@ -42,7 +44,7 @@ int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct pie
 		int r = 0;
 
 		g_load_desc(&d, &q->packed.desc[at.pos]);
-
+		*steps += 1;
 		/* A list is made available as a whole: its first element's flags come last (2.8.21). */
 		if (unlikely(!packed_is_available(d.flags, at.wrap)))
 			return vring_fail(q, XN_BROKEN_CHAIN);
@@ -50,13 +52,14 @@ int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct pie
 			/* Unlike in the split layout, a chain holds direct descriptors or one indirect (2.8.8). */
 			if (unlikely(!q->indirect || d.flags & VRING_DESC_F_NEXT || descs > 1))
 				return vring_fail(q, XN_BROKEN_INDIRECT);
-			r = walk_indirect(q, &d, writable, out, room, total);
+			r = walk_indirect(q, &d, writable, out, room, total, steps);
 		} else {
 			if (unlikely(!(d.flags & VRING_DESC_F_WRITE) == writable))
 				return vring_fail(q, XN_BROKEN_DIRECTION);
 			/* The way to the end of the chain is walked in any case: that is where the next one starts. */
+			too_many |= descs > VRING_MAX_DESCS;
 			if (likely(!too_many))
-				r = vring_add_pieces(q, d.addr, d.len, out + n, room - n);
+				r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
 			*total += d.len;
 		}
 		if (unlikely(r == -EIO))
@@ -72,7 +75,7 @@ int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct pie
 			*chain = chain_of(d.id, (u16)descs);
 			return too_many ? -EMSGSIZE : (int)n;
 		}
-		if (unlikely(descs == q->num))
+		if (unlikely(descs >= q->num))
 			return vring_fail(q, XN_BROKEN_LOOP);
 		cursor_advance(q, &at, 1, true);
 	}

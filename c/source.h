@@ -10,6 +10,7 @@
 
 #include "base.h"
 
+struct account;
 struct worker;
 struct source;
 
@@ -25,8 +26,9 @@ struct source_ops {
 struct source {
 	const struct source_ops *ops;
 	struct worker *worker;
-	u32 slot; /* in the worker's list of sources */
-	int fd;	  /* what wakes it; -1: it is polled for ever */
+	struct account *account; /* of its port, with that worker */
+	u32 slot;		 /* in the worker's list of sources */
+	int fd;			 /* what wakes it; -1: it is polled for ever */
 	bool active;
 	bool spins;	 /* polled for a time after its last frame; else until it is empty */
 	bool dead;	 /* brings nothing until it is added anew: not even without an fd is it polled for ever */

@@ -46,27 +46,33 @@ int vring_open_indirect(struct virtqueue *q, u64 addr, u32 len, struct indirect 
 	return 0;
 }
 
-int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc)
+int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc, u32 *steps)
 {
 	const u32 size = sizeof(struct vring_desc);
 
-	if (likely(in->table))
+	*steps += 1;
+	if (likely(in->table)) {
 		g_load_desc(desc, in->table + (u64)i * size);
-	else if (!mem_read(q->mem, in->addr + (u64)i * size, desc, size))
-		return vring_fail(q, XN_BROKEN_ADDR);
-	return 0;
+		return 0;
+	}
+	*steps += STEPS_UNALIGNED;
+	return mem_read(q->mem, in->addr + (u64)i * size, desc, size) ? 0 : vring_fail(q, XN_BROKEN_ADDR);
 }
 
-int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room)
+int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room, u32 *steps)
 {
 	u32 n = 0;
 
 	while (len) {
 		u64 part = len;
+		u32 hint = q->hint;
 		u8 *ptr = mem_at(q->mem, &q->hint, addr, &part);
 
 		if (unlikely(!ptr))
 			return vring_fail(q, XN_BROKEN_ADDR);
+		/* It had to be looked for. */
+		if (hint != q->hint)
+			*steps += 1 + q->mem->n / 8;
 		if (unlikely(n == room))
 			return -EMSGSIZE;
 		out[n++] = (struct piece){ptr, (u32)part};

@@ -25,8 +25,14 @@
 
 struct port;
 
-/* Most pieces that one chain may have; frames have at most 64 KiB, and drivers far fewer pieces than this. */
-enum { VRING_MAX_PIECES = 1024 };
+enum {
+	/* Most pieces that one chain may have; frames have at most 64 KiB, and drivers far fewer pieces than this. */
+	VRING_MAX_PIECES = 1024,
+	/* Most descriptors, be they empty. A packed chain is still walked to its end, for that is where the next one starts. */
+	VRING_MAX_DESCS = 2 * VRING_MAX_PIECES,
+	/* Steps: what a walk costs, in descriptors that lie where they should; one that is read byte by byte is as many. */
+	STEPS_UNALIGNED = 8
+};
 
 #define always_inline inline __attribute__((always_inline))
 
@@ -91,6 +97,9 @@ struct virtqueue {
 	u64 loans_since; /* cycles, when the oldest became the oldest */
 	bool waits;	 /* its worker looks for the end of loans */
 
+	u32 flood_next; /* transmit: the port at which the flooding of the next chain's frame goes on */
+	s32 steps_left; /* receive: that chains may take to walk before frames are dropped instead */
+
 	struct xn_queue_stats stats XN_ALIGNED;
 };
 
@@ -105,12 +114,12 @@ bool vring_notify(struct virtqueue *q, struct cursor until);
 
 /*
  * Takes the pieces of a chain: at most `room`, their bytes added up in *total. Returns how many; -EMSGSIZE if there are
- * more; -EIO if the chain broke the ring. *chain is what push needs.
+ * more, or too many descriptors; -EIO if the chain broke the ring. *chain is what push needs. Adds to *steps what it took.
  */
 int split_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
-	       chain_t *chain);
+	       chain_t *chain, u32 *steps);
 int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
-		chain_t *chain);
+		chain_t *chain, u32 *steps);
 /* An indirect table; it lies in guest memory and may cross regions. */
 struct indirect {
 	const u8 *table; /* NULL: not in one piece, or at an odd address; it is read a descriptor at a time */
@@ -121,9 +130,9 @@ struct indirect {
 /* 0, or -EIO: a table of no, partial or too many descriptors broke the ring. */
 int vring_open_indirect(struct virtqueue *q, u64 addr, u32 len, struct indirect *in);
 /* A snapshot of descriptor i, 16 bytes; 0, or -EIO: it is outside of guest memory. */
-int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc);
+int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc, u32 *steps);
 /* For both: translates one descriptor's range; a range that crosses regions gives a piece for each. */
-int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room);
+int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room, u32 *steps);
 /* Breaks the ring; for a return statement. */
 int vring_fail(struct virtqueue *q, enum xn_broken why);
 
@@ -253,16 +262,16 @@ static always_inline int pop_single(struct virtqueue *q, struct cursor at, bool 
 	return 1;
 }
 
-/* Needs a peek that said yes. The cursor moves unless the ring broke. */
+/* Needs a peek that said yes. The cursor moves unless the ring broke. *steps: of chains that are no single descriptor. */
 static always_inline int vring_pop(struct virtqueue *q, struct cursor *at, bool writable, struct piece *out, u32 room,
-				   u64 *total, chain_t *chain, bool packed)
+				   u64 *total, chain_t *chain, u32 *steps, bool packed)
 {
 	if (likely(pop_single(q, *at, writable, out, total, chain, packed))) {
 		cursor_advance(q, at, 1, packed);
 		return 1;
 	}
-	int n = packed ? packed_walk(q, *at, writable, out, room, total, chain)
-		       : split_walk(q, *at, writable, out, room, total, chain);
+	int n = packed ? packed_walk(q, *at, writable, out, room, total, chain, steps)
+		       : split_walk(q, *at, writable, out, room, total, chain, steps);
 
 	if (likely(n != -EIO))
 		cursor_advance(q, at, packed ? chain_descs(*chain) : 1, packed);

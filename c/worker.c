@@ -33,6 +33,11 @@ enum {
 	SLEEP_MS = 100,
 	/* Sleep with frames that the kernel did not take: a full queue below empties in about this time. */
 	RETRY_MS = 1,
+	/* So far below zero a port's interrupts wait, too: no work that a frame can bring costs as much. */
+	CALL_DEBT_US = 1000,
+	/* What a frame costs the kernel, until that has been seen, and at most: it may have lost the processor meanwhile. */
+	KICK_NS = 500,
+	MOST_KICK_NS = 5000,
 	ROUND_STEP_US = 20,
 	EVENTS = 64
 };
@@ -78,13 +83,14 @@ void worker_keep_active(struct worker *w, struct source *s)
 	s->last_work = w->turn;
 }
 
-int worker_add_source(struct worker *w, struct source *s)
+int worker_add_source(struct worker *w, struct source *s, u32 port)
 {
 	int r = w->sources_n == WORKER_SOURCES ? -ENOSPC : s->fd >= 0 ? watch(w, s) : 0;
 
 	if (r)
 		return r;
 	s->worker = w;
+	s->account = &w->accounts[port];
 	s->spin = w->bridge->spin_cycles;
 	s->weighed = cycles();
 	s->weighed_bytes = s->spins ? moved_bytes(s) : 0;
@@ -115,7 +121,7 @@ void worker_forget_ring(struct worker *w, const struct virtqueue *q)
 	u32 kept = 0;
 
 	for (u32 i = 0; i < w->notify_n; i++)
-		if (w->notify[i] != q)
+		if (w->notify[i].ring != q)
 			w->notify[kept++] = w->notify[i];
 	w->notify_n = kept;
 	kept = 0;
@@ -173,14 +179,34 @@ static bool is_worth_polling(const struct worker *w, const struct source *s, u64
 	return s->spins && (idle < w->bridge->spin_cycles || (idle < s->spin && !s->streams));
 }
 
-/* Polls every active source once; the number of frames moved. */
-static u32 poll_sources(struct worker *w, u64 now)
+/* Polls the source for its port, and has that pay for it. */
+static u32 poll_source(struct worker *w, struct source *s)
+{
+	w->payer = s->account;
+	w->price = 0;
+	u32 n = s->ops->poll(w, s);
+	u64 now = cycles(), price = w->price * w->bridge->cycles_per_us / 1000;
+
+	account_charge(s->account, now - w->clock > price ? now - w->clock : price, w->quantum);
+	w->clock = now;
+	return n;
+}
+
+/* Polls every active source once whose port has credit; the number of frames moved. *most: of those that have none. */
+static u32 poll_those_with_credit(struct worker *w, u64 now, s64 *most)
 {
 	u32 moved = 0;
 
 	for (u32 i = 0; i < w->active_n;) {
 		struct source *s = w->active[i];
-		u32 n = s->ops->poll(w, s);
+		s64 credit = account_at(s->account, w->round, w->quantum)->credit;
+
+		if (unlikely(credit <= 0)) {
+			*most = credit > *most ? credit : *most;
+			i++;
+			continue;
+		}
+		u32 n = poll_source(w, s);
 
 		moved += n;
 		if (n) {
@@ -201,11 +227,37 @@ static u32 poll_sources(struct worker *w, u64 now)
 	return moved;
 }
 
+static u32 poll_sources(struct worker *w, u64 now)
+{
+	for (;;) {
+		s64 most = INT64_MIN;
+		u32 moved = poll_those_with_credit(w, now, &most);
+
+		if (moved || most == INT64_MIN)
+			return moved;
+		/* Whoever may go on has nothing to do: so many rounds later the next one may. */
+		w->round += 1 + (u64)(-most / w->quantum);
+	}
+}
+
+/* What a frame costs the kernel, slowly following what it did. */
+static void learn_kick(struct worker *w, u32 frames)
+{
+	u64 now = cycles(), most = MOST_KICK_NS * w->bridge->cycles_per_us / 1000;
+
+	if (frames) {
+		u64 each = (now - w->clock) / frames;
+
+		w->kick_cycles += ((s64)(each < most ? each : most) - (s64)w->kick_cycles) / 16;
+	}
+	w->clock = now;
+}
+
 /* Kicks the sockets that were given frames; keeps those that did not take them all. How long to wait for those, in ms. */
 static int kick_sockets(struct worker *w)
 {
 	int wait = SLEEP_MS;
-	u32 kept = 0;
+	u32 kept = 0, frames = w->kick_frames;
 
 	w->kick_frames = w->kick_turns = 0;
 	for (u32 i = 0; i < w->kick_n; i++) {
@@ -219,6 +271,7 @@ static int kick_sockets(struct worker *w)
 			wait = RETRY_MS;
 	}
 	w->kick_n = kept;
+	learn_kick(w, frames);
 	return wait;
 }
 
@@ -230,6 +283,7 @@ static void end_loans(struct worker *w, u64 now)
 	for (u32 i = 0; i < w->lenders_n; i++) {
 		struct virtqueue *q = w->lenders[i];
 
+		w->payer = q->source.account;
 		if (guest_take_back(q, now)) {
 			worker_owes(w, q);
 			w->lenders_wait = 1;
@@ -242,6 +296,11 @@ static void end_loans(struct worker *w, u64 now)
 }
 
 /* Whether the guest is to be told now of all that it has back; before the worker sleeps, in any case. */
+static struct account *account_of(struct worker *w, const struct virtqueue *q)
+{
+	return account_at(&w->accounts[q->port->id], w->round, w->quantum);
+}
+
 static bool tells_all(const struct worker *w, const struct virtqueue *q)
 {
 	return !w->active_n || q->index % 2 == XN_RX || q->unchecked >= q->num / SENT_CALL_PART;
@@ -252,36 +311,63 @@ static bool call_is_due(const struct worker *w, const struct virtqueue *q)
 	return tells_all(w, q) || (int64_t)(w->turn - q->call_due) >= 0;
 }
 
-static void notify_guests(struct worker *w)
+/* Interrupts it, if it wants that; whether it is owed more. */
+static bool notify(struct worker *w, struct virtqueue *q, struct account *payer)
 {
-	u32 kept = 0;
+	const u64 fair = CALL_US * w->bridge->cycles_per_us, calls = q->stats.calls;
+
+	vring_lock(q);
+	/* What it has seen by itself meanwhile has cost nothing; what came later has a time of its own. */
+	bool more = vring_notify(q, tells_all(w, q) ? q->used : q->owed);
+
+	if (more)
+		worker_set_due(w, q);
+	else
+		q->dirty &= ~(1u << w->id);
+	vring_unlock(q);
+	if (q->stats.calls != calls) {
+		u64 now = cycles(), took = now - w->clock;
+
+		/* Whoever watches a guest's eventfd makes its interrupts slow. */
+		account_charge(payer, took < fair ? took : fair, w->quantum);
+		if (unlikely(took > fair))
+			account_charge(account_of(w, q), took - fair, w->quantum);
+		w->clock = now;
+	}
+	return more;
+}
+
+/*
+ * Makes the interrupts that are due, in one turn no more than a quantum's worth: waking many is no less work than serving
+ * them. How long the worker may sleep for what is left, in ms.
+ */
+static int notify_guests(struct worker *w)
+{
+	const s64 lowest = -(CALL_DEBT_US / QUANTUM_US) * w->quantum;
+	const u64 start = w->clock;
+	int wait = SLEEP_MS;
 	bool due = false;
+	u32 kept = 0;
 
 	for (u32 i = 0; i < w->notify_n && !due; i++)
-		due = call_is_due(w, w->notify[i]);
+		due = call_is_due(w, w->notify[i].ring);
 	if (!due)
-		return;
+		return wait;
 	/* The used indices of the whole turn are visible before any of the guests' event indices is read. */
 	full_fence();
 	for (u32 i = 0; i < w->notify_n; i++) {
-		struct virtqueue *q = w->notify[i];
+		struct virtqueue *q = w->notify[i].ring;
+		bool overdrawn = account_of(w, q)->credit<lowest, late = w->clock - start>(u64) w->quantum;
 
-		if (!call_is_due(w, q)) {
-			w->notify[kept++] = q;
-			continue;
-		}
-
-		vring_lock(q);
-		/* What it has seen by itself meanwhile has cost nothing; what came later has a time of its own. */
-		if (vring_notify(q, tells_all(w, q) ? q->used : q->owed)) {
-			worker_set_due(w, q);
-			w->notify[kept++] = q;
-		} else {
-			q->dirty &= ~(1u << w->id);
-		}
-		vring_unlock(q);
+		if (overdrawn && wait)
+			wait = RETRY_MS;
+		if (late)
+			wait = 0;
+		if (overdrawn || late || !call_is_due(w, q) || notify(w, q, w->notify[i].payer))
+			w->notify[kept++] = w->notify[i];
 	}
 	w->notify_n = kept;
+	return wait;
 }
 
 /* Sources that sleep are polled without their asking: nothing may stay stuck on a kick that never came. */
@@ -291,8 +377,11 @@ static void look_at_all(struct worker *w)
 	for (u32 i = 0; i < w->sources_n; i++) {
 		struct source *s = w->sources[i];
 
-		if (!s->active && s->ops->poll(w, s))
-			activate(w, s);
+		if (s->active)
+			continue;
+		activate(w, s);
+		/* Once, if it brings nothing. */
+		s->last_work = 0;
 	}
 }
 
@@ -349,7 +438,7 @@ static void park(struct worker *w)
 /* The kernel does not tell when a loan ends: it is looked at, seldomer as time goes by. */
 static int sleep_ms(struct worker *w, int most)
 {
-	if (!w->lenders_n)
+	if (!w->lenders_n || !most)
 		return most;
 	u32 wait = min_u32(w->lenders_wait, (u32)most);
 
@@ -366,16 +455,16 @@ static void *run(void *argument)
 	w->stats.tid = gettid();
 	w->now = (u32)(monotonic_ns() / 1000000000u);
 	while (__atomic_load_n(&b->running, __ATOMIC_ACQUIRE)) {
-		u64 now = w->turn = cycles();
+		u64 now = w->turn = w->clock = cycles();
 		u32 moved = poll_sources(w, now);
 
-		int wait = SLEEP_MS;
+		int wait = SLEEP_MS, left;
 
 		if (w->kick_n && (!moved || w->kick_frames >= KICK_FRAMES || ++w->kick_turns >= KICK_TURNS))
 			wait = kick_sockets(w);
 		if (unlikely(w->lenders_n))
 			end_loans(w, now);
-		notify_guests(w);
+		left = notify_guests(w);
 		count(&w->stats.loops, 1);
 		if (moved)
 			count(&w->stats.busy_cycles, cycles() - now);
@@ -384,8 +473,10 @@ static void *run(void *argument)
 			continue;
 		}
 		if (!w->active_n) {
-			wait_for_events(w, sleep_ms(w, wait));
+			wait_for_events(w, sleep_ms(w, wait < left ? wait : left));
 			last_events = cycles();
+			/* Nobody wanted the time that it slept. */
+			w->round += (last_events - now) / (u64)w->quantum;
 		} else if (now - last_events > events_every) {
 			wait_for_events(w, 0);
 			last_events = now;
@@ -407,6 +498,8 @@ struct worker *worker_new(struct xn_bridge *b, u32 id)
 	w->bridge = b;
 	w->id = id;
 	w->stats.cpu = b->config.cpus[id];
+	w->quantum = (s64)(QUANTUM_US * b->cycles_per_us);
+	w->kick_cycles = KICK_NS * b->cycles_per_us / 1000;
 	w->sent_call_delay = SENT_CALL_US * b->cycles_per_us;
 	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);

@@ -10,6 +10,7 @@
 
 #include <pthread.h>
 
+#include "account.h"
 #include "clock.h"
 #include "gro.h"
 #include "gso.h"
@@ -52,12 +53,23 @@ struct worker {
 	struct source *active[WORKER_SOURCES];
 	u32 active_n;
 
-	struct virtqueue *notify[2 * WORKER_SOURCES]; /* rings that owe a notification check */
+	struct account accounts[XN_MAX_PORTS];
+	u64 round;
+	s64 quantum;	       /* cycles */
+	struct account *payer; /* for whom it works now */
+	u64 price;	       /* ns, of what was taken on in this poll */
+	u64 clock;	       /* cycles, when they were last read in this turn */
+
+	struct {
+		struct virtqueue *ring;
+		struct account *payer; /* who has made it owe that */
+	} notify[2 * WORKER_SOURCES];  /* rings that owe a notification check */
 	u32 notify_n;
 	struct xsk *kick[XN_MAX_PORTS * XN_MAX_NETDEV_QUEUES]; /* sockets with frames that the kernel has not taken */
 	u32 kick_n;
 	u32 kick_frames;			   /* given to them since the last kick */
 	u32 kick_turns;				   /* that these have waited for */
+	u64 kick_cycles;			   /* that a frame costs the kernel to take, as it was lately */
 	struct virtqueue *lenders[WORKER_SOURCES]; /* rings with chains that wait for a loan to end */
 	u32 lenders_n;
 	u64 sent_call_delay; /* cycles, in a stream */
@@ -95,8 +107,8 @@ void workers_resume(struct xn_bridge *b);
 /* Returns when every running worker has looked at its events, and then taken a whole turn. Control thread only. */
 void workers_go_round(struct xn_bridge *b);
 
-/* While parked: gives a source to a worker (it is polled at least once, whatever its fd says), or takes it away. */
-int worker_add_source(struct worker *w, struct source *s);
+/* While parked: gives a port's source to a worker (it is polled at least once, whatever its fd says), or takes it away. */
+int worker_add_source(struct worker *w, struct source *s, u32 port);
 void worker_remove_source(struct source *s);
 /* Has a source of this worker polled for as long as if it had just brought something. */
 void worker_keep_active(struct worker *w, struct source *s);
@@ -118,7 +130,8 @@ static inline void worker_owes(struct worker *w, struct virtqueue *q)
 		return;
 	q->dirty |= 1u << w->id;
 	worker_set_due(w, q);
-	w->notify[w->notify_n++] = q;
+	w->notify[w->notify_n].ring = q;
+	w->notify[w->notify_n++].payer = w->payer;
 }
 
 /* The ring has chains that wait for a loan to end. Of each transmit ring that the worker owns there is one entry. */
@@ -135,6 +148,7 @@ static inline void worker_waits(struct worker *w, struct virtqueue *q)
 static inline void worker_owes_kick(struct worker *w, struct xsk *x, u32 frames)
 {
 	w->kick_frames += frames;
+	account_charge(w->payer, frames * w->kick_cycles, w->quantum);
 	/* Of each frame that is sent, the kernel wakes whoever waits for the socket. */
 	worker_keep_active(w, &x->source);
 	if (w->kick_n && w->kick[w->kick_n - 1] == x)

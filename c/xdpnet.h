@@ -54,6 +54,7 @@ enum xn_drop {
 	XN_DROP_NO_PORT,   /* the destination is the port it came from, or there is no other */
 	XN_DROP_NO_BUFFER, /* the guest has posted too few receive buffers */
 	XN_DROP_TOO_SMALL, /* the guest's receive buffer is smaller than the frame */
+	XN_DROP_COSTLY,	   /* the guest's receive buffers are of so many descriptors that to find them costs too much */
 	XN_DROP_NOT_READY, /* the port has no ring or socket that is up */
 	XN_DROP_BROKEN,	   /* the guest's ring broke before the frame was handed over */
 	XN_DROP_NO_FRAME,  /* the kernel has yet to give back frames of the interface */
@@ -133,7 +134,7 @@ struct xn_ring_config {
 struct xn_queue_stats {
 	uint64_t packets;
 	uint64_t bytes;		 /* of Ethernet frames, without virtio_net_hdr */
-	uint64_t drops[26];	 /* by enum xn_drop */
+	uint64_t drops[27];	 /* by enum xn_drop */
 	uint64_t copies;	 /* more ports than one that a frame of this queue was flooded to */
 	uint64_t bursts;	 /* polls that found something */
 	uint64_t kicks;		 /* guest rings: kicks taken. netdev tx: sendto() calls */

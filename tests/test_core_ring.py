@@ -258,11 +258,11 @@ def test_a_frame_with_too_few_mergeable_buffers_takes_none_of_them(bridge: core.
     assert b.pair.frames() == [frame(BROADCAST, mac(1), 1000)]
 
 
-def test_many_frames_into_one_byte_buffers_fill_the_core_s_scratch_more_than_once(
+def test_many_frames_into_small_buffers_fill_the_core_s_scratch_more_than_once(
     bridge: core.Bridge, guests: MakeGuest
 ) -> None:
     a, b = guests(bridge), guests(bridge, num=32768)
-    b.pair.post(32768, 1)
+    b.pair.post(32768, 12)
     sent = [frame(BROADCAST, mac(1), 500, mark=bytes([i])) for i in range(63)]
     a.pair.send_all(sent)
     assert b.pair.frames(63) == sent
