@@ -29,6 +29,22 @@ typedef int64_t s64;
 #define ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
 #define container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
 
+/* Bytes between arrays of one struct, that nobody may touch: with AddressSanitizer, which is told so. */
+#if defined(__SANITIZE_ADDRESS__) /* gcc */
+#define XN_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) /* clang */
+#define XN_ASAN 1
+#endif
+#endif
+#ifdef XN_ASAN
+#include <sanitizer/asan_interface.h>
+enum { XN_GAP = 64 };
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+enum { XN_GAP = 0 };
+#endif
+
 /* Frames or chains that one turn takes from one source: enough to amortise the fences, few enough to stay in L1. */
 enum { XN_BURST = 64 };
 

@@ -13,8 +13,10 @@
 /* Memory for the segments of one round: they live until the next. */
 struct gso_room {
 	struct view views[XN_BURST];
-	u8 headers[XN_BURST][PACKET_HEADERS + IPV6_FRAGMENT_HDR];
+	u8 gap_views[XN_GAP];
+	u8 headers[XN_BURST][PACKET_HEADERS + IPV6_FRAGMENT_HDR + XN_GAP];
 	struct piece pieces[4096];
+	u8 gap_pieces[XN_GAP];
 };
 
 struct gso {

@@ -29,12 +29,14 @@ static always_inline bool has_plain_header(const u8 *to, u32 len)
 	u64 first;
 	u32 rest;
 
-	memcpy(&first, to, sizeof(first));
+	g_copy_from(&first, to, sizeof(first));
 	if (likely(len == sizeof(struct virtio_net_hdr_mrg_rxbuf))) {
-		memcpy(&rest, to + sizeof(first), sizeof(rest));
+		g_copy_from(&rest, to + sizeof(first), sizeof(rest));
 		return !first && le32toh(rest) == 1u << 16;
 	}
-	return !first && !to[8] && !to[9];
+	rest = 0;
+	g_copy_from(&rest, to + sizeof(first), len - sizeof(first));
+	return !first && !rest;
 }
 
 /* The header of a frame in one buffer. */

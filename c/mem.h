@@ -79,19 +79,38 @@ static inline u8 *mem_at(const struct mem *m, u32 *hint, u64 addr, u64 *len)
 	return m->regions[i].host + offset;
 }
 
+#ifdef XN_ORACLE
+/* In a fuzz target: after each load, that gives it the guest's part: to store elsewhere, or to have had other bytes there. */
+void oracle_loaded(const void *guest, void *loaded, size_t n);
+#else
+static inline void oracle_loaded(const void *guest, void *loaded, size_t n)
+{
+	(void)guest, (void)loaded, (void)n;
+}
+#endif
+
 static inline u16 g_load16(const void *p)
 {
-	return __atomic_load_n((const u16 *)p, __ATOMIC_RELAXED);
+	u16 v = __atomic_load_n((const u16 *)p, __ATOMIC_RELAXED);
+
+	oracle_loaded(p, &v, sizeof(v));
+	return v;
 }
 
 static inline u16 g_load16_acquire(const void *p)
 {
-	return __atomic_load_n((const u16 *)p, __ATOMIC_ACQUIRE);
+	u16 v = __atomic_load_n((const u16 *)p, __ATOMIC_ACQUIRE);
+
+	oracle_loaded(p, &v, sizeof(v));
+	return v;
 }
 
 static inline u64 g_load64(const void *p)
 {
-	return __atomic_load_n((const u64 *)p, __ATOMIC_RELAXED);
+	u64 v = __atomic_load_n((const u64 *)p, __ATOMIC_RELAXED);
+
+	oracle_loaded(p, &v, sizeof(v));
+	return v;
 }
 
 /* One snapshot of a descriptor's 16 bytes, of either layout: the guest may rewrite it at any moment. */
@@ -121,6 +140,7 @@ static inline void g_store32(void *p, u32 v)
 static inline void g_copy_from(void *to, const void *guest, size_t n)
 {
 	memcpy(to, guest, n);
+	oracle_loaded(guest, to, n);
 	__asm__ volatile("" ::: "memory");
 }
 

@@ -385,19 +385,19 @@ static void look_at_all(struct worker *w)
 	}
 }
 
-static void wait_for_events(struct worker *w, int timeout)
+void worker_wait(struct worker *w, int timeout_ms)
 {
 	struct epoll_event events[EVENTS];
-	u64 until = timeout ? monotonic_ns() + (u64)timeout * 1000000 : 0, ns;
+	u64 until = timeout_ms ? monotonic_ns() + (u64)timeout_ms * 1000000 : 0, ns;
 	int n;
 
 	/* What is over is said by the core's own clock, which may be held. */
 	do {
-		n = epoll_wait(w->epoll_fd, events, EVENTS, timeout);
+		n = epoll_wait(w->epoll_fd, events, EVENTS, timeout_ms);
 		ns = monotonic_ns();
 	} while (!n && ns < until);
 	w->now = (u32)(ns / 1000000000u);
-	if (timeout)
+	if (timeout_ms)
 		count(&w->stats.sleeps, 1);
 	for (int i = 0; i < n; i++) {
 		struct source *s = events[i].data.ptr;
@@ -417,7 +417,8 @@ static void wait_for_events(struct worker *w, int timeout)
 		activate(w, s);
 	}
 	/* As often while others keep the worker busy. */
-	if ((timeout == SLEEP_MS && ns >= until) || cycles() - w->looked >= SLEEP_MS * 1000 * w->bridge->cycles_per_us)
+	if ((timeout_ms == SLEEP_MS && ns >= until) ||
+	    cycles() - w->looked >= SLEEP_MS * 1000 * w->bridge->cycles_per_us)
 		look_at_all(w);
 }
 
@@ -446,6 +447,24 @@ static int sleep_ms(struct worker *w, int most)
 	return (int)wait;
 }
 
+int worker_turn(struct worker *w)
+{
+	u64 now = w->turn = w->clock = cycles();
+	u32 moved = poll_sources(w, now);
+
+	int wait = SLEEP_MS, left;
+
+	if (w->kick_n && (!moved || w->kick_frames >= KICK_FRAMES || ++w->kick_turns >= KICK_TURNS))
+		wait = kick_sockets(w);
+	if (unlikely(w->lenders_n))
+		end_loans(w, now);
+	left = notify_guests(w);
+	count(&w->stats.loops, 1);
+	if (moved)
+		count(&w->stats.busy_cycles, cycles() - now);
+	return wait < left ? wait : left;
+}
+
 static void *run(void *argument)
 {
 	struct worker *w = argument;
@@ -455,37 +474,41 @@ static void *run(void *argument)
 	w->stats.tid = gettid();
 	w->now = (u32)(monotonic_ns() / 1000000000u);
 	while (__atomic_load_n(&b->running, __ATOMIC_ACQUIRE)) {
-		u64 now = w->turn = w->clock = cycles();
-		u32 moved = poll_sources(w, now);
+		int wait = worker_turn(w);
 
-		int wait = SLEEP_MS, left;
-
-		if (w->kick_n && (!moved || w->kick_frames >= KICK_FRAMES || ++w->kick_turns >= KICK_TURNS))
-			wait = kick_sockets(w);
-		if (unlikely(w->lenders_n))
-			end_loans(w, now);
-		left = notify_guests(w);
-		count(&w->stats.loops, 1);
-		if (moved)
-			count(&w->stats.busy_cycles, cycles() - now);
 		if (unlikely(__atomic_load_n(&b->parking.wanted, __ATOMIC_ACQUIRE))) {
 			park(w);
 			continue;
 		}
 		if (!w->active_n) {
-			wait_for_events(w, sleep_ms(w, wait < left ? wait : left));
+			worker_wait(w, sleep_ms(w, wait));
 			last_events = cycles();
 			/* Nobody wanted the time that it slept. */
-			w->round += (last_events - now) / (u64)w->quantum;
-		} else if (now - last_events > events_every) {
-			wait_for_events(w, 0);
-			last_events = now;
+			w->round += (last_events - w->turn) / (u64)w->quantum;
+		} else if (w->turn - last_events > events_every) {
+			worker_wait(w, 0);
+			last_events = w->turn;
 		}
 	}
 	return NULL;
 }
 
 /* ---- life ---- */
+
+/* What runs over one array is found before it is in the next. */
+static void poison_gaps(struct worker *w)
+{
+	u8 *const gaps[] = {w->gap_sources,   w->gap_active, w->gap_notify,    w->gap_kick,
+			    w->gap_lenders,   w->gap_views,  w->gap_pieces,    w->gap_joined,
+			    w->gap_to_pieces, w->gap_chains, w->cut.gap_views, w->cut.gap_pieces};
+
+	for (u32 i = 0; i < ARRAY_LEN(gaps); i++)
+		ASAN_POISON_MEMORY_REGION(gaps[i], XN_GAP);
+	for (u32 i = 0; i < XN_BURST; i++) {
+		ASAN_POISON_MEMORY_REGION(w->headers[i] + PACKET_HEADERS, XN_GAP);
+		ASAN_POISON_MEMORY_REGION(w->cut.headers[i] + sizeof(w->cut.headers[i]) - XN_GAP, XN_GAP);
+	}
+}
 
 struct worker *worker_new(struct xn_bridge *b, u32 id)
 {
@@ -495,6 +518,7 @@ struct worker *worker_new(struct xn_bridge *b, u32 id)
 	if (!w)
 		return NULL;
 	memset(w, 0, sizeof(*w));
+	poison_gaps(w);
 	w->bridge = b;
 	w->id = id;
 	w->stats.cpu = b->config.cpus[id];

@@ -49,8 +49,10 @@ struct worker {
 	u64 looked;  /* cycles, when all sources were last polled, asleep or not */
 
 	struct source *sources[WORKER_SOURCES]; /* owned; written while parked */
+	u8 gap_sources[XN_GAP];
 	u32 sources_n;
 	struct source *active[WORKER_SOURCES];
+	u8 gap_active[XN_GAP];
 	u32 active_n;
 
 	struct account accounts[XN_MAX_PORTS];
@@ -64,13 +66,16 @@ struct worker {
 		struct virtqueue *ring;
 		struct account *payer; /* who has made it owe that */
 	} notify[2 * WORKER_SOURCES];  /* rings that owe a notification check */
+	u8 gap_notify[XN_GAP];
 	u32 notify_n;
 	struct xsk *kick[XN_MAX_PORTS * XN_MAX_NETDEV_QUEUES]; /* sockets with frames that the kernel has not taken */
+	u8 gap_kick[XN_GAP];
 	u32 kick_n;
 	u32 kick_frames;			   /* given to them since the last kick */
 	u32 kick_turns;				   /* that these have waited for */
 	u64 kick_cycles;			   /* that a frame costs the kernel to take, as it was lately */
 	struct virtqueue *lenders[WORKER_SOURCES]; /* rings with chains that wait for a loan to end */
+	u8 gap_lenders[XN_GAP];
 	u32 lenders_n;
 	u64 sent_call_delay; /* cycles, in a stream */
 	u32 lenders_wait;    /* ms to sleep for them, the longer the longer it takes */
@@ -83,16 +88,21 @@ struct worker {
 
 	/* Scratch of one burst. Source pieces and delivery pieces are apart: both live at once. */
 	struct view views[XN_BURST];
+	u8 gap_views[XN_GAP];
 	struct piece pieces[WORKER_PIECES];
-	u8 headers[XN_BURST][PACKET_HEADERS]; /* snapshots, of views that need something */
+	u8 gap_pieces[XN_GAP];
+	u8 headers[XN_BURST][PACKET_HEADERS + XN_GAP]; /* snapshots, of views that need something */
 	struct gso_room cut;
 	struct gro_room joined;
+	u8 gap_joined[XN_GAP];
 	/* Delivery: a burst of plain frames has room behind what the others take. */
 	struct piece to_pieces[WORKER_PIECES + XN_BURST];
+	u8 gap_to_pieces[XN_GAP];
 	struct {
 		chain_t chain;
 		u32 capacity;
 	} chains[WORKER_CHAINS + XN_BURST];
+	u8 gap_chains[XN_GAP];
 	u8 (*group_frames)[GROUP_FRAME]; /* GROUP_BATCH of them, for the worker that owns group sockets */
 };
 
@@ -100,6 +110,10 @@ struct worker *worker_new(struct xn_bridge *b, u32 id);
 void worker_free(struct worker *w);
 int worker_start(struct worker *w);
 void worker_join(struct worker *w);
+/* What its thread does, over and over: a turn; how long there is nothing to do then unless something wakes it, in ms. */
+int worker_turn(struct worker *w);
+/* And with nothing active, or now and then: takes what has woken sources, and waits for that as long. */
+void worker_wait(struct worker *w, int timeout_ms);
 
 /* Parks every running worker, until they are resumed. Control thread only; does not nest, or nobody could be let go on meanwhile. */
 void workers_park(struct xn_bridge *b);
