@@ -172,13 +172,13 @@ static inline u16 *split_used_event_at(const struct virtqueue *q)
 	return &q->split.avail->ring[q->num];
 }
 
-/* Reads the guest's index; false if it is nonsense. */
-static inline bool split_refresh(struct virtqueue *q)
+/* Reads the guest's index; false if it is nonsense: too far ahead, or behind what was taken already. */
+static inline bool split_refresh(struct virtqueue *q, u16 taken)
 {
 	/* Acquire: the ring's entries and descriptors are read after the index that publishes them. */
 	u16 idx = g_load16_acquire(&q->split.avail->idx);
 
-	if (unlikely((u16)(idx - q->next.pos) > q->num)) {
+	if (unlikely((u16)(idx - taken) > q->num - (u16)(taken - q->next.pos))) {
 		vring_break(q, XN_BROKEN_AVAIL_JUMP);
 		return false;
 	}
@@ -224,7 +224,7 @@ static always_inline bool vring_peek(struct virtqueue *q, struct cursor at, bool
 	}
 	if (at.pos != q->avail_idx)
 		return true;
-	return split_refresh(q) && at.pos != q->avail_idx;
+	return split_refresh(q, at.pos) && at.pos != q->avail_idx;
 }
 
 /*
