@@ -16,6 +16,16 @@ void bridge_event(struct xn_bridge *b, enum xn_event event)
 		return;
 }
 
+void bridge_call(struct xn_bridge *b, int fd)
+{
+	if (fd < 0)
+		return;
+	spin_lock(&b->caller_lock);
+	caller_add(&b->caller, fd);
+	caller_flush(&b->caller);
+	spin_unlock(&b->caller_lock);
+}
+
 /* ---- public: the bridge ---- */
 
 static const char *const drop_names[] = {"short",     "runt",	   "oversize", "pieces",    "gso_type", "gso_size",
@@ -38,6 +48,16 @@ _Static_assert(ARRAY_LEN(broken_names) == XN_BROKEN_COUNT, "a name for every way
 const char *xn_broken_name(uint32_t broken)
 {
 	return broken < XN_BROKEN_COUNT ? broken_names[broken] : NULL;
+}
+
+int xn_check_calls(void)
+{
+	struct caller c;
+	int r = caller_init(&c);
+
+	if (!r)
+		caller_release(&c);
+	return r;
 }
 
 struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
@@ -65,7 +85,10 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 	b->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	if (b->event_fd < 0)
 		goto fail;
-	int r = arena_init(&b->arena, config->netdev_queues, frames, config->zerocopy);
+	int r = caller_init(&b->caller);
+
+	if (!r)
+		r = arena_init(&b->arena, config->netdev_queues, frames, config->zerocopy);
 
 	if (r < 0) {
 		errno = -r;
@@ -124,6 +147,7 @@ void xn_bridge_free(struct xn_bridge *b)
 	for (u32 i = 0; i < b->config.workers; i++)
 		worker_free(b->workers[i]);
 	arena_release(&b->arena);
+	caller_release(&b->caller);
 	free(b->fdb);
 	if (b->event_fd >= 0)
 		close(b->event_fd);

@@ -74,12 +74,16 @@ struct xn_bridge {
 	u64 spin_cycles;
 	bool running;
 	struct parking parking;
+	struct caller caller; /* the control thread's, and of whoever breaks a ring: under the lock */
+	struct spinlock caller_lock;
 	int event_fd;
 	u32 events;
 };
 
 /* Tells the control thread. */
 void bridge_event(struct xn_bridge *b, enum xn_event event);
+/* Signals an eventfd that is not ours (-1: none), at once; from any thread. */
+void bridge_call(struct xn_bridge *b, int fd);
 /*
  * Takes n views (at most XN_BURST) that `from` got on its queue `queue` to where they go, and counts them in `stats`.
  * Views marked VIEW_DROPPED are counted as that. Of a guest, whose ring keeps the rest, it takes no more than one poll may

@@ -106,7 +106,8 @@ static bool recall(struct port *p, bool patient)
 		}
 		if (guest_take_back(q, cycles())) {
 			full_fence();
-			(void)vring_notify(q, q->used);
+			(void)vring_notify(q, q->used, &p->bridge->caller);
+			caller_flush(&p->bridge->caller);
 		}
 		done &= q->loans_head == q->loans_tail;
 	}
@@ -504,12 +505,8 @@ int xn_ring_set_call(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd)
 	int r = set_ring_fd(b, q, q ? &q->call_fd : NULL, fd);
 
 	/* An interrupt sent to the old fd may be lost with it: one to the new one makes up for it. */
-	if (!r && q->started && fd >= 0) {
-		static const u64 one = 1;
-
-		if (write(q->call_fd, &one, sizeof(one)) < 0 && errno != EAGAIN)
-			return -errno;
-	}
+	if (!r && q->started)
+		bridge_call(b, q->call_fd);
 	return r;
 }
 

@@ -1,17 +1,6 @@
 #include "vring.h"
 
-#include <unistd.h>
-
 #include "bridge.h"
-
-static void signal_fd(int fd)
-{
-	static const u64 one = 1;
-
-	/* The fd does not block; EAGAIN means that it is signalled already, and there is nobody to tell of more. */
-	if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
-		return;
-}
 
 void vring_break(struct virtqueue *q, enum xn_broken why)
 {
@@ -22,7 +11,7 @@ void vring_break(struct virtqueue *q, enum xn_broken why)
 		why = XN_BROKEN_MEMORY;
 	q->broken = (u8)why;
 	count(&q->stats.breaks, 1);
-	signal_fd(q->err_fd);
+	bridge_call(q->port->bridge, q->err_fd);
 	bridge_event(q->port->bridge, why == XN_BROKEN_MEMORY ? XN_EVENT_MEMORY : XN_EVENT_BROKEN);
 }
 
@@ -113,7 +102,7 @@ static bool packed_wants_call(const struct virtqueue *q, struct cursor old, stru
 	return vring_need_event((u16)event, (u16) new, (u16)from);
 }
 
-bool vring_notify(struct virtqueue *q, struct cursor until)
+bool vring_notify(struct virtqueue *q, struct cursor until, struct caller *caller)
 {
 	struct cursor old = q->signalled;
 
@@ -129,7 +118,7 @@ bool vring_notify(struct virtqueue *q, struct cursor until)
 			until = q->used;
 		if (wanted && q->call_fd >= 0) {
 			count(&q->stats.calls, 1);
-			signal_fd(q->call_fd);
+			caller_add(caller, q->call_fd);
 		} else {
 			count(&q->stats.calls_saved, 1);
 		}

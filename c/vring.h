@@ -19,6 +19,7 @@
 #include <linux/virtio_net.h>
 #include <linux/virtio_ring.h>
 
+#include "caller.h"
 #include "loan.h"
 #include "mem.h"
 #include "source.h"
@@ -107,10 +108,10 @@ struct virtqueue {
 void vring_break(struct virtqueue *q, enum xn_broken why);
 
 /*
- * Interrupts the guest if an index that it published asks for it, up to where `used` stood at `until`. The caller has put
- * a full fence after vring_publish. Whether there is more, that the guest was not told of either.
+ * Interrupts the guest, when `caller` is flushed, if an index that it published asks for it, up to where `used` stood at
+ * `until`. A full fence was put after vring_publish. Whether there is more, that the guest was not told of either.
  */
-bool vring_notify(struct virtqueue *q, struct cursor until);
+bool vring_notify(struct virtqueue *q, struct cursor until, struct caller *caller);
 
 /*
  * Takes the pieces of a chain: at most `room`, their bytes added up in *total. Returns how many; -EMSGSIZE if there are

@@ -318,7 +318,7 @@ static bool notify(struct worker *w, struct virtqueue *q, struct account *payer)
 
 	vring_lock(q);
 	/* What it has seen by itself meanwhile has cost nothing; what came later has a time of its own. */
-	bool more = vring_notify(q, tells_all(w, q) ? q->used : q->owed);
+	bool more = vring_notify(q, tells_all(w, q) ? q->used : q->owed, &w->caller);
 
 	if (more)
 		worker_set_due(w, q);
@@ -326,6 +326,8 @@ static bool notify(struct worker *w, struct virtqueue *q, struct account *payer)
 		q->dirty &= ~(1u << w->id);
 	vring_unlock(q);
 	if (q->stats.calls != calls) {
+		/* Alone, so that what it took is known. */
+		caller_flush(&w->caller);
 		u64 now = cycles(), took = now - w->clock;
 
 		/* Whoever watches a guest's eventfd makes its interrupts slow. */
@@ -357,7 +359,8 @@ static int notify_guests(struct worker *w)
 	full_fence();
 	for (u32 i = 0; i < w->notify_n; i++) {
 		struct virtqueue *q = w->notify[i].ring;
-		bool overdrawn = account_of(w, q)->credit<lowest, late = w->clock - start>(u64) w->quantum;
+		bool overdrawn = account_of(w, q)->credit < lowest;
+		bool late = w->clock - start > (u64)w->quantum;
 
 		if (overdrawn && wait)
 			wait = RETRY_MS;
@@ -525,10 +528,15 @@ struct worker *worker_new(struct xn_bridge *b, u32 id)
 	w->quantum = (s64)(QUANTUM_US * b->cycles_per_us);
 	w->kick_cycles = KICK_NS * b->cycles_per_us / 1000;
 	w->sent_call_delay = SENT_CALL_US * b->cycles_per_us;
+	int r = caller_init(&w->caller);
+
 	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	if (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0) {
+	if (!r && (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0))
+		r = -errno;
+	if (r) {
 		worker_free(w);
+		errno = -r;
 		return NULL;
 	}
 	return w;
@@ -542,6 +550,7 @@ void worker_free(struct worker *w)
 		close(w->epoll_fd);
 	if (w->wake_fd >= 0)
 		close(w->wake_fd);
+	caller_release(&w->caller);
 	free(w->group_frames);
 	free(w);
 }

@@ -11,6 +11,7 @@
 #include <pthread.h>
 
 #include "account.h"
+#include "caller.h"
 #include "clock.h"
 #include "gro.h"
 #include "gso.h"
@@ -68,6 +69,7 @@ struct worker {
 	} notify[2 * WORKER_SOURCES];  /* rings that owe a notification check */
 	u8 gap_notify[XN_GAP];
 	u32 notify_n;
+	struct caller caller;
 	struct xsk *kick[XN_MAX_PORTS * XN_MAX_NETDEV_QUEUES]; /* sockets with frames that the kernel has not taken */
 	u8 gap_kick[XN_GAP];
 	u32 kick_n;

@@ -213,6 +213,12 @@ const char *xn_broken_name(uint32_t broken); /* "avail_jump"; NULL past the last
 
 /* ---- bridge and workers ---- */
 
+/*
+ * Whether eventfds can be signalled without ever waiting for their counters: 0; -ENOSYS or -EPERM: there is no
+ * asynchronous I/O here; -EAGAIN: others have used up all that the host has of it.
+ */
+int xn_check_calls(void);
+
 struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config); /* NULL: errno */
 int xn_bridge_start(struct xn_bridge *b);				/* start the workers */
 int xn_bridge_stop(struct xn_bridge *b);				/* join them; idempotent */

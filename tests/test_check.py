@@ -1,13 +1,17 @@
 """check.py: each line says what is there, or what is missing and the remedy."""
 
+import errno
 import os
 import resource
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.netns import Veth, command, needs_root, veth
+from tests.refuse import IO_SETUP
 from xdpnet import check, netdev
 from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
@@ -24,7 +28,9 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 def test_a_machine_that_can_run_xdpnet_passes_all_that_is_required() -> None:
     checks = run_checks()
     assert [line for line in checks if line.required and not line.ok] == []
-    assert {"kernel", "AF_XDP", "capabilities", "bcc", "kernel headers", "locked memory"} <= by_name(checks).keys()
+    assert {"kernel", "AF_XDP", "capabilities", "bcc", "kernel headers", "locked memory", "interrupts"} <= by_name(
+        checks
+    ).keys()
 
 
 def test_every_line_that_fails_names_its_remedy() -> None:
@@ -51,6 +57,22 @@ def test_a_kernel_without_af_xdp_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     line = check._check("AF_XDP", check._af_xdp)
     assert not line.ok
     assert "CONFIG_XDP_SOCKETS" in line.remedy
+
+
+@pytest.mark.skipif(IO_SETUP is None, reason="the number of io_setup is not known for this machine")
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [(errno.ENOSYS, "CONFIG_AIO"), (errno.EPERM, "sandbox"), (errno.EAGAIN, "fs.aio-max-nr")],
+    ids=["not in the kernel", "forbidden", "used up"],
+)
+@pytest.mark.parametrize("words", [["check"], ["run", "--guest", "vm,socket=/nonexistent/s"]], ids=["check", "run"])
+def test_a_machine_where_guests_cannot_be_interrupted_is_told_why(words: list[str], error: int, remedy: str) -> None:
+    refused = [sys.executable, "-m", "tests.refuse", str(IO_SETUP), str(error)]
+    result = subprocess.run(
+        [*refused, sys.executable, "-m", "xdpnet", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode != 0
+    assert remedy in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdpnet import netdev
+from xdpnet import core, netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.errors import SetupError
@@ -53,6 +53,7 @@ def run_checks(netdevs: Iterable[str] = ()) -> list[Check]:
         _check("bcc", check_bcc),
         _check("kernel headers", _headers),
         _check("locked memory", _locked_memory),
+        _check("interrupts", _interrupts),
         _check("guest memory", _guest_memory, required=False),
         _check("KVM", _kvm, required=False),
     ]
@@ -130,6 +131,11 @@ def _locked_memory() -> str:
             "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
         )
     return f"at most {soft >> 20} MiB, for {soft // QUEUE_MEMORY} queues of interfaces"
+
+
+def _interrupts() -> str:
+    core.check_calls()
+    return "by asynchronous I/O"
 
 
 def _guest_memory() -> str:

@@ -7,6 +7,7 @@ was tried and on what. Only one thread, the control thread, may use a bridge.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Literal
 
 from xdpnet import _core
+from xdpnet.errors import SetupError
 
 ffi: Any = _core.ffi
 lib: Any = _core.lib
@@ -184,6 +186,18 @@ def _region_fields(region: Region) -> dict[str, int]:
     }
 
 
+def check_calls() -> None:
+    """Whether this machine lets the core interrupt guests; SetupError says what it lacks for that."""
+    result = lib.xn_check_calls()
+    if result == -errno.EAGAIN:
+        raise SetupError("no asynchronous I/O is left for interrupts of guests", "raise the sysctl fs.aio-max-nr")
+    if result < 0:
+        raise SetupError(
+            f"no asynchronous I/O for interrupts of guests: {os.strerror(-result)}",
+            "use a kernel with CONFIG_AIO, and a sandbox that allows io_setup and io_submit",
+        )
+
+
 class Bridge:
     """Ports joined by the core's workers. Use as a context manager, or call close()."""
 
@@ -216,6 +230,7 @@ class Bridge:
             },
         )
         self.workers = workers
+        check_calls()
         self._bridge: Any = lib.xn_bridge_new(config)
         if self._bridge == ffi.NULL:
             raise OSError(ffi.errno, f"create bridge: {os.strerror(ffi.errno)}")
