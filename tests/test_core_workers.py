@@ -247,47 +247,72 @@ def test_an_idle_bridge_sleeps(held_time: None, make_bridge: MakeBridge, guests:
     assert abs(loops - sleeps) <= 1
 
 
-def effort(driver: Driver, frames: int = 1, size: int = 64) -> tuple[int, int]:
-    """Kicks that the worker had to be given in 30 turns with 10 ms of nothing after each, and turns of its loop."""
-    before = driver.bridge.worker_stats(0).loops
+def send_in_one_turn(driver: Driver, frames: int = 1, size: int = 64) -> None:
+    """No time passes."""
+    for _ in range(frames):
+        driver.pair.queue(frame(BROADCAST, mac(1), size))
+    driver.pair.tx.kick()
+    driver.bridge.time_advance(0)
+    assert len(driver.pair.reap()) == frames
+
+
+def kicks(driver: Driver, frames: int = 1, size: int = 64) -> int:
+    """That the worker had to be given, from its sleep, in 30 turns with 10 ms of nothing after each."""
+    driver.bridge.time_advance(1_000_000)
+    before = driver.stats(core.TX).kicks
     for _ in range(30):
-        driver.pair.send_all([frame(BROADCAST, mac(1), size)] * frames)
-        time.sleep(0.01)
-    return driver.stats(core.TX).kicks, driver.bridge.worker_stats(0).loops - before
+        send_in_one_turn(driver, frames, size)
+        driver.bridge.time_advance(10_000)
+    return driver.stats(core.TX).kicks - before
+
+
+def is_polled_for(driver: Driver, us: int, frames: int = 1, size: int = 64) -> bool:
+    """Whether the ring is, after such a turn, and no longer."""
+    send_in_one_turn(driver, frames, size)
+    driver.bridge.time_advance(us - 1)
+    before = driver.pair.tx.waits()
+    driver.bridge.time_advance(1)
+    return not before and driver.pair.tx.waits()
 
 
 def test_in_a_conversation_the_worker_polls_from_one_frame_to_the_next(
-    make_bridge: MakeBridge, guests: MakeGuest
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
 ) -> None:
-    kicks, _ = effort(guests(make_bridge(spin_us=2000)))
-    assert kicks <= 10
-
-
-def test_one_pause_does_not_end_a_conversation(make_bridge: MakeBridge, guests: MakeGuest) -> None:
-    """After each the worker has to be woken once, and not for the frame after that again."""
     a = guests(make_bridge(spin_us=2000))
-    effort(a)
-    before = a.stats(core.TX).kicks
+    assert kicks(a) == 2
+    assert is_polled_for(a, 16 * 2000)
+
+
+def test_one_pause_does_not_end_a_conversation(held_time: None, make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    """After one the worker polls half as long, which is still from frame to frame; after a second it has to be woken for
+    the next frame too, and polls as long as before."""
+    a = guests(make_bridge(spin_us=2000))
+    kicks(a)
+    woken = []
     for _ in range(10):
-        time.sleep(0.06)
+        a.bridge.time_advance(60_000)
+        before = a.stats(core.TX).kicks
         for _ in range(3):
-            a.pair.send_all([frame(BROADCAST, mac(1))])
-            time.sleep(0.01)
-    assert a.stats(core.TX).kicks - before <= 15
+            send_in_one_turn(a)
+            a.bridge.time_advance(10_000)
+        woken.append(a.stats(core.TX).kicks - before)
+    assert woken == [1, 2] * 5
 
 
 def test_in_a_conversation_that_is_too_slow_for_that_the_worker_sleeps_soon(
-    make_bridge: MakeBridge, guests: MakeGuest
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
 ) -> None:
-    _, always = effort(guests(make_bridge(spin_us=10_000_000)))
-    kicks, loops = effort(guests(make_bridge(spin_us=500)))
-    assert kicks >= 20
-    assert loops < 0.4 * always
+    a = guests(make_bridge(spin_us=500))
+    assert kicks(a) == 30
+    assert is_polled_for(a, 500)
 
 
-def test_between_the_bursts_of_a_stream_the_worker_sleeps(make_bridge: MakeBridge, guests: MakeGuest) -> None:
-    kicks, _ = effort(guests(make_bridge(spin_us=2000)), 100, 60_000)
-    assert kicks >= 20
+def test_between_the_bursts_of_a_stream_the_worker_sleeps(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    a = guests(make_bridge(spin_us=2000))
+    assert kicks(a, 5, 60_000) == 30
+    assert is_polled_for(a, 2000, 5, 60_000)
 
 
 def test_a_broken_ring_that_is_polled_keeps_no_worker_awake(
