@@ -488,7 +488,7 @@ static void *run(void *argument)
 			last_events = cycles();
 			/* Nobody wanted the time that it slept. */
 			w->round += (last_events - w->turn) / (u64)w->quantum;
-		} else if (w->turn - last_events > events_every) {
+		} else if (w->turn - last_events > events_every || clock_is_held()) {
 			worker_wait(w, 0);
 			last_events = w->turn;
 		}

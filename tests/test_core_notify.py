@@ -8,7 +8,7 @@ import pytest
 
 from tests.driver import Driver
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only
-from tests.rings import EVENT_IDX, MIB, MODERN, VERSION_1, Span, eventually, fence, wait_readable
+from tests.rings import EVENT_IDX, MIB, MODERN, PATIENCE_S, VERSION_1, Span, eventually, fence, wait_readable
 from xdpnet import core
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -82,7 +82,7 @@ def test_with_event_index_there_is_a_call_only_past_the_published_index(bridge: 
     assert eventually(lambda: b.stats(core.RX).calls_saved == before.calls_saved + 4)
     assert b.pair.rx.calls() == 0
     a.pair.send(frame(BROADCAST, mac(1)))
-    assert wait_readable(b.pair.rx.call_fd, 5)
+    assert wait_readable(b.pair.rx.call_fd, PATIENCE_S)
     after = b.stats(core.RX)
     assert (after.calls - before.calls, after.calls_saved - before.calls_saved) == (1, 4)
 
@@ -179,11 +179,11 @@ def test_a_new_call_fd_is_signalled_at_once_and_used_from_then_on(
     b.pair.fill()
     old, new = b.pair.rx.call_fd, os.eventfd(0, os.EFD_NONBLOCK)
     bridge.ring_set_call(b.port, 0, new)
-    assert wait_readable(new, 5)
+    assert wait_readable(new, PATIENCE_S)
     os.eventfd_read(new)
     b.pair.rx.want_call()
     a.pair.send(frame(BROADCAST, mac(1)))
-    assert wait_readable(new, 5)
+    assert wait_readable(new, PATIENCE_S)
     assert not wait_readable(old, 0)
     bridge.ring_set_call(b.port, 0, -1)
     os.eventfd_read(new)
@@ -321,7 +321,7 @@ def test_a_packed_ring_that_goes_round_twice_before_the_worker_looks_still_calls
             each.pair.packets()
         # The frames come behind the request for a call, unless they were too early and found no buffer.
         if in_time and eventually(lambda: sink.pair.rx.pending() > 0, timeout=0.01):
-            assert wait_readable(sink.pair.rx.call_fd, 5)
+            assert wait_readable(sink.pair.rx.call_fd, PATIENCE_S)
             looked += 1
         sink.pair.packets()
         sink.pair.rx.calls()

@@ -1,7 +1,6 @@
 """Workers: several of them on rings of their own and on shared ones, starting, stopping, and what idleness costs."""
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -284,8 +283,8 @@ def test_in_a_conversation_the_worker_polls_from_one_frame_to_the_next(
 
 
 def test_one_pause_does_not_end_a_conversation(held_time: None, make_bridge: MakeBridge, guests: MakeGuest) -> None:
-    """After one the worker polls half as long, which is still from frame to frame; after a second it has to be woken for
-    the next frame too, and polls as long as before."""
+    """After one the worker polls half as long, which is still from frame to frame; after a second it has to be woken
+    for the next frame too, and polls as long as before."""
     a = guests(make_bridge(spin_us=2000))
     kicks(a)
     woken = []

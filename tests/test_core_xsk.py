@@ -9,7 +9,7 @@ import pytest
 from tests.driver import LAYOUTS, Layout
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.netns import Veth, command, needs_root, remove, veth
-from tests.rings import INDIRECT_DESC, MODERN, VERSION_1, eventually
+from tests.rings import INDIRECT_DESC, MODERN, PATIENCE_S, VERSION_1, eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -32,7 +32,7 @@ def pair() -> Iterator[Veth]:
 
 def open_queue(bridge: core.Bridge, port: int, queue: int, ifname: str) -> None:
     """A queue that another socket has just left is busy for a moment."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             bridge.netdev_open_queue(port, queue, socket.if_nametoindex(ifname), LONGEST)
