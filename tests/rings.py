@@ -22,7 +22,7 @@ from typing import Self
 from xdpnet import core
 from xdpnet.virtq.features import VirtioFeature, mask
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_INTERRUPT = NO_NOTIFY = 1

@@ -22,6 +22,7 @@ from tests.rings import (
     INDIRECT,
     MODERN,
     NEXT,
+    PATIENCE_S,
     USED,
     WRAP,
     WRITE,
@@ -116,7 +117,7 @@ def test_b21_b22_b23_b24_b26_b27_rings_and_tables_rewritten_while_they_are_read(
         memory.write(addr, bytes(12) + frame(mac(1), mac(0), 2036))
     words = hostile_words(scene, buffers, dice)
     before = memory.snapshot()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     with rewriting(rewriter, memory, words):
         for turn in itertools.count():
             if turn >= 300 and all(enough(scene.bad.stats(index)) for index in range(2)):
@@ -156,13 +157,15 @@ def test_b27_a_receive_buffer_that_grows_over_the_end_of_memory_once_it_was_chec
     for _ in range(NUM):
         ring.raw((at, 512, WRITE))
     ring.publish()
+    sizes = (512, 512, 512, 2048)  # a frame takes three that are right
     if packed:
-        tails = [size | i << 32 | (WRITE | lap) << 48 for size in (512, 2048) for i, lap in ((3, AVAIL), (5, USED))]
+        laps = ((3, AVAIL), (3, AVAIL), (3, AVAIL), (5, USED))
+        tails = [size | i << 32 | (WRITE | lap) << 48 for size in sizes for i, lap in laps]
     else:
-        tails = [size | WRITE << 32 for size in (512, 2048)]
+        tails = [size | WRITE << 32 for size in sizes]
     words = {ring.parts()[0][0] + 16 * i + 8: tails for i in range(NUM)}
     before = scene.bad.memory.snapshot()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     with rewriting(rewriter, scene.bad.memory, words):
         for turn in itertools.count():
             if turn >= 300 and enough(scene.bad.stats(core.RX)):
@@ -205,8 +208,12 @@ def test_b25_what_was_checked_is_what_is_delivered(
     table = memory.take(16 * len(pieces))
     ring.write_table(table, [(addr, size, 0) for addr, size in pieces])
     delivered = 0
+    deadline = time.monotonic() + PATIENCE_S
     with rewriting(rewriter, memory, {at + 16: values}):
-        for _ in range(60):
+        for turn in itertools.count():
+            if turn >= 60 and delivered > 20 and bad.stats(core.TX).drops["spoof"] > 20:
+                break
+            assert time.monotonic() < deadline, "the rewriter does not get at the frame"
             for driver in one, two:
                 driver.pair.fill()
             for _ in range(16):
@@ -224,9 +231,7 @@ def test_b25_what_was_checked_is_what_is_delivered(
                     assert got.frame[12:] == frame(mac(1), mac(0), 100)[12:]
                     delivered += 1
     stats = bad.stats(core.TX)
-    assert stats.drops["spoof"] > 20
-    assert delivered > 20
-    assert stats.packets == 60 * 16
+    assert stats.packets == turn * 16
     assert delivered + sum(stats.drops.values()) == stats.packets
 
 
@@ -258,7 +263,7 @@ def test_b25_headers_that_were_judged_are_those_that_a_frame_is_cut_by(
     reasons = ("l3", "l4", "csum", "gso_size", "gso_type", "gso_proto", "fragment")
     seen: set[bytes] = set()
     sent = 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     with rewriting(rewriter, bad.memory, words):
         while sent < 2400 or len(seen) < 5 or not all(bad.drops(core.TX).get(reason) for reason in reasons):
             assert time.monotonic() < deadline, f"{len(seen)} kinds of segments, {bad.drops(core.TX)}"
@@ -316,8 +321,13 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
         words[at + 8] = [size | (i << 32 | (kind | lap) << 48 if packed else kind << 32) for size, kind in tails]
     bases = itertools.cycle([0 if late else WRAP]) if packed else itertools.count(NUM * 4095 * late, NUM)
     seen: dict[int, int] = {}
+    kinds = {76 - 12, *contents}
+    deadline = time.monotonic() + PATIENCE_S
     with rewriting(rewriter, memory, words):
-        for turn, base in zip(range(1, 201), bases, strict=False):
+        for turn, base in enumerate(bases, start=1):
+            if turn > 200 and set(seen) == kinds:
+                break
+            assert time.monotonic() < deadline, f"the rewriter does not get at the ring: {seen}"
             bridge.ring_stop(scene.bad.port, core.TX)
             if isinstance(ring, SplitRing):
                 for i in range(NUM):
@@ -336,8 +346,8 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
                 sink.memory.write(chain.buffers[0].addr, bytes(256))
     assert scene.bad.state(core.TX).broken == ""
     assert scene.bad.drops(core.TX) == {}
-    assert set(seen) == {76 - 12, *contents}
-    assert sum(seen.values()) == 200 * NUM
+    assert set(seen) == kinds
+    assert sum(seen.values()) == (turn - 1) * NUM
     scene.good[1].pair.packets()
     scene.good[1].pair.fill()
     scene.revives(core.TX)
