@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from tests.waiting import PATIENCE_S
 from xdpnet.virtq.features import ProtocolFeature, VirtioFeature, mask
 from xdpnet.virtq.message import (
     FLAG_NEED_REPLY,
@@ -34,7 +35,6 @@ from xdpnet.virtq.message import (
     VringState,
 )
 
-PATIENCE_S = 10.0
 MODERN = mask(VirtioFeature.VIRTIO_F_VERSION_1, VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 ACK_AND_ALL = mask(
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ,

@@ -26,6 +26,8 @@ from typing import TypeVar
 import pyroute2.netns
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 T = TypeVar("T")
 
 PREFIX = "xdpn"
@@ -107,7 +109,7 @@ class Wire:
     def send(self, frame: bytes) -> None:
         self._socket.send(frame)
 
-    def receive(self, wanted: Callable[[bytes], bool] = lambda _: True, timeout: float = 5.0) -> bytes | None:
+    def receive(self, wanted: Callable[[bytes], bool] = lambda _: True, timeout: float = PATIENCE_S) -> bytes | None:
         """The next wanted frame, or None."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
@@ -120,7 +122,7 @@ class Wire:
                 return frame
         return None
 
-    def count(self, wanted: Callable[[bytes], bool], expected: int, timeout: float = 5.0) -> int:
+    def count(self, wanted: Callable[[bytes], bool], expected: int, timeout: float = PATIENCE_S) -> int:
         """How many wanted frames come, until the expected number has, and a moment longer for surplus ones."""
         seen = 0
         while seen < expected and self.receive(wanted, timeout) is not None:

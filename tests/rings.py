@@ -14,15 +14,15 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from tests.waiting import PATIENCE_S
+from tests.waiting import eventually as eventually
 from xdpnet import core
 from xdpnet.virtq.features import VirtioFeature, mask
-
-PATIENCE_S = 60.0
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_INTERRUPT = NO_NOTIFY = 1
@@ -696,13 +696,3 @@ def wait_readable(fd: int, timeout: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout) * 1000))
-
-
-def eventually(true: Callable[[], bool], timeout: float = PATIENCE_S) -> bool:
-    """For what no file descriptor tells of."""
-    deadline = time.monotonic() + timeout
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True

@@ -16,6 +16,7 @@ from tests.netns import Veth, command, needs_root, veth
 from tests.rings import MODERN, eventually
 from tests.test_core_csum import PARTIAL, RIGHT, TCP, UDP, over
 from tests.test_netdev import Watched
+from tests.waiting import PATIENCE_S
 from xdpnet import core, netdev
 from xdpnet.errors import SetupError
 from xdpnet.netdev import ETH_OVERHEAD, MAX_MTU, PLAIN_MTU, Netdev
@@ -236,7 +237,7 @@ def test_the_mtu_is_changed_at_run_time(
             with pair.wire() as wire:
                 async with Watched(port) as watch:
                     for mtu in (9000, MAX_MTU, 1500, 3500, PLAIN_MTU + 1):
-                        async with asyncio.timeout(10):
+                        async with asyncio.timeout(PATIENCE_S):
                             await set_mtu(mtu)
                         for size in (60, mtu + 14):
                             wire.send(frame(GUEST, PEER, size))
@@ -416,18 +417,19 @@ def drops(bridge: core.Bridge, port: int) -> Drops:
     return lambda: {name: n for name, n in bridge.queue_stats(port, 0, core.RX).drops.items() if n}
 
 
-def lengths(guest: Driver, count: int = 1, timeout: float = 2.0) -> list[int]:
-    return [len(each) for each in guest.pair.frames(count, timeout)]
+def lengths(guest: Driver, count: int = 1) -> list[int]:
+    return [len(each) for each in guest.pair.frames(count)]
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_a_chain_whose_end_comes_later_is_waited_for(
-    kernel: FaultyKernel, guest: Driver, drops: Drops, first: int
+    held_time: None, kernel: FaultyKernel, guest: Driver, drops: Drops, first: int
 ) -> None:
     chain = kernel.chain(3840, 3840, 100, 8)
     kernel.deliver([*kernel.chain(60), *chain[:first]])
     assert lengths(guest) == [60]
-    assert lengths(guest, timeout=0.3) == []
+    guest.bridge.time_advance(1_000_000)
+    assert guest.pair.packets() == []
     assert (kernel.consumed, kernel.returned) == (1, 1)
     kernel.deliver([*chain[first:], *kernel.chain(3840, 1), *kernel.chain(61)])
     assert lengths(guest, 3) == [7788, 3841, 61]
@@ -460,12 +462,14 @@ def test_c27_a_chain_that_is_too_long_before_it_ends_is_dropped_with_all_that_co
 
 
 def test_c27_a_chain_that_never_ends_does_not_hold_its_frames_for_ever(
-    kernel: FaultyKernel, guest: Driver, drops: Drops
+    held_time: None, kernel: FaultyKernel, guest: Driver, drops: Drops
 ) -> None:
     kernel.deliver(kernel.chain(3840, 3840, ends=False))
-    assert lengths(guest, timeout=0.5) == []
-    assert (kernel.returned, drops()) == (0, {})
-    assert eventually(lambda: kernel.returned == 2)
+    guest.bridge.time_advance(0)
+    guest.bridge.time_advance(1_000_000)
+    assert (guest.pair.packets(), kernel.returned, drops()) == ([], 0, {})
+    guest.bridge.time_advance(1)
+    assert kernel.returned == 2
     assert drops() == {"frags": 1}
     kernel.deliver([*kernel.chain(5), *kernel.chain(64)])
     assert lengths(guest) == [64]

@@ -23,6 +23,7 @@ from tests.driver import Driver
 from tests.guests import rarp
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.test_loader import open_files
+from tests.waiting import PATIENCE_S, eventually
 from xdpnet import core, group, netdev
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
@@ -76,15 +77,6 @@ def opened(bridge: core.Bridge, pair: Veth) -> Iterator[Netdev]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netdev, "PATIENCE_S", 0.1)
-
-
-def eventually(true: Callable[[], bool], seconds: float = 8.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def verdict(port: Netdev, name: str, count: int) -> bool:
@@ -289,7 +281,10 @@ def test_a_queue_in_use_by_another_process_is_named(bridge: core.Bridge, pair: V
         other.close()
 
 
-def test_a_program_on_its_way_out_is_waited_for(bridge: core.Bridge, pair: Veth) -> None:
+def test_a_program_on_its_way_out_is_waited_for(
+    bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(netdev, "PATIENCE_S", PATIENCE_S)
     program = loader.load(1, 1)
     link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, netdev.XDP_FLAGS["native"])
     leaving = threading.Timer(0.8, os.close, (link,))
@@ -344,7 +339,10 @@ def test_frames_are_steered_by_destination_and_counted(bridge: core.Bridge, pair
         assert verdict(port, "group", before["group"] + 5)
         assert verdict(port, "no_socket", 0)
         assert verdict(port, "runt", 0)
-        seen = [data[:6] for data in iter(lambda: receive(host), b"")]
+        seen = [host.recv(65536)[:6] for _ in range(9)]
+        host.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            host.recv(65536)
         assert sorted(seen) == sorted([STRANGER] * 4 + [BROADCAST] * 3 + [MULTICAST] * 2)
         # The guests' frames reached the bridge: unicast through AF_XDP, the others through AF_PACKET.
         assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).packets == 10)
@@ -355,15 +353,8 @@ def host_socket(ifname: str) -> socket.socket:
     raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     raw.setsockopt(263, 23, 1)  # PACKET_IGNORE_OUTGOING
     raw.bind((ifname, 0x88B5))
-    raw.settimeout(0.3)
+    raw.settimeout(PATIENCE_S)
     return raw
-
-
-def receive(raw: socket.socket) -> bytes:
-    try:
-        return raw.recv(65536)
-    except TimeoutError:
-        return b""
 
 
 def flow(destination: bytes, port: int) -> bytes:
@@ -416,9 +407,10 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
         guest.pair.fill()
         for number in range(16000):
             wire.send(frame(GUEST, b"\x02\0" + number.to_bytes(4, "big")))
-            if not number % 64:
-                time.sleep(0.0005)  # the socket has 128 frames
-        assert eventually(lambda: bridge.queue_stats(opened.port, 0, core.RX).packets > 12000)
+            if number % 64 == 63:  # the socket has 128 frames
+                assert eventually(
+                    lambda sent=number + 1: bridge.queue_stats(opened.port, 0, core.RX).packets == sent  # type: ignore[misc]
+                )
         entries = bridge.fdb_dump()
         assert 4096 < len(entries) <= 12288
         assert [entry.mac for entry in entries if entry.port == guest.port] == [GUEST]
@@ -580,13 +572,15 @@ class Watched:
             await self._task
 
     async def reach(self, *states: str) -> None:
-        for _ in range(500):
-            if self.states == list(states):
-                return
+        await self.until(lambda: self.states == list(states), lambda: f"{self.states}, not {states}")
+
+    async def until(self, true: Callable[[], bool], what: Callable[[], str] = lambda: "") -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not true():
             if self._task.done():
                 self._task.result()
+            assert time.monotonic() < deadline, what()
             await asyncio.sleep(0.02)
-        raise AssertionError(f"{self.states}, not {states}")
 
 
 def steers(port: Netdev, pair: Veth) -> bool:
@@ -610,12 +604,7 @@ def test_a_deleted_interface_is_opened_again_when_it_is_back(opened: Netdev, pai
                 assert not opened.alive
                 await asyncio.sleep(pause)
             add_veth(pair.ifname, pair.namespace)
-            for _ in range(250):
-                if opened.alive and opened.state == "up":
-                    break
-                await asyncio.sleep(0.02)
-            assert opened.alive
-            assert opened.state == "up"
+            await watch.until(lambda: opened.alive and opened.state == "up")
 
     asyncio.run(story())
     assert steers(opened, pair)

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.frontend import Frontend, GuestMemory
+from tests.waiting import eventually
 from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
 from xdpnet.virtq import server
@@ -22,15 +23,6 @@ NOBODY = 65534
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "guest.sock")
-
-
-def until(condition, patience_s=10):
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def stale_socket(path):
@@ -180,7 +172,7 @@ def test_the_port_listens_again_when_its_frontend_has_gone(backend, path):
     guest = backend.open(path)
     for count in range(1, 21):
         assert serves(path)
-        assert until(lambda: not guest.connected)
+        assert eventually(lambda: not guest.connected)
         assert guest.counters.connects == guest.counters.disconnects == count
     assert guest.counters.refused["busy"] == 0
 
@@ -240,7 +232,7 @@ def test_when_no_descriptor_is_left_to_accept_with_we_pause_and_go_on(backend, p
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
         try:
             frontend.socket.connect(path)
-            failed = until(lambda: guest.counters.refused["resources"] >= 2)
+            failed = eventually(lambda: guest.counters.refused["resources"] >= 2)
             backend.settle()
             tries = guest.counters.refused["resources"]
         finally:
@@ -267,7 +259,7 @@ def test_a_client_comes_back_to_the_frontend_again_and_again(backend, path):
     for count in range(1, 4):
         with Frontend.accept(path) as frontend:
             assert frontend.ask_u64(Request.GET_FEATURES)
-        assert until(lambda: not guest.connected)
+        assert eventually(lambda: not guest.connected)
         assert guest.counters.disconnects == count
 
 
@@ -291,7 +283,7 @@ def test_an_inherited_connection_is_served_and_its_end_is_the_end(backend):
     assert frontend.ask_u64(Request.GET_FEATURES)
     assert not guest.ended.is_set()
     frontend.close()
-    assert until(guest.ended.is_set)
+    assert eventually(guest.ended.is_set)
 
 
 def test_an_inherited_listening_socket_is_served_again_and_again(backend, path):
@@ -301,7 +293,7 @@ def test_an_inherited_listening_socket_is_served_again_and_again(backend, path):
     guest = backend.open(None, fd=listener.detach())
     for _ in range(3):
         assert serves(path)
-        assert until(lambda: not guest.connected)
+        assert eventually(lambda: not guest.connected)
     assert not guest.ended.is_set()
 
 

@@ -26,6 +26,7 @@ from tests.rings import (
     MERGEABLE,
     MIB,
     MODERN,
+    PATIENCE_S,
     VERSION_1,
     Buffer,
     GuestMemory,
@@ -82,7 +83,7 @@ class Wired:
         """As the daemon does when guest memory has changed."""
         for queue in range(self.queues):
             self.bridge.netdev_close_queue(self.port, queue)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE_S
         for queue in range(self.queues):
             while True:
                 try:
@@ -886,7 +887,7 @@ class Watched:
         self.bridge = bridge
 
     async def until(self, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while not true():
             if self.bridge.events() & core.EVENT_UMEM:
                 self.netdev.memory_changed()

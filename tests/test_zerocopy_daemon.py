@@ -1,5 +1,6 @@
 """Zero copy in the daemon: DPDK's guests in huge pages come and go, and every frame is accounted for."""
 
+import json
 import re
 import time
 from contextlib import ExitStack
@@ -25,10 +26,13 @@ def wire(daemon: Backend) -> Queue:
     return queue
 
 
-def client(number: int, directory: Path, huge: Path, options: str) -> Pmd:
+def client(number: int, directory: Path, huge: Path, options: str, peer: str) -> Pmd:
+    """To the one address that is known to be on the wire: what is flooded there is not counted while its sockets are
+    opened anew, which may be at any time."""
     socket = directory / f"guest{number}.socket"
     device = f"net_virtio_user0,path={socket},mac={MACS[number]},queue_size=1024{options}"
-    return Pmd(f"client{number}", directory, [device], ["--forward-mode=txonly", "--txpkts=1000"], huge=huge)
+    forwarding = ["--forward-mode=txonly", "--txpkts=1000", f"--eth-peer=0,{peer}"]
+    return Pmd(f"client{number}", directory, [device], forwarding, huge=huge)
 
 
 def send(sender: Pmd) -> None:
@@ -52,7 +56,9 @@ def test_guests_that_come_and_go_are_sent_in_place_and_no_frame_is_unaccounted_f
             arguments += ["--guest", f"guest{number},socket={tmp_path}/guest{number}.socket"]
         daemon = Backend(net.host, tmp_path, arguments).start()
         stack.callback(daemon.kill)
-        with client(0, tmp_path, huge, options) as first:
+        (link,) = json.loads(net.host.run("ip", "-j", "link", "show", topology.HOST_IF))
+        peer = link["address"]
+        with client(0, tmp_path, huge, options, peer) as first:
             first.await_link()
             until(lambda: wire(daemon).xsk.umem > 64 << 20)  # type: ignore[union-attr]
             send(first)
@@ -62,7 +68,7 @@ def test_guests_that_come_and_go_are_sent_in_place_and_no_frame_is_unaccounted_f
             assert before > 0
             assert before == first.stats().tx_packets
             first.command("start")
-            with client(1, tmp_path, huge, options) as second:
+            with client(1, tmp_path, huge, options, peer) as second:
                 second.await_link()
                 send(second)
             first.command("stop")

@@ -5,10 +5,21 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE = 30.0
+# Nothing takes so long that works, however busy the machine is.
+PATIENCE_S = 60.0
 
 
-def until(condition: Callable[[], object], patience: float = PATIENCE) -> float:
+def eventually(true: Callable[[], object], timeout: float = PATIENCE_S) -> bool:
+    """Whether it comes true, for what no file descriptor tells of."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def until(condition: Callable[[], object], patience: float = PATIENCE_S) -> float:
     """Wait until the condition holds; the time at which it did."""
     deadline = time.monotonic() + patience
     while not condition():
@@ -17,7 +28,7 @@ def until(condition: Callable[[], object], patience: float = PATIENCE) -> float:
     return time.monotonic()
 
 
-def until_equal(value: Callable[[], T], wanted: T, patience: float = 10.0) -> None:
+def until_equal(value: Callable[[], T], wanted: T, patience: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + patience
     while (now := value()) != wanted:
         assert time.monotonic() < deadline, f"{now}, not {wanted}"

@@ -149,7 +149,7 @@ def iperf_client(guest: Guest, server: str, flags: str, seconds: int) -> dict[st
     return end
 
 
-def await_listener(where: topology.Namespace, port: int, patience: float = 5.0) -> None:
+def await_listener(where: topology.Namespace, port: int, patience: float = 20.0) -> None:
     """Until something in the namespace listens on this TCP port."""
     deadline = time.monotonic() + patience
     while not where.run("ss", "-Hltn", f"sport = :{port}").strip():

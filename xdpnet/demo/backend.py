@@ -13,7 +13,7 @@ from xdpnet.errors import ControlError, SetupError
 from xdpnet.metrics.snapshot import Port, Snapshot
 
 START_PATIENCE = 20.0
-SETTLE_PATIENCE = 5.0
+SETTLE_PATIENCE = 20.0
 
 
 class Backend:

@@ -89,7 +89,7 @@ def namespace() -> Iterator[Namespace]:
         holder.wait()
 
 
-def _until_unshared(holder: process.Process, patience: float = 5.0) -> None:
+def _until_unshared(holder: process.Process, patience: float = 20.0) -> None:
     own = os.stat("/proc/self/ns/net").st_ino
     deadline = time.monotonic() + patience
     while holder.poll() is None and time.monotonic() < deadline:
