@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from tests.frontend import Frontend
+from tests.waiting import PATIENCE_S
 from xdpnet.core import Bridge
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
@@ -23,7 +24,7 @@ class ControlThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=20)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=PATIENCE_S)
 
     def call(self, function: Callable[[], T]) -> T:
         """Calls a plain function on the control thread, the only one that may touch the bridge."""

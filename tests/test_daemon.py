@@ -19,6 +19,7 @@ import pytest
 
 from tests.frontend import Frontend, GuestMemory
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from tests.waiting import PATIENCE_S
 from xdpnet.control import ask
 from xdpnet.metrics.snapshot import Port, Snapshot
 
@@ -43,7 +44,7 @@ class Daemon:
         return self._log.read_text()
 
     def until(self, holds: Callable[[], Any], what: str = "") -> Any:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (found := holds()):
             assert time.monotonic() < deadline, f"never: {what}\n{self.log}"
             time.sleep(0.02)
@@ -62,7 +63,7 @@ class Daemon:
 
     def get(self, path: str) -> tuple[int, str]:
         found = self.until(lambda: re.search(r"metrics: http://([^:]+):(\d+)/", self.log), "metrics address")
-        connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=10)
+        connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=PATIENCE_S)
         connection.request("GET", path)
         answer = connection.getresponse()
         text = answer.read().decode()
@@ -71,7 +72,7 @@ class Daemon:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE_S)
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def test_a_later_step_that_fails_undoes_the_earlier_ones(tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with daemon(tmp_path, "--guest", guest(tmp_path), "--metrics", address) as running:
-            assert running.process.wait(timeout=20) == 1
+            assert running.process.wait(timeout=PATIENCE_S) == 1
     assert running.log == f"xdpnet: metrics {address}: Address already in use; name another HOST:PORT with --metrics\n"
     assert list(tmp_path.glob("*.sock")) == []
 
@@ -119,7 +120,7 @@ def test_a_second_daemon_at_the_same_socket_is_refused_and_the_first_goes_on(tmp
         other = tmp_path / "other"
         other.mkdir()
         with daemon(other, "--guest", guest(tmp_path)) as second:
-            assert second.process.wait(timeout=20) == 1
+            assert second.process.wait(timeout=PATIENCE_S) == 1
         assert "web.sock: another process listens on it; stop that process, or name another path" in second.log
         assert first.snapshot().ports[0].name == "web"
 
@@ -143,13 +144,13 @@ def test_guests_sockets_may_be_in_the_directory_that_is_made_for_the_control_soc
 
 def test_a_cpu_that_is_not_there_is_named(tmp_path: Path) -> None:
     with daemon(tmp_path, "--guest", guest(tmp_path), "--cpus", "4095") as running:
-        assert running.process.wait(timeout=20) == 1
+        assert running.process.wait(timeout=PATIENCE_S) == 1
     assert re.fullmatch(r"xdpnet: cpus: CPU 4095 not usable here; choose of CPU [0-9, ]+\n", running.log)
 
 
 def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
     with daemon(tmp_path, "--guest", guest(tmp_path), "--netdev", "xdpn-none") as running:
-        assert running.process.wait(timeout=20) == 1
+        assert running.process.wait(timeout=PATIENCE_S) == 1
     assert re.match(r"xdpnet: interface xdpn-none: .*; ", running.log)
     assert len(running.log.splitlines()) == 1
 
@@ -166,7 +167,7 @@ def test_the_service_manager_hears_of_every_stage(tmp_path: Path) -> None:
             while (said := manager.recv(100)) == b"WATCHDOG=1":
                 pass
             assert said == b"STOPPING=1"
-            assert running.process.wait(timeout=20) == 0
+            assert running.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_service_manager_that_is_gone_stops_nothing(tmp_path: Path) -> None:
@@ -259,12 +260,12 @@ def test_an_inherited_connection_is_served_and_its_end_is_the_daemons(tmp_path: 
         with Frontend(ours) as frontend:
             frontend.negotiate()
         theirs.close()
-        assert running.process.wait(timeout=20) == 0
+        assert running.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_descriptor_that_is_no_socket_is_named(tmp_path: Path) -> None:
     with daemon(tmp_path, "--fd", "987") as running:
-        assert running.process.wait(timeout=20) == 1
+        assert running.process.wait(timeout=PATIENCE_S) == 1
     assert "descriptor 987 is not an open socket; pass one with --fd" in running.log
 
 

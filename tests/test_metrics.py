@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from tests.snapshots import guest_port, netdev_port, ring, snapshot, traffic
+from tests.waiting import PATIENCE_S
 from xdpnet.errors import SetupError
 from xdpnet.metrics import table
 from xdpnet.metrics.collector import SnapshotCollector, registry
@@ -212,7 +213,7 @@ Answer = tuple[int, dict[str, str], bytes]  # status, header fields, body
 
 
 def get(address: tuple[str, int], path: str, method: str = "GET", headers: dict[str, str] | None = None) -> Answer:
-    connection = http.client.HTTPConnection(*address, timeout=10)
+    connection = http.client.HTTPConnection(*address, timeout=PATIENCE_S)
     try:
         connection.request(method, path, headers=headers or {})
         answer = connection.getresponse()
@@ -299,7 +300,7 @@ def test_anything_else_is_refused_by_the_book(path: str, method: str, status: in
 
 
 def raw(address: tuple[str, int], request: bytes) -> bytes:
-    with socket.create_connection(address, timeout=10) as sock:
+    with socket.create_connection(address, timeout=PATIENCE_S) as sock:
         sock.sendall(request)
         answer = b""
         while piece := sock.recv(65536):
@@ -329,7 +330,9 @@ def test_a_malformed_request_is_answered_and_the_next_one_served(request_: bytes
     assert afterwards == 200
 
 
-def test_the_eighth_connection_is_served_and_the_ninth_told_to_come_back() -> None:
+def test_the_eighth_connection_is_served_and_the_ninth_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xdpnet.metrics.endpoint.DEADLINE_S", PATIENCE_S)  # nobody makes room by being cut off
+
     async def exchange() -> tuple[list[int], int]:
         async with endpoint() as address:
             silent = [socket.create_connection(address) for _ in range(CONNECTIONS - 1)]
