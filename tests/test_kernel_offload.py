@@ -21,7 +21,7 @@ from tests.driver import Driver
 from tests.guests import Pair, mac
 from tests.native.offload import BURST, Offload
 from tests.netns import Veth, command, needs_root, veth
-from tests.rings import MODERN
+from tests.rings import MODERN, PATIENCE_S
 from tests.segments import ACK, ECE, PSH, TCP, UDP, UFO, USO, Segment
 from tests.test_core_coalesce import ALL, any_burst, by_flow, key_of
 from tests.test_core_offload import SENDS, TCP4, UDP6, data, kind_of, large_frames, through
@@ -80,7 +80,7 @@ class Kernel:
         """The frames that it becomes; `count` are waited for, others taken along."""
         self.send(header, frame)
         got: list[bytes] = []
-        while (each := self.receive(2.0 if len(got) < count else 0)) is not None:
+        while (each := self.receive(PATIENCE_S if len(got) < count else 0)) is not None:
             assert (each[0][0] & 1, each[0][1]) == (0, 0)  # its checksum is complete, and it is one
             got.append(each[1])
         return got
@@ -241,7 +241,7 @@ def test_a_stream_is_joined_into_the_frame_that_the_kernel_joins_it_into(
     for _ in range(50):
         for each in frames:
             joins.send(PLAIN, each)
-        got = [joins.receive(1.0)]
+        got = [joins.receive(PATIENCE_S)]
         while (more := joins.receive(0 if got[0] and got[0][1] == ours[1] else 0.1)) is not None:
             got.append(more)
         if len(got) == 1:

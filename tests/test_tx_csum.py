@@ -18,7 +18,7 @@ from tests import needs
 from tests.driver import LAYOUTS, TOGETHER, Driver, Layout
 from tests.guests import MakeBridge, MakeGuest, frame, mac
 from tests.netns import Veth, Wire, command, needs_root, veth
-from tests.rings import MODERN, Buffer, eventually
+from tests.rings import MODERN, PATIENCE_S, Buffer, eventually
 from tests.segments import ACK, SYN, TSO4, TSO6, UDP, USO, Segment
 from tests.test_core_offload import SENDS, asks, summed
 from tests.test_core_xsk import drops
@@ -231,7 +231,7 @@ def test_a_datagram_reaches_a_socket_only_with_its_checksum(
     sent = Here(protocol=UDP, payload=data(size), to=pair.peer_mac)
     with pair.namespace.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as receiver:
         receiver.bind((pair.address, 2000))
-        receiver.settimeout(2)
+        receiver.settimeout(PATIENCE_S)
         # Nothing is asked for, and the checksum is wrong: the control.
         guest.pair.send(replace(sent, payload=data(size, 1)).frame(partial=True))
         guest.pair.send(sent.frame(partial=True), header=sent.header())
@@ -244,7 +244,7 @@ def test_a_datagram_reaches_a_socket_only_with_its_checksum(
 def test_a_stream_reaches_a_socket_as_a_large_frame_that_was_cut(stack: tuple[Driver, Netdev], pair: Veth) -> None:
     guest, port = stack
     with pair.namespace.call(lambda: socket.create_server((pair.address, 2000))) as server:
-        server.settimeout(5)
+        server.settimeout(PATIENCE_S)
         hello = Here(flags=SYN, seq=100, ack=0, window=65535, to=pair.peer_mac)
         guest.pair.send(hello.frame(partial=True), header=hello.header())
         (answer,) = guest.pair.frames()
@@ -253,7 +253,7 @@ def test_a_stream_reaches_a_socket_as_a_large_frame_that_was_cut(stack: tuple[Dr
         guest.pair.send(whole.frame(partial=True), header=whole.header(TSO4, 1448))
         accepted, _ = server.accept()
         with accepted:
-            accepted.settimeout(5)
+            accepted.settimeout(PATIENCE_S)
             got = b""
             while len(got) < len(whole.payload):
                 got += accepted.recv(65536)

@@ -296,7 +296,7 @@ def test_frames_of_a_packed_ring_leave_byte_for_byte_and_in_place(
 
 
 def test_a_packed_ring_is_handed_back_only_when_the_kernel_has_sent_it(
-    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+    held_time: None, bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:
     a = guests(bridge, started=False, features=PACKED)
     ring = PackedTx(a)
@@ -497,7 +497,7 @@ def test_a_chain_is_handed_back_only_when_the_kernel_has_sent_it_and_none_overta
 
 
 def test_a_buffer_that_is_posted_twice_comes_back_twice(
-    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+    held_time: None, bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:
     a = guests(bridge)
     port.renew()
@@ -514,7 +514,7 @@ def test_a_buffer_that_is_posted_twice_comes_back_twice(
 
 @both_layouts
 def test_b26_b36_descriptors_rewritten_while_the_kernel_has_their_frames_are_handed_back_as_they_were(
-    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+    held_time: None, bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:
     """Head or buffer id, and how many descriptors a chain takes, are of when it was fetched."""
     a = guests(bridge, num=32)
@@ -536,7 +536,7 @@ def test_b26_b36_descriptors_rewritten_while_the_kernel_has_their_frames_are_han
 
 
 def test_a_head_that_is_made_available_again_and_again_is_never_out_more_often_than_the_ring_has_entries(
-    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+    held_time: None, bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:
     a = guests(bridge, num=16)
     port.renew()
@@ -548,7 +548,8 @@ def test_a_head_that_is_made_available_again_and_again_is_never_out_more_often_t
             a.pair.tx.put(head)
         a.pair.tx.publish()
         os.eventfd_write(a.pair.tx.kick_fd, 1)
-        if not eventually(lambda before=before: bridge.ring_state(a.port, 1).last_avail != before, 0.05):  # type: ignore[misc]
+        bridge.time_advance(0)
+        if bridge.ring_state(a.port, 1).last_avail == before:
             break
     assert port.in_flight <= 16
     held.release()
@@ -612,14 +613,18 @@ def test_a_guest_whose_loans_cost_the_others_a_socket_is_copied_from_then_on(
 
 
 def test_a_loan_that_lasts_too_long_is_reported_and_a_new_socket_ends_it(
-    bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
+    held_time: None, bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:
     a = guests(bridge)
     port.renew()
     lend(a, port)
     bridge.events()
-    assert eventually(lambda: bool(bridge.events() & core.EVENT_UMEM))
+    bridge.time_advance(1_000_000)
+    assert not port.stale
+    assert not bridge.events() & core.EVENT_UMEM
+    bridge.time_advance(1)
     assert port.stale
+    assert bridge.events() & core.EVENT_UMEM
     held.release()
     port.renew()
     assert a.pair.wait_sent()
