@@ -1,6 +1,7 @@
 /*
  * Whose IP addresses a guest may speak for: the ones that it was given, wherever others would believe what it says: in ARP,
- * in neighbour discovery, and as the source of its packets.
+ * in neighbour discovery, as the source of its packets, and where they ask for one of their own. It speaks IP only, behind
+ * at most the tags that packet.h looks behind: in what is not understood anything may be.
  */
 #ifndef XN_GUARD_H
 #define XN_GUARD_H

@@ -261,7 +261,7 @@ int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t 
 
 /*
  * The IP addresses that the guest may use as its own, beside the link-local one that its MAC gives it; none: any. Frames
- * in which it claims another are dropped, and so are advertisements of routers, and redirects.
+ * in which it claims or probes for another are dropped, and so is what routers and DHCP servers say, and what is not IP.
  */
 int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips, uint32_t n);
 /* Replaces the memory table (n may be 0). Started rings are translated anew; one that no longer lies in memory is stopped. */
