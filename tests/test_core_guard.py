@@ -258,8 +258,8 @@ def test_17_fragments_hide_no_header(pair: Pair) -> None:
         (answer, 0x2000, False),
         (answer, 0x2001, True),
         (answer, 0x0001, True),
-        (request[:3], 0x2000, False),
         (request[:4], 0x2000, True),
+        (request[:3], 0x2000, False),
         (b"", 0x2000, True),
     ):
         sends(pair, bare4(OWN4, UDP, inner, fragment), passes)
