@@ -22,6 +22,7 @@ from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.waiting import PATIENCE_S
 from xdpnet.control import ask
 from xdpnet.metrics.snapshot import Port, Snapshot
+from xdpnet.virtq.message import Request
 
 MAC = "52:54:00:00:00:01"
 READY = re.compile(r"ready: ")
@@ -252,6 +253,17 @@ def test_a_guest_whose_memory_is_taken_away_loses_its_connection_and_no_other_do
         with Frontend.connect(str(tmp_path / "web.sock")) as again:
             again.negotiate()
         assert running.end() == 0
+
+
+def test_14_rings_are_polled_for_the_guest_that_may_poll_alone(tmp_path: Path) -> None:
+    more = guest(tmp_path, "may", ",poll=true")
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--guest", more) as running:
+        running.ready()
+        for name, allowed in (("web", False), ("may", True)):
+            with Frontend.connect(str(tmp_path / f"{name}.sock")) as frontend:
+                frontend.negotiate()
+                assert (frontend.set_event(Request.SET_VRING_KICK, 0, None) == 0) is allowed
+        assert "poll = true of the guest allows that" in running.log
 
 
 def test_an_inherited_connection_is_served_and_its_end_is_the_daemons(tmp_path: Path) -> None:

@@ -258,8 +258,22 @@ def test_hostile_a16_a_ring_may_be_enabled_before_anything_is_negotiated(backend
     assert not any(guest.counters.errors.values())
 
 
-def test_a_ring_without_a_kick_descriptor_is_polled(backend, talk, memory):
+def test_14_a_ring_without_a_kick_descriptor_is_refused_with_the_key_that_allows_it(backend, running, caplog):
+    frontend, _ = running
+    with caplog.at_level("WARNING"):
+        for ring in 0, 1:
+            assert refused(running, "event_fd", Request.SET_VRING_KICK, VringFile(ring, nofd=True))
+    assert "poll = true" in caplog.text
+    assert backend.started(0)
+    assert backend.started(1)
+    assert backend.device.rings[0].kick is not None
+    for request in Request.SET_VRING_CALL, Request.SET_VRING_ERR:
+        assert frontend.set_event(request, 0, None) == 0
+
+
+def test_a_ring_without_a_kick_descriptor_is_polled_for_a_guest_that_may_poll(backend, talk, memory):
     frontend, _ = talk
+    backend.device.poll = True
     assert frontend.set_memory(memory) == 0
     assert frontend.tell(Request.SET_VRING_NUM, VringState(1, 256)) == 0
     assert frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(1, 256)) == 0
@@ -288,6 +302,7 @@ def test_a_stopped_ring_keeps_its_call_descriptor_and_needs_a_new_kick(backend, 
 
 def test_a_running_ring_goes_on_with_new_descriptors(backend, running):
     frontend, _ = running
+    backend.device.poll = True
     for request in EVENT_REQUESTS:
         assert frontend.set_event(request, 0, frontend.event()) == 0
         assert frontend.set_event(request, 0, None) == 0

@@ -196,6 +196,7 @@ class GuestConfig(BaseModel):
     mtu: Annotated[int, _integer(*MTU)] | None = None
     check_source: Boolean | None = None
     ips: Annotated[tuple[IPAddress, ...], BeforeValidator(parse_ips)] = ()
+    poll: Boolean = False
 
     @property
     def checks_source(self) -> bool:

@@ -30,11 +30,14 @@ ANNOUNCE_AT_ONCE, ANNOUNCE_EVERY_S = 16, 0.1
 class GuestDevice:
     """What a session drives."""
 
-    def __init__(self, bridge: Bridge, name: str, port: int, pairs: int, mtu: int | None = None) -> None:
+    def __init__(
+        self, bridge: Bridge, name: str, port: int, pairs: int, mtu: int | None = None, poll: bool = False
+    ) -> None:
         self.name = name
         self.port = port
         self.pairs = pairs
         self.mtu = mtu
+        self.poll = poll  # rings without a kick descriptor are served, which keeps a worker awake
         self.offered = features.offered(pairs, mtu)
         self.features = 0  # as negotiated, VHOST_USER_F_PROTOCOL_FEATURES included
         self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
@@ -175,6 +178,9 @@ class GuestDevice:
 
     def start(self, ring: Virtqueue, kick: Fd | None) -> None:
         """SET_VRING_KICK. A running ring goes on where it is with the new descriptor."""
+        if kick is None and not self.poll:
+            fault = "without a kick descriptor a CPU would poll it all the time; poll = true of the guest allows that"
+            raise ProtocolError("event_fd", f"ring {ring.index}: {fault}")
         self._halt(ring)
         ring.start(kick)
         try:
