@@ -209,14 +209,22 @@ int xn_fdb_flush(struct xn_bridge *b, uint32_t port)
 	return 0;
 }
 
-int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], int check_source)
+/* The number of an address that a station may have; 0: it is none. */
+static u64 station(const uint8_t mac[6])
 {
 	u64 value = 0;
 
+	memcpy(&value, mac, ETH_ALEN);
+	return mac_is_group(value) ? 0 : value;
+}
+
+int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], int check_source)
+{
+	u64 value = station(mac);
+
 	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)
 		return -ENOENT;
-	memcpy(&value, mac, ETH_ALEN);
-	if (!value || mac_is_group(value))
+	if (!value)
 		return -EINVAL;
 	workers_park(b);
 	u64 old = b->ports[port].mac;
@@ -237,6 +245,27 @@ int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], in
 	workers_resume(b);
 	bridge_event(b, XN_EVENT_FDB);
 	return r;
+}
+
+int xn_netdev_add_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
+{
+	u64 value = station(mac);
+
+	if (!bridge_port(b, port, PORT_NETDEV))
+		return -ENOENT;
+	int r = value ? fdb_set_static(b->fdb, value, port) : -EINVAL;
+
+	if (!r)
+		bridge_event(b, XN_EVENT_FDB);
+	return r;
+}
+
+int xn_netdev_remove_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
+{
+	if (!bridge_port(b, port, PORT_NETDEV) || !fdb_clear_static(b->fdb, station(mac), port))
+		return -ENOENT;
+	bridge_event(b, XN_EVENT_FDB);
+	return 0;
 }
 
 /* ---- public: ports ---- */

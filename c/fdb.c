@@ -198,6 +198,21 @@ out:
 	return r;
 }
 
+bool fdb_clear_static(struct fdb *f, u64 mac, u32 port)
+{
+	struct fdb_bucket *b = &f->bucket[slot_of(f, mac)];
+	bool found = false;
+
+	spin_lock(&f->lock);
+	for (u32 i = 0; i < FDB_WAYS && !found; i++) {
+		found = b->entry[i].key == key_of(mac, FDB_STATIC) && b->entry[i].port == port;
+		if (found)
+			write_entry(f, b, i, (struct fdb_entry){0});
+	}
+	spin_unlock(&f->lock);
+	return found;
+}
+
 void fdb_flush(struct fdb *f, u32 port, bool all)
 {
 	spin_lock(&f->lock);

@@ -49,8 +49,11 @@ struct fdb *fdb_new(u32 ageing_s, u32 max_macs);
 /* The port of a destination; FDB_NONE if it is unknown. */
 u32 fdb_lookup(const struct fdb *f, u64 mac, u16 vlan, u32 now);
 enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limited, u32 now);
+/* A port may have several. -EEXIST: another port has it; -ENOSPC: its bucket is full of static ones. */
 int fdb_set_static(struct fdb *f, u64 mac, u32 port);
-/* Removes what a port taught, and its static address too if `all`. */
+/* False: the port has no such. */
+bool fdb_clear_static(struct fdb *f, u64 mac, u32 port);
+/* Removes what a port taught, and its static addresses too if `all`. */
 void fdb_flush(struct fdb *f, u32 port, bool all);
 /* Removes expired entries, copies up to max live ones; their number, and whether any expired. */
 u32 fdb_dump(struct fdb *f, struct xn_fdb_entry *out, u32 max, u32 now);

@@ -291,6 +291,13 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
 
 /* ---- netdev ports ---- */
 
+/*
+ * An address that the host has on the interface: no guest may use it, and what one has taught of it is forgotten. A port
+ * may have any number. -EEXIST: it is another port's own; -ENOSPC: there is no room for it, as many that are alike are static.
+ */
+int xn_netdev_add_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6]);
+int xn_netdev_remove_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6]); /* -ENOENT: the port has no such */
+
 /* What is known of an interface's frames. */
 enum xn_netdev_flag {
 	/*

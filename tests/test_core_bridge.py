@@ -335,6 +335,43 @@ def test_a_frame_for_a_port_that_is_not_up_is_counted_there(bridge: core.Bridge,
     assert drivers[1].drops(core.RX) == {"not_ready": 1}
 
 
+def test_15_a_netdev_has_any_number_of_addresses_and_they_are_no_guests(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    bridge = make_bridge(netdev_queues=1, frames_per_queue=256)
+    one, two = guests(bridge), guests(bridge)
+    port = bridge.add_netdev(1)
+    for number in range(3):
+        bridge.netdev_add_mac(port, mac(number + 1))
+        bridge.netdev_add_mac(port, mac(number + 1))
+    two.pair.fill()
+    for number, passes in ((0, True), (1, False), (2, False), (3, False), (4, True)):
+        one.pair.send(frame(BROADCAST, mac(number), mark=b"x"))
+        assert one.pair.wait_sent()
+        assert len(two.pair.packets()) == passes
+    bridge.netdev_remove_mac(port, mac(2))
+    one.pair.send(frame(BROADCAST, mac(2), mark=b"x"))
+    assert one.pair.wait_sent()
+    assert len(two.pair.packets()) == 1
+    assert one.drops(core.TX) == {"spoof": 3}
+    # What a guest taught gives way; what it was given does not.
+    bridge.netdev_add_mac(port, mac(2))
+    bridge.set_mac(two.port, mac(7), False)
+    for wrong in ((port, mac(7)), (two.port, mac(8)), (99, mac(8)), (port, bytes(6)), (port, BROADCAST)):
+        with pytest.raises(OSError, match=r"exists|No such|Invalid"):
+            bridge.netdev_add_mac(*wrong)
+    for wrong in ((port, mac(7)), (port, mac(0)), (port, bytes(6)), (two.port, mac(7)), (99, mac(1))):
+        with pytest.raises(OSError, match="No such"):
+            bridge.netdev_remove_mac(*wrong)
+    with pytest.raises(ValueError, match="5 bytes"):
+        bridge.netdev_add_mac(port, bytes(5))
+    with pytest.raises(ValueError, match="7 bytes"):
+        bridge.netdev_remove_mac(port, bytes(7))
+    assert {entry.mac for entry in bridge.fdb_dump() if entry.port == port} == {mac(1), mac(2), mac(3)}
+    bridge.remove_port(port)
+    assert {entry.mac for entry in bridge.fdb_dump() if entry.is_static} == {mac(7)}
+
+
 def test_a_netdev_that_has_no_socket_yet_counts_what_it_should_have_sent(
     bridge: core.Bridge, guests: MakeGuest
 ) -> None:

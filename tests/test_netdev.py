@@ -21,14 +21,14 @@ import pytest
 from tests import clsact
 from tests.driver import Driver
 from tests.guests import rarp
-from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from tests.netns import Veth, add_veth, command, namespace, needs_root, remove, veth
 from tests.test_loader import open_files
 from tests.waiting import PATIENCE_S, eventually
 from xdpnet import core, group, netdev
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
-from xdpnet.link import Link, find_link, require_link
+from xdpnet.link import Link, concerns, find_link, require_link
 from xdpnet.netdev import BusyError, Netdev
 from xdpnet.virtq import features
 from xdpnet.virtq.counters import Counters
@@ -571,6 +571,11 @@ class Watched:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
+    async def until(self, done: Callable[[], object]) -> None:
+        async with asyncio.timeout(20):
+            while not done():
+                await asyncio.sleep(0.02)
+
     async def reach(self, *states: str) -> None:
         await self.until(lambda: self.states == list(states), lambda: f"{self.states}, not {states}")
 
@@ -583,11 +588,11 @@ class Watched:
             await asyncio.sleep(0.02)
 
 
-def steers(port: Netdev, pair: Veth) -> bool:
+def steers(port: Netdev, pair: Veth, guest: bytes = GUEST) -> bool:
     """One frame for the guest gets through."""
     before = port.verdicts()["redirected"]
     with pair.wire() as wire:
-        wire.send(frame(GUEST))
+        wire.send(frame(guest))
     return eventually(lambda: port.verdicts()["redirected"] == before + 1)
 
 
@@ -733,6 +738,195 @@ def test_the_hosts_address_is_followed(opened: Netdev, pair: Veth) -> None:
                 await asyncio.sleep(0.02)
 
     asyncio.run(story())
+
+
+# ---- the host's other addresses on the interface ----
+
+
+@contextlib.contextmanager
+def stacked(ifname: str, address: bytes, kind: str = "macvlan", space: str = "") -> Iterator[str]:
+    """An interface on top of it, with this address, up; in a network namespace, if one is named."""
+    name = f"xdpn{os.getpid()}v998"
+    there = ("netns", space) if space else ()
+    command(
+        "ip",
+        "link",
+        "add",
+        "link",
+        ifname,
+        "name",
+        name,
+        "address",
+        address.hex(":"),
+        *there,
+        "type",
+        kind,
+        "mode",
+        "bridge",
+    )
+    inside = ("ip", "-n", space) if space else ("ip",)
+    try:
+        command(*inside, "link", "set", name, "up")
+        yield name
+    finally:
+        command(*inside, "link", "del", name)
+
+
+def dropped(bridge: core.Bridge, guest: Driver, source: bytes) -> int:
+    """How many of one frame with this source are refused to the guest."""
+    before = bridge.queue_stats(guest.port, 0, core.TX).drops["spoof"]
+    guest.pair.send(BROADCAST + source + PAYLOAD)
+    assert guest.pair.wait_sent()
+    return bridge.queue_stats(guest.port, 0, core.TX).drops["spoof"] - before
+
+
+def learned(bridge: core.Bridge, guest: Driver) -> set[bytes]:
+    return {entry.mac for entry in bridge.fdb_dump() if entry.port == guest.port}
+
+
+@pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in another namespace"])
+def test_15_a_guest_cannot_take_a_second_address_of_the_host(
+    bridge: core.Bridge, pair: Veth, kind: str, elsewhere: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        contextlib.ExitStack() as undo,
+        contextlib.closing(Driver(bridge).start()) as guest,
+        contextlib.closing(Netdev(bridge, pair.ifname)) as port,
+        pair.wire() as wire,
+    ):
+        space = undo.enter_context(namespace()).name if elsewhere else ""
+        undo.enter_context(stacked(pair.ifname, SECOND, kind, space))
+        port.open()
+        assert dropped(bridge, guest, SECOND) == 1
+        assert dropped(bridge, guest, GUEST) == 0
+        assert learned(bridge, guest) == {GUEST}
+        port.sync_macs([GUEST, SECOND])
+        assert f"a guest uses {SECOND.hex(':')}, the host's own address" in caplog.text
+        before = port.verdicts()
+        wire.send(frame(SECOND))
+        wire.send(frame(GUEST))
+        assert verdict(port, "host", before["host"] + 1)
+        assert verdict(port, "redirected", before["redirected"] + 1)
+        port.close()
+        assert dropped(bridge, guest, SECOND) == 0
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["guest first", "host first"])
+def test_15_an_address_of_the_host_that_comes_later_is_taken_back_and_given_up(
+    bridge: core.Bridge, opened: Netdev, pair: Veth, first: bool
+) -> None:
+    """A guest can know it before: of VRRP, or as it was chosen by hand."""
+
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            with stacked(pair.ifname, SECOND):
+                await watch.until(lambda: SECOND in opened._guarded)
+                assert opened._macs == set()
+                assert learned(bridge, guest) == set()
+                assert dropped(bridge, guest, SECOND) == 1
+                # The filter that the interface had for the guest is not what is left of it.
+                assert SECOND.hex(":") in filters(pair.ifname)
+            await watch.until(lambda: opened._guarded == {pair.mac})
+        assert dropped(bridge, guest, SECOND) == 0
+
+    with contextlib.closing(Driver(bridge).start()) as guest:
+        if first:
+            assert dropped(bridge, guest, SECOND) == 0
+            opened.sync_macs(learned(bridge, guest))
+            assert steers(opened, pair, SECOND)
+        asyncio.run(story())
+
+
+def test_15_an_address_of_the_host_in_another_namespace_is_found_by_the_next_look(
+    opened: Netdev, pair: Veth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No event tells of it."""
+    monkeypatch.setattr(netdev, "PROBE_S", 0.05)
+
+    async def story() -> None:
+        with namespace() as space, stacked(pair.ifname, SECOND, space=space.name) as name:
+            command("ip", "-n", space.name, "link", "set", name, "down")
+            async with Watched(opened) as watch:
+                await watch.until(lambda: opened._guarded == {pair.mac})
+                monkeypatch.setattr(opened._wake, "set", lambda: None)
+                command("ip", "-n", space.name, "link", "set", name, "up")
+                await watch.until(lambda: opened._guarded == {pair.mac, SECOND})
+
+    asyncio.run(story())
+
+
+def test_15_a_bridges_own_address_is_the_hosts(opened: Netdev, pair: Veth, no_native: str) -> None:
+    async def story() -> None:
+        async with Watched(opened) as watch:
+            command("ip", "link", "set", no_native, "address", SECOND.hex(":"))
+            command("ip", "link", "set", pair.ifname, "master", no_native)
+            await watch.until(lambda: opened._guarded == {pair.mac, SECOND})
+            command("ip", "link", "set", pair.ifname, "nomaster")
+            await watch.until(lambda: opened._guarded == {pair.mac})
+
+    asyncio.run(story())
+
+
+def test_15_what_the_interface_receives_for_guests_is_not_the_hosts(opened: Netdev, pair: Veth) -> None:
+    opened.sync_macs([GUEST, SECOND])
+    assert GUEST.hex(":") in filters(pair.ifname)
+    for opened._stacked in False, True:
+        assert opened._look(require_link(pair.ifname)) == {pair.mac}
+        assert GUEST.hex(":") in filters(pair.ifname)
+    with stacked(pair.ifname, SECOND):
+        assert opened._look(require_link(pair.ifname)) == {pair.mac}
+        opened._stacked = True
+        assert opened._look(require_link(pair.ifname)) == {pair.mac, SECOND}
+        assert not opened._stacked
+
+
+def test_15_an_address_that_the_bridge_has_no_room_for_is_named_and_not_steered(
+    bridge: core.Bridge, opened: Netdev, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = [b"\x06" + number.to_bytes(5, "big") for number in range(1 << 14)]
+    left, errors = [], set()
+    for each in many:
+        try:
+            bridge.netdev_add_mac(opened.port, each)
+        except OSError as error:
+            left.append(each)
+            errors.add(error.errno)
+    assert errors == {errno.ENOSPC}
+    own = opened._own | {left[0], left[-1]}
+    opened._claim(own)
+    opened._claim(own)
+    assert caplog.text.count("is not kept from guests") == 2
+    assert left[0].hex(":") in caplog.text
+    opened.sync_macs([left[0], GUEST])
+    assert opened._macs == {GUEST}
+
+
+def test_15_an_interface_with_the_address_of_another_says_nothing(
+    bridge: core.Bridge, pair: Veth, opened: Netdev, caplog: pytest.LogCaptureFixture
+) -> None:
+    with veth() as other, contextlib.closing(Netdev(bridge, other.ifname)) as second:
+        command("ip", "link", "set", other.ifname, "address", pair.mac.hex(":"))
+        second.open()
+        assert second._own == {pair.mac}
+        assert not [
+            record for record in caplog.records if record.levelname == "WARNING" and "address" in record.message
+        ]
+        # Once the first has it no more, it is the second's.
+        opened.close()
+        assert pair.mac not in {entry.mac for entry in bridge.fdb_dump()}
+        second._follow_addresses(require_link(other.ifname))
+        assert second._guarded == {pair.mac}
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 31, 32, 4096, 0xFFFFFFFF])
+def test_events_with_lengths_that_are_none_are_read_to_their_end(length: int) -> None:
+    for tail in b"", b"\0" * 5, bytes(64):
+        assert not concerns(struct.pack("=IHHIIBxHiII", length, 16, 0, 0, 0, 0, 1, 7, 0, 0) + tail, 8)
+        assert concerns(struct.pack("=IHHIIBxHiII", length, 16, 0, 0, 0, 0, 1, 7, 0, 0) + tail, 7)
+    stacked_on = struct.pack("=HHiHHi", 5, 4, 9, 8, 5, 8)
+    assert concerns(struct.pack("=IHHIIBxHiII", 32 + 16, 16, 0, 0, 0, 0, 1, 7, 0, 0) + stacked_on, 8)
+    assert not concerns(struct.pack("=IHHIIBxHiII", 32 + 16, 20, 0, 0, 0, 0, 1, 7, 0, 0) + stacked_on, 8)
 
 
 # ---- questions about an interface ----

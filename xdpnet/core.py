@@ -419,6 +419,18 @@ class Bridge:
 
     # ---- netdevs ----
 
+    def netdev_add_mac(self, port: int, mac: bytes) -> None:
+        """An address of the host on the interface; EEXIST if it is another port's own, ENOSPC if there is no room."""
+        if len(mac) != 6:
+            raise ValueError(f"MAC address of {len(mac)} bytes")
+        _check(lib.xn_netdev_add_mac(self._bridge, port, mac), f"add address {mac.hex(':')} of port {port}")
+
+    def netdev_remove_mac(self, port: int, mac: bytes) -> None:
+        """Take it away again; ENOENT if the port has no such."""
+        if len(mac) != 6:
+            raise ValueError(f"MAC address of {len(mac)} bytes")
+        _check(lib.xn_netdev_remove_mac(self._bridge, port, mac), f"remove address {mac.hex(':')} of port {port}")
+
     def netdev_open_queue(
         self,
         port: int,

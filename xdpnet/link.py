@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import socket
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -26,6 +27,9 @@ from xdpnet.errors import SetupError
 
 IFF_UP = 1
 IFF_RUNNING = 0x40
+AF_BRIDGE = 7
+RTM_NEWLINK, RTM_DELLINK = 16, 17
+IFLA_LINK = 5
 NETDEV_CMD_DEV_GET = 1
 XDP_ACT_BASIC = 1  # enum netdev_xdp_act
 XDP_ACT_REDIRECT = 2
@@ -47,6 +51,7 @@ class Link:
     kind: str  # "veth", "tun"...; empty for hardware
     rx_queues: int
     peer: str  # of a veth, the other end if it is in this network namespace; else empty
+    master: int  # index of the bridge or bond that it is a port of; 0: none
     xdp_mode: str  # "", "xdp", "xdpgeneric", "xdpoffload", "xdpmulti"
     xdp_id: int
 
@@ -108,9 +113,50 @@ def find_link(ifname: str) -> Link | None:
         kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
         rx_queues=_rx_queues(name) or message.get("num_rx_queues") or 1,
         peer=_peer(message),
+        master=message.get("master") or 0,
         xdp_mode=(xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else None) or "",
         xdp_id=(xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else None) or 0,
     )
+
+
+def host_addresses(link: Link) -> frozenset[bytes]:
+    """Unicast addresses that the host has on the interface: its own, its master's, and what it was told to receive.
+
+    The last are those of all that is stacked on it and up (macvlan, macvtap, VLAN devices), in other network namespaces
+    too, and what others ask for by packet(7): our own receive filters as well.
+    """
+
+    def question() -> list[str | None]:
+        with IPRoute() as netlink:
+            found = [entry.get("lladdr") for entry in netlink.get_neighbours(family=AF_BRIDGE, ifindex=link.index)]
+            found += [each.get("address") for each in (netlink.get_links(link.master) if link.master else ())]
+            return found
+
+    try:
+        answer = _ask(question)
+    except NetlinkError as error:
+        raise SetupError(f"interface {link.name}: the kernel did not tell its addresses: {error}") from error
+    addresses = {bytes.fromhex((address or "").replace(":", "")) for address in answer} | {link.address}
+    return frozenset(address for address in addresses if len(address) == 6 and not address[0] & 1 and any(address))
+
+
+def concerns(events: bytes, index: int) -> bool:
+    """Whether one of these rtnetlink messages is about the interface, or one that is stacked on it."""
+    at = 0
+    while at + 32 <= len(events):  # struct nlmsghdr, struct ifinfomsg
+        length, kind = struct.unpack_from("=IH", events, at)
+        end = min(at + max(length, 16), len(events))
+        if kind in (RTM_NEWLINK, RTM_DELLINK):
+            if struct.unpack_from("=i", events, at + 20)[0] == index:
+                return True
+            attribute = at + 32
+            while attribute + 8 <= end:
+                size, name = struct.unpack_from("=HH", events, attribute)
+                if name == IFLA_LINK and struct.unpack_from("=i", events, attribute + 4)[0] == index:
+                    return True
+                attribute += max(size + 3 & ~3, 4)
+        at = end + 3 & ~3
+    return False
 
 
 def require_link(ifname: str) -> Link:

@@ -2,11 +2,11 @@
 
 Owns, in this order: the port, the loaded program; and while attached the AF_XDP sockets, the AF_PACKET socket and the
 bpf_link. The link comes last and goes first, so no frame is steered to a socket that is not there; it dies with the
-process, so the host always gets its frames back. Never replaces another's program. The host's own address is never
-steered to a guest. Reference: kernel Documentation/networking/af_xdp.rst.
+process, so the host always gets its frames back. Never replaces another's program. None of the host's own addresses on
+the interface is steered to a guest. Reference: kernel Documentation/networking/af_xdp.rst.
 
     open() --> attached <--> detached --> close()
-               watch(): the interface went, came, changed its MTU
+               watch(): the interface went, came, changed its MTU or its addresses
 """
 
 import asyncio
@@ -26,7 +26,16 @@ from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
 from xdpnet.group import GroupSocket
-from xdpnet.link import Link, features, find_link, kernel_version, require_link, set_features
+from xdpnet.link import (
+    Link,
+    concerns,
+    features,
+    find_link,
+    host_addresses,
+    kernel_version,
+    require_link,
+    set_features,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +66,7 @@ BACKOFF_S = (0.1, 5.0)  # first and longest pause between attempts to attach aga
 SETTLE_S = 0.05  # link events come in bursts
 RENEW_PAUSE_S = 5.0  # between changes of guest memory that are followed: each costs a few tens of milliseconds
 RENEW_RETRY_S = 0.005
-PROBE_S = 5.0  # a link that an administrator detached makes no event
+PROBE_S = 5.0  # a link that an administrator detached makes no event, nor does a macvlan in another namespace
 
 REMEDIES = {
     errno.EPERM: "run as root, or with CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF (CAP_SYS_ADMIN before Linux 5.8)",
@@ -103,7 +112,10 @@ class Netdev:
         self._group_lost = 0  # of its predecessors
         self._link_fd = -1
         self._mtu = 0
-        self._address = b""
+        self._own: frozenset[bytes] = frozenset()  # the host's addresses on the interface, as found last
+        self._guarded: set[bytes] = set()  # of these, the bridge keeps from guests
+        self._unguarded: set[bytes] = set()  # and what it could not, as was said
+        self._stacked = False  # something may have come onto the interface whose address a guest has
         self._macs: set[bytes] = set()  # in the program's map
         self._wanted_macs: frozenset[bytes] = frozenset()
         self._refused: frozenset[bytes] = frozenset()
@@ -155,6 +167,7 @@ class Netdev:
             self._program.close()
             self._program = None
         self._macs.clear()
+        self._guarded.clear()
         if self.port >= 0:
             self._bridge.remove_port(self.port)
             self.port = -1
@@ -190,6 +203,7 @@ class Netdev:
             # 3. The AF_PACKET socket for group-addressed frames, and the receive filters.
             group = self._open_group(link)
             undo.callback(group.close)
+            self._claim(host_addresses(link))
             group.add(self._macs)
             self._bridge.netdev_set_group_fd(self.port, group.fileno())
             undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
@@ -199,7 +213,6 @@ class Netdev:
             self._attached = undo.pop_all()
         self._group, self._link_fd, self.mode = group, link_fd, mode
         self.ifindex, self._mtu = link.index, link.mtu
-        self._claim(link.address)
         log.info("%s: attached, %s XDP, queues: %d, ifindex %d", self.name, mode, self.queues, link.index)
 
     def _detach(self) -> None:
@@ -317,14 +330,41 @@ class Netdev:
 
     # ---- addresses and counters ----
 
-    def _claim(self, address: bytes) -> None:
-        """The interface's own address is no guest's to use: neither does the bridge let one, nor is it steered."""
-        self._address = address
+    def _look(self, link: Link) -> frozenset[bytes]:
+        """The host's addresses on the interface. What the interface receives for guests is listed with them.
+
+        So an address that a guest had first is the host's too if it stays listed without us. That is tried when there
+        is a reason to: for a card that filters is deaf to guests meanwhile, for a millisecond.
+        """
+        if not self._stacked or self._group is None:
+            return host_addresses(link) - self._macs | {link.address}
+        self._group.drop(self._macs)
         try:
-            self._bridge.set_mac(self.port, address, False)
-        except OSError as error:
-            log.warning("%s: its address %s is in use in the bridge: %s", self.name, address.hex(":"), error)
-        self.sync_macs(self._wanted_macs)
+            found = host_addresses(link)
+            self._stacked = False
+            return found
+        finally:
+            self._group.add(self._macs)
+
+    def _claim(self, own: frozenset[bytes]) -> None:
+        """The host's own addresses are no guest's to use: neither does the bridge let one, nor are they steered."""
+        for mac in self._guarded - own:
+            self._bridge.netdev_remove_mac(self.port, mac)
+            self._guarded.discard(mac)
+        self._unguarded &= own
+        for mac in sorted(own - self._guarded):
+            try:
+                self._bridge.netdev_add_mac(self.port, mac)
+                self._guarded.add(mac)
+                self._unguarded.discard(mac)
+            except OSError as error:
+                # EEXIST: of another interface too, as those of a bond have it; or of a guest, which sync_macs() says.
+                if mac not in self._unguarded and error.errno != errno.EEXIST:
+                    log.warning("%s: the host's address %s is not kept from guests: %s", self.name, mac.hex(":"), error)
+                self._unguarded.add(mac)
+        if own != self._own:
+            self._own = own
+            self.sync_macs(self._wanted_macs)
 
     def sync_macs(self, macs: Iterable[bytes]) -> None:
         """Steer exactly these unicast addresses to the guests; remembered while the interface is away."""
@@ -332,9 +372,11 @@ class Netdev:
         if self._program is None:
             return
         wanted = {mac for mac in self._wanted_macs if len(mac) == 6 and not mac[0] & 1 and any(mac)}
-        refused = self._wanted_macs & {self._address}
-        if refused - self._refused:
-            log.warning("%s: a guest uses this interface's own address; its frames stay the host's", self.name)
+        refused = self._wanted_macs & self._own
+        for mac in refused - self._refused:
+            log.warning(
+                "%s: a guest uses %s, the host's own address; its frames stay the host's", self.name, mac.hex(":")
+            )
         self._refused = refused
         wanted -= refused
         kept = self._macs & wanted
@@ -411,12 +453,13 @@ class Netdev:
         self._wake.set()
         while True:
             try:
-                events.recv(65536)
+                self._stacked |= concerns(events.recv(65536), self.ifindex)
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:  # events were lost: all the more reason to look
                     raise
+                self._stacked = True
 
     async def _follow(self, on_change: Callable[["Netdev"], None]) -> None:
         pause = BACKOFF_S[0]
@@ -443,8 +486,8 @@ class Netdev:
             if self._renew_due and self._link_fd >= 0 and link:
                 await self._renew(link)
             self._renew_due = False
-            if self._link_fd >= 0 and link and link.address != self._address:
-                self._claim(link.address)
+            if self._link_fd >= 0 and link:
+                self._follow_addresses(link)
             if self._link_fd < 0 and link and link.up:
                 if seen is None or (seen.index, seen.up, seen.mtu) != (link.index, link.up, link.mtu):
                     pause = BACKOFF_S[0]
@@ -469,15 +512,21 @@ class Netdev:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, BACKOFF_S[1])
 
+    def _follow_addresses(self, link: Link) -> None:
+        try:
+            self._claim(self._look(link))
+        except SetupError as error:  # the question failed, as where the interface goes: those that were found stay
+            log.warning("%s", error)
+        except OSError as error:
+            log.warning("%s: receive filters: %s", self.name, error)  # one may be missing: from the start again
+            self._detach()
+
     async def _next_event(self) -> None:
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PROBE_S):  # wait_for() of Python 3.11 can swallow a cancellation
-                    await self._wake.wait()
-                await asyncio.sleep(SETTLE_S)
-            if self._wake.is_set() or (self._link_fd >= 0 and not self.alive):
-                self._wake.clear()
-                return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PROBE_S):  # wait_for() of Python 3.11 can swallow a cancellation
+                await self._wake.wait()
+            await asyncio.sleep(SETTLE_S)
+        self._wake.clear()
 
 
 def choose_queues(link: Link, wanted: int) -> int:
