@@ -1,4 +1,5 @@
 """How fast, how frugal, how soon back: xdpnet beside DPDK's own vhost and af_xdp backend, on one machine.
 
-python -m tests.bench [ROW...]: see __main__ for the command; throughput, latency and scale for what is measured.
+python -m tests.bench [ROW...]: see __main__ for the command; throughput, latency, scale and neighbours for what
+is measured.
 """

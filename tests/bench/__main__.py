@@ -18,12 +18,12 @@ from pathlib import Path
 from rich.console import Console
 
 from tests import dpdk
-from tests.bench import bulk, latency, plot, report, scale, throughput
+from tests.bench import bulk, latency, neighbours, plot, report, scale, throughput
 from tests.bench.lab import Cores, Lab, Row
 from xdpnet.demo import process
 from xdpnet.errors import XdpnetError
 
-ROWS = [*throughput.ROWS, *bulk.ROWS, *latency.ROWS, *scale.ROWS]
+ROWS = [*throughput.ROWS, *bulk.ROWS, *latency.ROWS, *scale.ROWS, *neighbours.ROWS]
 HUGE_MIB = 640
 # What ends a contender's turns, and is said in the report: it cannot do this here.
 FAILURES = (XdpnetError, ChildProcessError, TimeoutError)
@@ -76,7 +76,8 @@ def measure(rows: list[Row], runs: int, seconds: float, results: report.Results,
                     directory = base / str(turn)
                     directory.mkdir()
                     try:
-                        values = cores.run(contend, Lab(directory, huge, seconds))
+                        lab = Lab(directory, huge, seconds)
+                        values = cores.run(contend, lab) if row.near else contend(lab)
                     except FAILURES as error:
                         result.skipped[name] = str(error).partition("\n")[0].partition(";")[0]
                         console.print(f"{row.name} {name} skipped: {error}")

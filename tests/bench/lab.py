@@ -37,12 +37,17 @@ class Lab:
 
 @dataclass(frozen=True)
 class Row:
-    """Something to measure: metrics with their units, and contenders, each a function that runs once."""
+    """Something to measure: metrics with their units, and contenders, each a function that runs once.
+
+    Rows of the same metrics may have a table of their own, with this heading: a line each, a column for each metric.
+    """
 
     name: str
     title: str
     units: Mapping[str, str]
     contenders: Mapping[str, Callable[[Lab], Values]]
+    table: str = ""
+    near: bool = True  # its numbers are those of two CPUs near each other; False: each run compares with itself
 
 
 # ---- the two CPUs ----

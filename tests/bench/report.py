@@ -73,7 +73,7 @@ def lines(rows: Sequence[Row], results: Results) -> list[list[str]]:
     """One line for each metric of each row that was measured: title, unit, ours, the peer's, their ratio, others."""
     made = []
     for row in rows:
-        if (result := results.rows.get(row.name)) is None:
+        if (result := results.rows.get(row.name)) is None or row.table:
             continue
         for metric, unit in row.units.items():
             got = {name: runs[metric] for name, runs in result.runs.items() if runs.get(metric)}
@@ -91,24 +91,51 @@ def lines(rows: Sequence[Row], results: Results) -> list[list[str]]:
     return made
 
 
+def own_tables(rows: Sequence[Row], results: Results) -> list[list[list[str]]]:
+    """Of rows that have one: headings, then a line for each row that was measured."""
+    made: dict[str, list[list[str]]] = {}
+    for row in rows:
+        if not row.table or (result := results.rows.get(row.name)) is None:
+            continue
+        lines = made.setdefault(row.table, [[row.table, *row.units.values()]])
+        got = result.runs.get(OURS) or {}
+        cells = [spread(got[metric]) if metric in got else "" for metric in row.units]
+        if reason := result.skipped.get(OURS):
+            cells[0] = f"not here: {reason}"
+        lines.append([row.title, *cells])
+    return list(made.values())
+
+
 def show(rows: Sequence[Row], results: Results) -> None:
-    table = Table(title=results.machine)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading in (OURS, PEER, "ratio") else "left")
-    for line in lines(rows, results):
-        table.add_row(*line)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    console.print(table)
+    if made := lines(rows, results):
+        table = Table(title=results.machine)
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right" if heading in (OURS, PEER, "ratio") else "left")
+        for line in made:
+            table.add_row(*line)
+        console.print(table)
+    for headings, *own in own_tables(rows, results):
+        table = Table(title=results.machine)
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == headings[0] else "right")
+        for line in own:
+            table.add_row(*line)
+        console.print(table)
 
 
 def markdown(rows: Sequence[Row], results: Results) -> str:
-    made = [HEADINGS, ("---", "---", "---:", "---:", "---:", "---"), *lines(rows, results)]
+    made = lines(rows, results)
+    tables = [[list(HEADINGS), ["---", "---", "---:", "---:", "---:", "---"], *made]] if made else []
+    tables += [
+        [headings, ["---", *["---:"] * (len(headings) - 1)], *own] for headings, *own in own_tables(rows, results)
+    ]
     dates = sorted(result.date for result in results.rows.values())
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    table = "\n".join(f"| {' | '.join(line)} |" for line in made)
-    return f"{table}\n\n{results.machine}, {when}. Medians (least-most); contenders took turns.\n"
+    text = "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in tables)
+    return f"{text}\n\n{results.machine}, {when}. Medians (least-most); contenders took turns.\n"
 
 
 # ---- plots ----
