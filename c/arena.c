@@ -57,6 +57,8 @@ int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy)
 		arena_release(a);
 		return r;
 	}
+	/* What passes through here is guests' as well. Only advice, as for their memory. */
+	(void)madvise(base, arena_private(a), MADV_DONTDUMP);
 	a->base = base;
 	if (!a->length)
 		a->length = arena_private(a);

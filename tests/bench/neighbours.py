@@ -31,12 +31,13 @@ from typing import Protocol, Self
 
 from tests.bench.lab import BACKEND_CPU, CLIENT_CPU, Lab, Row, Values, xdpnet
 from tests.driver import Driver, QueuePair
-from tests.frontend import DisconnectedError, Frontend
+from tests.frontend import DisconnectedError
+from tests.remote import RemoteGuest
 from tests.rings import INDIRECT, INDIRECT_DESC, MERGEABLE, MIB, NEXT, VERSION_1, WRITE, GuestMemory, Span, SplitRing
 from xdpnet import core
 from xdpnet.demo import process, topology
 from xdpnet.virtq.features import VirtioFeature, mask
-from xdpnet.virtq.message import MemoryRegion, MemoryTable, Payload, Request, VringAddr, VringFile, VringState
+from xdpnet.virtq.message import Payload, Request, VringFile, VringState
 
 UNITS = {
     "kept": "% of half its load, kept",
@@ -54,7 +55,6 @@ RAM = 0x4000_0000
 BROADCAST = b"\xff" * 6
 OFFLOADS = VERSION_1 | mask(VirtioFeature.VIRTIO_NET_F_CSUM, VirtioFeature.VIRTIO_NET_F_HOST_TSO4)
 TABLES = VERSION_1 | INDIRECT_DESC
-PROTOCOL = mask(VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 
 
 class DrivenRing(ctypes.Structure):
@@ -106,46 +106,6 @@ class Guest(Protocol):
 
     memory: GuestMemory
     pairs: list[QueuePair]
-
-
-class Remote:
-    """A guest of a daemon: its rings, and its frontend."""
-
-    def __init__(self, path: Path, features: int = VERSION_1, num: int = 1024, pairs: int = 1, mib: int = 8) -> None:
-        self.memory = GuestMemory(spans(mib))
-        self.frontend = Frontend.connect(str(path))
-        self.frontend.negotiate(features | PROTOCOL)
-        self.pairs = [QueuePair(self.memory, features, num) for _ in range(pairs)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.frontend.close()
-        for pair in self.pairs:
-            pair.close()
-        self.memory.close()
-
-    def table(self) -> tuple[MemoryTable, list[int]]:
-        made = MemoryTable(tuple(MemoryRegion(s.guest_addr, s.size, s.user_addr, s.offset) for s in self.memory.spans))
-        return made, [self.memory.fd] * len(self.memory.spans)
-
-    def tell(self, request: Request, payload: Payload, fds: Sequence[int] = ()) -> None:
-        if self.frontend.tell(request, payload, fds):
-            raise ChildProcessError(f"{request.name} was refused")
-
-    def start(self) -> Self:
-        self.tell(Request.SET_MEM_TABLE, *self.table())
-        for index, ring in enumerate(ring for pair in self.pairs for ring in (pair.rx, pair.tx)):
-            at = ring.config()
-            address = VringAddr(index=index, flags=0, desc=at.desc_addr, used=at.used_addr, avail=at.avail_addr, log=0)
-            self.tell(Request.SET_VRING_NUM, VringState(index, at.num))
-            self.tell(Request.SET_VRING_BASE, VringState(index, at.base))
-            self.tell(Request.SET_VRING_ADDR, address)
-            self.tell(Request.SET_VRING_CALL, VringFile(index, nofd=False), [ring.call_fd])
-            self.tell(Request.SET_VRING_KICK, VringFile(index, nofd=False), [ring.kick_fd])
-            self.tell(Request.SET_VRING_ENABLE, VringState(index, 1))
-        return self
 
 
 def offer(ring: SplitRing) -> None:
@@ -385,13 +345,13 @@ def posts_empties(num: int, entries: int, odd: int = 0) -> Others:
 
 
 @contextmanager
-def daemon(lab: Lab) -> Iterator[tuple[Play, Remote]]:
+def daemon(lab: Lab) -> Iterator[tuple[Play, RemoteGuest]]:
     """A neighbour, its sink, an idle guest, and one whose frontend does the harm."""
     with topology.topology() as net, ExitStack() as stack:
         macs = [mac(number).hex(":") for number in range(1, 5)]
         served = stack.enter_context(xdpnet(net, lab, macs, False, guest_options=",queues=16"))
         guests = [
-            stack.enter_context(Remote(path, pairs=pairs))
+            stack.enter_context(RemoteGuest(path, num=1024, pairs=pairs))
             for path, pairs in zip(served.sockets, (1, 1, 1, 4), strict=True)
         ]
         neighbour, sink, idle, bad = guests
@@ -427,7 +387,7 @@ Message = tuple[Request, Payload | bytes, list[int]]
 class Flood:
     """Sends these messages in turn, so many a second, until the block ends or the daemon has had enough."""
 
-    def __init__(self, guest: Remote, messages: Sequence[Message], rate: int) -> None:
+    def __init__(self, guest: RemoteGuest, messages: Sequence[Message], rate: int) -> None:
         self._frontend, self._messages, self._rate = guest.frontend, messages, rate
         self._thread = threading.Thread(target=self._run)
         self._end = threading.Event()
@@ -454,7 +414,7 @@ class Flood:
             sent = max(sent, due)
 
 
-def told(messages: Callable[[Remote], list[Message]], rate: int = MESSAGES) -> Callable[[Lab], Values]:
+def told(messages: Callable[[RemoteGuest], list[Message]], rate: int = MESSAGES) -> Callable[[Lab], Values]:
     def measure(lab: Lab) -> Values:
         with daemon(lab) as (play, bad):
             play = Play(play.neighbour, play.sink, [], play.call)
@@ -463,19 +423,19 @@ def told(messages: Callable[[Remote], list[Message]], rate: int = MESSAGES) -> C
     return measure
 
 
-def enables(_: Remote) -> list[Message]:
+def enables(_: RemoteGuest) -> list[Message]:
     return [(Request.SET_VRING_ENABLE, VringState(0, on), []) for on in (0, 1)]
 
 
-def kicks(guest: Remote) -> list[Message]:
+def kicks(guest: RemoteGuest) -> list[Message]:
     return [(Request.SET_VRING_KICK, VringFile(1, nofd=False), [guest.pairs[0].tx.kick_fd])]
 
 
-def resets(_: Remote) -> list[Message]:
+def resets(_: RemoteGuest) -> list[Message]:
     return [(Request.RESET_DEVICE, b"", [])]
 
 
-def tables(guest: Remote) -> list[Message]:
+def tables(guest: RemoteGuest) -> list[Message]:
     return [(Request.SET_MEM_TABLE, *guest.table())]
 
 
