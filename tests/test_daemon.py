@@ -31,12 +31,19 @@ READY = re.compile(r"ready: ")
 class Daemon:
     """A child process; what it says is in .log."""
 
-    def __init__(self, directory: Path, words: tuple[str, ...], fds: tuple[int, ...], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        words: tuple[str, ...],
+        fds: tuple[int, ...],
+        env: dict[str, str],
+        interpreter: tuple[str, ...] = (sys.executable,),
+    ) -> None:
         self.control = str(directory / "control.sock")
         self._log = directory / "log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "xdpnet", "run", "--control", self.control, *words],
+                [*interpreter, "-m", "xdpnet", "run", "--control", self.control, *words],
                 stderr=log, stdout=log, pass_fds=fds, env={**os.environ, **env},
             )  # fmt: skip
 
@@ -78,9 +85,13 @@ class Daemon:
 
 @contextmanager
 def daemon(
-    directory: Path, *words: str, fds: tuple[int, ...] = (), env: dict[str, str] | None = None
+    directory: Path,
+    *words: str,
+    fds: tuple[int, ...] = (),
+    env: dict[str, str] | None = None,
+    interpreter: tuple[str, ...] = (sys.executable,),
 ) -> Iterator[Daemon]:
-    made = Daemon(directory, words, fds, env or {})
+    made = Daemon(directory, words, fds, env or {}, interpreter)
     try:
         yield made
     finally:

@@ -377,6 +377,25 @@ def test_logging_is_refused(talk, memory):
     assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
 
 
+AREAS = [Request.SET_LOG_BASE, Request.SET_LOG_FD, Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD]
+
+
+@pytest.mark.parametrize("fds", [0, 1], ids=["without file", "with file"])
+@pytest.mark.parametrize("request_", AREAS, ids=lambda request: request.name)
+def test_d13_no_area_for_a_log_or_for_buffers_in_flight_is_mapped(talk, request_, fds):
+    """Neither is offered: whatever becomes of such a file is no concern of ours, for it is closed."""
+    with GuestMemory() as area:
+        before = mappings_of(area.fd)
+        assert refused(talk, "unsupported", request_, bytes(16), [area.fd] * fds)
+        assert mappings_of(area.fd) == before
+
+
+def mappings_of(fd):
+    inode = str(os.fstat(fd).st_ino)
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if line.split()[4] == inode]
+
+
 @pytest.mark.parametrize("place", [-0x10, 0x200000, 0x200000 - 16 * 256 + 16, -(1 << 40), (1 << 64) - 0x7F0000000010])
 def test_hostile_a21_a_ring_outside_memory_is_refused_and_stays_stopped(backend, talk, memory, place):
     frontend, _ = talk
