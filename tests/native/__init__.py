@@ -15,13 +15,15 @@ SOURCES = Path(__file__).parent
 MAX_WORDS, MAX_VALUES = 1024, 16
 
 
-def compile_program(name: str, into: Path) -> Path:
+def compile_program(name: str, into: Path, *flags: str) -> Path:
     if not shutil.which("gcc"):
         pytest.skip("needs gcc")
     program = into / name
     if not program.exists():
         subprocess.run(
-            ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, SOURCES / f"{name}.c"], check=True, timeout=60
+            ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *flags, "-o", program, SOURCES / f"{name}.c"],
+            check=True,
+            timeout=60,
         )
     return program
 

@@ -1,0 +1,199 @@
+"""A life of a bridge, again and again, each time with another of its requests to the system failing.
+
+python -m tests.scarce INTERFACE [LIMIT]: with tests/native/scarcity.c preloaded, a line for each life: the request that
+failed and what came of it; with a limit, as `as=N` (MiB beyond what there is) or `memlock=N` (KiB), one life under it.
+A life that leaves something behind, or ends otherwise than well or with an error of the core, ends the program.
+"""
+
+import ctypes
+import errno
+import os
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Self
+
+from tests.driver import QueuePair, ledger
+from tests.guests import BROADCAST, frame, mac
+from tests.rings import MIB, MODERN, GuestMemory, Span, eventually
+from xdpnet import core
+
+WIRE = mac(9)
+MORE = Span(0x8000_0000, MIB, 0x7F13_0000_0000, 0)
+ENOUGH = 1000  # requests that no life makes
+
+
+class Guest:
+    """What the driver has: it is there before the bridge, and outlives it."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory()
+        self.pair = QueuePair(self.memory, MODERN, num=64)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pair.close()
+        self.memory.close()
+
+
+def live(guests: tuple[Guest, Guest], ifname: str, group_fd: int) -> None:
+    """All that a daemon asks of the core, in its order. Frames arrive, and every one is accounted for."""
+    options = {"workers": 2, "netdev_queues": 1, "frames_per_queue": 256}
+    with core.Bridge(zerocopy="on", **options) as bridge:  # type: ignore[arg-type]
+        wire = bridge.add_netdev(1)
+        bridge.set_mac(wire, WIRE, False)
+        ports = []
+        for number in range(2):
+            ports.append(bridge.add_guest(1))
+            bridge.set_mac(ports[-1], mac(number), number == 0)
+        open_queue(bridge, wire, ifname)
+        bridge.netdev_set_group_fd(wire, group_fd)
+        bridge.start()
+        bridge.guest_set_ips(ports[0], [IPv4Address("10.0.0.1")])
+        for port, guest in zip(ports, guests, strict=True):
+            bridge.guest_set_memory(port, guest.memory.regions())
+            bridge.guest_set_features(port, MODERN)
+            for index, ring in enumerate((guest.pair.rx, guest.pair.tx)):
+                bridge.ring_enable(port, index, True)
+                bridge.ring_start(port, index, ring.config())
+            bridge.guest_announce(port, mac(ports.index(port)))
+            guest.pair.fill()
+        bridge.netdev_close_queue(wire, 0)
+        open_queue(bridge, wire, ifname)
+        one, two = guests
+        one.pair.send(frame(mac(1), mac(0), 600))
+        one.pair.send(frame(BROADCAST, mac(0), 600))
+        two.pair.send(frame(WIRE, mac(1), 600))
+        wanted = [frame(mac(1), mac(0), 600), frame(BROADCAST, mac(0), 600)]
+        if not one.pair.wait_sent() or not two.pair.wait_sent():
+            raise AssertionError("frames are not taken")
+        got: list[bytes] = []
+        if not eventually(lambda: arrived(two.pair, got) == wanted):
+            raise AssertionError("frames between guests are lost")
+        for port in ports:
+            bridge.guest_add_region(port, core.Region(*region(MORE), guests[0].memory.fd))
+            bridge.guest_remove_region(port, core.Region(*region(MORE), guests[0].memory.fd))
+            bridge.ring_set_call(port, 0, guests[0].pair.rx.call_fd)
+            bridge.ring_set_err(port, 0, -1)
+        bridge.netdev_xsk_stats(wire, 0)
+        if not eventually(lambda: balanced(bridge, wire, ports)):
+            raise AssertionError("frames are not accounted for")
+        for port in ports:
+            for index in range(2):
+                bridge.ring_stop(port, index)
+        bridge.netdev_set_group_fd(wire, -1)
+        bridge.remove_port(ports[0])
+        bridge.stop()
+
+
+def arrived(pair: QueuePair, got: list[bytes]) -> list[bytes]:
+    """So far, without announcements."""
+    got += [packet.frame for packet in pair.packets() if packet.frame[12:14] == b"\x88\xb5"]
+    return got
+
+
+def region(span: Span) -> tuple[int, int, int, int]:
+    return span.guest_addr, span.size, span.user_addr, span.offset
+
+
+def balanced(bridge: core.Bridge, wire: int, ports: list[int]) -> bool:
+    into, out = ledger(bridge, dict.fromkeys(ports, 1))
+    rx, tx = (bridge.queue_stats(wire, 0, direction) for direction in (core.RX, core.TX))
+    into += rx.packets + rx.copies
+    return into == out + tx.packets + sum(rx.drops.values()) + sum(tx.drops.values())
+
+
+def open_queue(bridge: core.Bridge, wire: int, ifname: str) -> None:
+    """Busy for a moment after another socket has left it."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            bridge.netdev_open_queue(wire, 0, socket.if_nametoindex(ifname), 1518, "on")
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def left() -> tuple[list[str], list[str]]:
+    """Descriptors, and mappings of guests' memory and of sockets."""
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if is_open(fd)]
+    maps = re.findall(r"(?:/memfd:|anon_inode|socket:).*", Path("/proc/self/maps").read_text())
+    return sorted(links), sorted(maps)
+
+
+def is_open(fd: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    before = left()
+    yield
+    if (after := left()) != before:
+        raise AssertionError(f"left behind: {before} became {after}")
+
+
+def outcome(ifname: str, group_fd: int, limit: str = "") -> str:
+    """`well`, or the core's error."""
+    with Guest() as one, Guest() as two, nothing_left():
+        if limit:
+            set_limit(limit)
+        try:
+            live((one, two), ifname, group_fd)
+        except (OSError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "well"
+
+
+def set_limit(text: str) -> None:
+    kind, _, number = text.partition("=")
+    if kind == "as":
+        (pages,) = (int(word) for word in Path("/proc/self/statm").read_text().split()[:1])
+        most = pages * os.sysconf("SC_PAGE_SIZE") + int(number) * MIB
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    else:
+        most = int(number) << 10
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
+
+
+def main() -> None:
+    ifname, limits = sys.argv[1], sys.argv[2:]
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as group:
+        outcome(ifname, group.fileno())  # what is loaded once is loaded now
+        if limits:
+            print(outcome(ifname, group.fileno(), limits[0]), flush=True)
+            return
+        scarcity = ctypes.CDLL(None)
+        address = int(core.ffi.cast("uintptr_t", core.ffi.addressof(core.lib, "xn_bridge_new")))
+        if scarcity.scarcity_watch(ctypes.c_void_p(address)):
+            raise AssertionError("the core is not where it should be")
+        held = None
+        for n in range(1, ENOUGH):
+            scarcity.scarcity_arm(n)
+            print(n, end=" ", flush=True)
+            came = outcome(ifname, group.fileno())
+            made = scarcity.scarcity_made()
+            scarcity.scarcity_arm(0)
+            print(came, flush=True)
+            now = scarcity.scarcity_held()
+            if now != (held := now if held is None else held):
+                raise AssertionError(f"the core holds {now} blocks of memory, {held} before")
+            if made < n:
+                if came != "well":
+                    raise AssertionError("the last life, in which nothing failed, did not end well")
+                return
+        raise AssertionError("no end of it")
+
+
+if __name__ == "__main__":
+    main()
