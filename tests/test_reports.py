@@ -1,4 +1,4 @@
-"""What the core reports: addresses are steered at once and then not too often; log lines are rationed."""
+"""What the core reports: addresses are steered at once and then not too often."""
 
 import asyncio
 import time
@@ -6,17 +6,9 @@ from collections.abc import Awaitable, Callable
 
 from tests.waiting import PATIENCE_S
 from xdpnet import core
-from xdpnet.reports import SETTLE_S, RateLimit, Reports
+from xdpnet.reports import SETTLE_S, Reports
 
 MAC = bytes.fromhex("525400000001")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Interface:
@@ -33,20 +25,6 @@ class Interface:
 
     def poke(self) -> None:
         raise NotImplementedError
-
-
-def test_the_first_line_passes_and_the_next_after_the_pause_tells_how_many_did_not() -> None:
-    clock = Clock()
-    limit = RateLimit(5.0, clock)
-    assert limit.allow("ring 0") == ""
-    clock.now += 4.9
-    assert limit.allow("ring 0") is None
-    assert limit.allow("ring 0") is None
-    assert limit.allow("ring 1") == ""
-    clock.now += 0.1
-    assert limit.allow("ring 0") == " (2 more since the last line)"
-    clock.now += 5.0
-    assert limit.allow("ring 0") == ""
 
 
 def with_bridge(steps: Callable[[core.Bridge, int, Interface], Awaitable[None]]) -> Interface:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests.frontend import ACK_AND_ALL, MODERN, GuestMemory
 from xdpnet.core import MAX_REGIONS, TX, Bridge
+from xdpnet.ration import Ration
 from xdpnet.virtq import device, features
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
@@ -698,8 +699,8 @@ def test_hostile_a40_a_checked_guest_announces_only_its_own_address(backend, tal
     assert talk[0].tell(Request.SEND_RARP, Address(MAC)) == 0
 
 
-def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connection(backend, talk, monkeypatch):
-    monkeypatch.setattr(device, "ANNOUNCE_EVERY_S", 3600.0)
+def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connection(backend, talk):
+    backend.device.announcements = Ration(device.ANNOUNCE_AT_ONCE, 1 / 3600)
     frontend, guest = talk
 
     def counts():

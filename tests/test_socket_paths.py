@@ -1,5 +1,6 @@
 """Where a guest's socket may be, who is served on it, and how the two sides find each other again."""
 
+import logging
 import os
 import resource
 import socket
@@ -8,10 +9,12 @@ import time
 
 import pytest
 
+from tests.clock import Clock
 from tests.frontend import Frontend, GuestMemory
 from tests.waiting import eventually
 from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
+from xdpnet.ration import LINES, RationedLog
 from xdpnet.virtq import server
 from xdpnet.virtq.message import Request
 from xdpnet.virtq.server import GuestSocket
@@ -175,6 +178,18 @@ def test_the_port_listens_again_when_its_frontend_has_gone(backend, path):
         assert eventually(lambda: not guest.connected)
         assert guest.counters.connects == guest.counters.disconnects == count
     assert guest.counters.refused["busy"] == 0
+
+
+def test_a_frontend_that_comes_and_goes_without_end_leaves_a_few_lines_and_a_count(backend, path, caplog):
+    backend.device.log = RationedLog(logging.getLogger("xdpnet"), "guest", Clock())
+    with caplog.at_level(logging.INFO):
+        guest = backend.open(path)
+        for count in range(1, 101):
+            with Frontend.connect(path) as frontend:
+                frontend.send_bytes(bytes(12))  # refused, with a line of its own
+                assert frontend.is_disconnected()
+            assert until(lambda count=count: guest.counters.disconnects == count)
+    assert len(caplog.messages) == LINES
 
 
 def test_a_frontend_that_comes_back_before_we_saw_it_go_is_served(backend, path):

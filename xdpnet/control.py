@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from xdpnet.errors import ControlError, SocketPathError
+from xdpnet.ration import RationedLog
 from xdpnet.sockets import ListeningSocket, listen_unix
 
 CLIENTS = 16
@@ -25,7 +26,7 @@ DEADLINE_S = 2.0
 REQUEST_BYTES = 4096
 UCRED = struct.Struct("iII")  # pid, uid, gid
 
-log = logging.getLogger(__name__)
+log = RationedLog(logging.getLogger(__name__), "control")  # clients provoke it
 
 Commands = dict[str, Callable[[], Any]]
 
@@ -78,7 +79,7 @@ class ControlServer:
                 writer.write_eof()
                 await reader.read(1)  # the client's end: abort() would throw away what it has yet to read
         except (OSError, TimeoutError) as error:
-            log.debug("control: a client went away: %s", error)
+            log.debug("a client went away: %s", error)
         finally:
             self._clients -= 1
             writer.transport.abort()

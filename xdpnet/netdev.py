@@ -36,6 +36,7 @@ from xdpnet.link import (
     require_link,
     set_features,
 )
+from xdpnet.ration import RationedLog
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Netdev:
         zerocopy: core.ZeroCopy = "auto",
     ) -> None:
         self.name = ifname
+        self._log = RationedLog(log, ifname)  # for what guests can provoke
         self.port = -1
         self.queues = queues or 0  # 0: all that the interface has
         self.mode = ""  # as obtained: "native" or "generic"
@@ -283,9 +285,9 @@ class Netdev:
         try:
             for queue in range(self.queues):
                 await self._reopen_queue(link, queue)
-            log.info("%s: sockets renewed: guest memory has changed, or one had lost frames", self.name)
+            self._log.info("sockets renewed: guest memory has changed, or one had lost frames")
         except (SetupError, OSError) as error:
-            log.warning("%s: sockets not renewed: %s", self.name, error)
+            self._log.warning("sockets not renewed: %s", error)
             self._detach()
         self._renewed_at = time.monotonic()
 
@@ -374,16 +376,14 @@ class Netdev:
         wanted = {mac for mac in self._wanted_macs if len(mac) == 6 and not mac[0] & 1 and any(mac)}
         refused = self._wanted_macs & self._own
         for mac in refused - self._refused:
-            log.warning(
-                "%s: a guest uses %s, the host's own address; its frames stay the host's", self.name, mac.hex(":")
-            )
+            self._log.warning("a guest uses %s, the host's own address; its frames stay the host's", mac.hex(":"))
         self._refused = refused
         wanted -= refused
         kept = self._macs & wanted
         added = sorted(wanted - kept)
         room = self._program.max_macs - len(kept)
         if len(added) > room:
-            log.warning("%s: %d guest addresses more than the program holds", self.name, len(added) - room)
+            self._log.warning("%d guest addresses more than the program holds", len(added) - room)
             del added[room:]
         removed = self._macs - kept
         for mac in removed:

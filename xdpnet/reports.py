@@ -11,11 +11,11 @@ Reference: c/xdpnet.h, enum xn_event.
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from xdpnet import core
+from xdpnet.ration import RateLimit
 
 SETTLE_S = 0.01  # a flood of new addresses costs a hundred updates a second, not a million
 LOG_PAUSE_S = 5.0  # between two lines about the same ring
@@ -29,26 +29,6 @@ class Steering(Protocol):
     def sync_macs(self, macs: frozenset[bytes]) -> None: ...
     def poke(self) -> None: ...
     def memory_changed(self) -> None: ...
-
-
-class RateLimit:
-    """Lets one line through for each subject and pause, and counts the others."""
-
-    def __init__(self, pause_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pause = pause_s
-        self._clock = clock
-        self._last: dict[Hashable, float] = {}
-        self._held: dict[Hashable, int] = {}
-
-    def allow(self, subject: Hashable) -> str | None:
-        """What to add to the line, "" most of the time; None: say nothing now."""
-        now = self._clock()
-        if now - self._last.get(subject, -self._pause) < self._pause:
-            self._held[subject] = self._held.get(subject, 0) + 1
-            return None
-        self._last[subject] = now
-        held = self._held.pop(subject, 0)
-        return f" ({held} more since the last line)" if held else ""
 
 
 class Reports:
@@ -137,7 +117,9 @@ class Reports:
                 lost_memory |= reason == "memory"
                 self._say_broken(name, pair, direction, reason)
             if lost_memory:
-                log.warning("guest %s: its memory was taken away; ending the connection", name)
+                suffix = self._limit.allow((name, "memory"))
+                if suffix is not None:
+                    log.warning("guest %s: its memory was taken away; ending the connection%s", name, suffix)
                 self._end_connection(port)
 
     def _say_broken(self, name: str, pair: int, direction: int, reason: str) -> None:

@@ -25,12 +25,13 @@ from prometheus_client.exposition import choose_encoder
 from xdpnet.errors import SetupError
 from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.snapshot import Snapshot
+from xdpnet.ration import RationedLog
 
 CONNECTIONS = 8  # a few scrapers; everybody else is told to come back
 DEADLINE_S = 2.0  # a scrape takes milliseconds: whoever needs longer is not a scraper
 REQUEST_BYTES = 8192  # request line and header fields
 
-log = logging.getLogger(__name__)
+log = RationedLog(logging.getLogger(__name__), "metrics")  # clients provoke it
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class MetricsEndpoint:
                 writer.write_eof()
                 await reader.read(REQUEST_BYTES)  # the client's end, so that our close does not cut the answer short
         except (OSError, TimeoutError) as error:
-            log.debug("metrics: a client went away: %s", error)
+            log.debug("a client went away: %s", error)
         finally:
             self._connections -= 1
             writer.transport.abort()
@@ -143,7 +144,7 @@ class MetricsEndpoint:
         except TimeoutError:
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, "the control thread does not answer")
         except Exception as error:  # told to the client and to the log: a scrape must not end the thread
-            log.exception("metrics: no snapshot")
+            log.exception("no snapshot")
             return plain(HTTPStatus.INTERNAL_SERVER_ERROR, f"no snapshot: {error}")
         if path == "/healthz":
             ill = faults(snapshot)

@@ -9,7 +9,6 @@ Reference: unix(7), "Ancillary messages"; QEMU docs/interop/vhost-user.rst, "Com
 
 import array
 import asyncio
-import logging
 import socket
 from collections.abc import Callable
 
@@ -17,8 +16,6 @@ from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.message import HEADER_SIZE, MAX_FDS, FramingError, Header, Message, ProtocolError, Reason
 from xdpnet.virtq.session import Session
-
-log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0  # for the rest of a message that has begun, and for room for a reply
 MESSAGES_PER_TURN = 16  # then the event loop serves the other sockets
@@ -34,7 +31,7 @@ class Connection:
         self._session = session
         self._counters = counters
         self._on_close = on_close
-        self._name = session.device.name
+        self._log = session.device.log
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._header: Header | None = None
@@ -75,10 +72,10 @@ class Connection:
         except ProtocolError as error:
             self._fail(error)
         except (ConnectionError, EOFError) as error:
-            log.info("%s: the frontend is gone: %s", self._name, error)
+            self._log.info("the frontend is gone: %s", error)
             self.close()
         except Exception:
-            log.exception("%s: internal error, the frontend is disconnected", self._name)
+            self._log.exception("internal error, the frontend is disconnected")
             self._counters.errors["internal"] += 1
             self.close()
 
@@ -152,7 +149,7 @@ class Connection:
         try:
             self._unsent = self._unsent[self._try_send(self._unsent) :]
         except ConnectionError as error:
-            log.info("%s: the frontend is gone: %s", self._name, error)
+            self._log.info("the frontend is gone: %s", error)
             self.close()
             return
         if not self._unsent:
@@ -178,6 +175,6 @@ class Connection:
             self._timer = None
 
     def _fail(self, error: ProtocolError) -> None:
-        log.warning("%s: the frontend is disconnected: %s", self._name, error)
+        self._log.warning("the frontend is disconnected: %s", error)
         self._counters.count_error(error)
         self.close()

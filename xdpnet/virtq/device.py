@@ -8,11 +8,11 @@ Reference: QEMU docs/interop/vhost-user.rst, "Ring states"; c/xdpnet.h, "guest p
 
 import errno
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from xdpnet.core import MAX_REGIONS, Bridge, Region
+from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
 from xdpnet.virtq.fd import Fd, number_of
 from xdpnet.virtq.memory import check_file, check_table
@@ -34,6 +34,7 @@ class GuestDevice:
         self, bridge: Bridge, name: str, port: int, pairs: int, mtu: int | None = None, poll: bool = False
     ) -> None:
         self.name = name
+        self.log = RationedLog(log, name)  # for all that its frontends, or the guest, can provoke
         self.port = port
         self.pairs = pairs
         self.mtu = mtu
@@ -43,7 +44,7 @@ class GuestDevice:
         self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
         self.rings = [Virtqueue(index) for index in range(2 * pairs)]
         self.memory: list[MemoryRegion] = []
-        self._announced_until = 0.0  # time that the announcements so far have used up; it outlives the frontend
+        self.announcements = Ration(ANNOUNCE_AT_ONCE, 1 / ANNOUNCE_EVERY_S)  # it outlives the frontend
         self._bridge = bridge
 
     # ---- features ----
@@ -81,10 +82,9 @@ class GuestDevice:
         """
         if mac[0] & 1 or not any(mac):
             raise ProtocolError("rarp", f"{mac.hex(':')} is no address of a guest")
-        now = time.monotonic()
-        if self._announced_until > now + (ANNOUNCE_AT_ONCE - 1) * ANNOUNCE_EVERY_S:
+        if self.announcements.wait_s(1):
             return False
-        self._announced_until = max(self._announced_until, now) + ANNOUNCE_EVERY_S
+        self.announcements.spend(1)
         with _refusing("rarp", "announce the guest"):
             self._bridge.guest_announce(self.port, mac)
         return True
@@ -135,7 +135,7 @@ class GuestDevice:
             try:
                 self._start_if_complete(ring)
             except ProtocolError as error:
-                log.info("%s: ring %d waits for its memory: %s", self.name, ring.index, error)
+                self.log.info("ring %d waits for its memory: %s", ring.index, error)
 
     # ---- rings ----
 

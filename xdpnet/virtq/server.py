@@ -10,7 +10,6 @@ Reference: QEMU docs/interop/vhost-user.rst, "Backend program conventions"; xdpn
 
 import asyncio
 import contextlib
-import logging
 import os
 import select
 import socket
@@ -22,8 +21,6 @@ from xdpnet.virtq.connection import Connection
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.session import Session
-
-log = logging.getLogger(__name__)
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 0.5  # of a client whose server is not there
 ACCEPT_PAUSE_S = 1.0  # when there is no descriptor left to accept with
@@ -120,7 +117,7 @@ class GuestSocket:
                 sock.close()
                 if str(error) != complaint:
                     complaint = str(error)
-                    log.info("%s: waiting for a frontend on %s: %s", self.device.name, path, error.strerror)
+                    self.device.log.info("waiting for a frontend on %s: %s", path, error.strerror)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_MAX_S)
                 continue
@@ -140,7 +137,7 @@ class GuestSocket:
             return
         except OSError as error:
             # Out of descriptors or memory. The socket stays readable: without a pause we would spin on it.
-            log.warning("%s: cannot accept a frontend: %s", self.device.name, error)
+            self.device.log.warning("cannot accept a frontend: %s", error)
             self.counters.refused["resources"] += 1
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._acceptor)
@@ -151,20 +148,20 @@ class GuestSocket:
             self._connection.close()
         if self._connection is not None:
             self.counters.refused["busy"] += 1
-            log.warning("%s: %s refused: another frontend is connected", self.device.name, _peer(sock))
+            self.device.log.warning("%s refused: another frontend is connected", _peer(sock))
             sock.close()
             return
         self._serve(sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        log.info("%s: frontend connected: %s", self.device.name, _peer(sock))
+        self.device.log.info("frontend connected: %s", _peer(sock))
         self.counters.connects += 1
         self._free.clear()
         session = Session(self.device, self.counters)
         self._connection = Connection(sock, session, self.counters, self._on_close)
 
     def _on_close(self) -> None:
-        log.info("%s: frontend disconnected", self.device.name)
+        self.device.log.info("frontend disconnected")
         self._connection = None
         self._free.set()
         if self._fd is not None and self._acceptor is None:

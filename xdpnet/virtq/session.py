@@ -7,8 +7,6 @@ every descriptor that no handler took over, whatever happens.
 Reference: QEMU docs/interop/vhost-user.rst, "Front-end message types".
 """
 
-import logging
-import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -40,9 +38,6 @@ from xdpnet.virtq.message import (
 )
 from xdpnet.virtq.virtqueue import Virtqueue
 
-log = logging.getLogger(__name__)
-
-LOG_INTERVAL_S = 1.0  # a frontend may be refused a million times a second; the log says so once
 SUCCESS, FAILURE = U64(0), U64(1)
 
 P = TypeVar("P")
@@ -58,7 +53,6 @@ class Session:
         self.status = 0
         self.backend_channel: Fd | None = None
         self._fds: list[Fd] = []  # of the request being served; a handler takes out what it keeps
-        self._quiet_until = 0.0
 
     def handle(self, message: Message, fds: list[Fd]) -> bytes | None:
         """Serves one request; the reply, if it has one. A ProtocolError means that the connection must end."""
@@ -78,7 +72,7 @@ class Session:
             if not acked:
                 raise
             self.counters.count_error(error)
-            self._complain(message, error)
+            self.device.log.warning("%s refused: %s", message.name, error)
             answer = FAILURE
         finally:
             for fd in fds:
@@ -103,12 +97,6 @@ class Session:
 
     def _has(self, feature: ProtocolFeature) -> bool:
         return bool(self.protocol_features >> feature & 1)
-
-    def _complain(self, message: Message, error: ProtocolError) -> None:
-        now = time.monotonic()
-        if now >= self._quiet_until:
-            self._quiet_until = now + LOG_INTERVAL_S
-            log.warning("%s: %s refused: %s", self.device.name, message.name, error)
 
     def _ring(self, index: int) -> Virtqueue:
         if index >= len(self.device.rings):
