@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.frontend import ACK_AND_ALL, DisconnectedError, Frontend, GuestMemory
+from xdpnet.closer import Closer
 from xdpnet.virtq import connection
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.message import MAX_FDS, MAX_PAYLOAD, U64, VERSION, Header, Request, VringState
@@ -38,7 +39,7 @@ def ended(frontend, guest, reason, times=1):
 
 
 def test_a_descriptor_is_closed_once_however_often_it_is_asked_to(fds_unchanged):
-    fd = Fd(os.eventfd(0))
+    fd = Fd(os.eventfd(0), Closer())
     fd.close()
     reused = os.eventfd(0)
     fd.close()
@@ -47,18 +48,18 @@ def test_a_descriptor_is_closed_once_however_often_it_is_asked_to(fds_unchanged)
 
 
 def test_a_detached_descriptor_stays_open(fds_unchanged):
-    fd = Fd(os.eventfd(0))
+    fd = Fd(os.eventfd(0), Closer())
     number = fd.detach()
     fd.close()
     os.close(number)
 
 
 def test_a_dropped_descriptor_is_closed(fds_unchanged):
-    Fd(os.eventfd(0))
+    Fd(os.eventfd(0), Closer())
 
 
 def test_a_closed_descriptor_has_no_number():
-    fd = Fd(-1)
+    fd = Fd(-1, Closer())
     with pytest.raises(ValueError, match="closed"):
         fd.fileno()
 

@@ -7,12 +7,14 @@ for a path one gets it and the other is told that it is taken; no lock file stay
 Reference: unix(7).
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
 import stat
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -31,9 +33,12 @@ class ListeningSocket:
         self.socket = sock
         self._inode = inode
 
-    def close(self) -> None:
-        """Stops listening; the path goes only if it still names our socket."""
-        self.socket.close()
+    def close(self, dispose: Callable[[int], None] = os.close) -> None:
+        """Stops listening; the path goes only if it still names our socket. `dispose` closes the descriptor."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        if self.socket.fileno() >= 0:
+            dispose(self.socket.detach())
         try:
             if _inode(os.lstat(self.path)) == self._inode:
                 os.unlink(self.path)

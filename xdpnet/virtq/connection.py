@@ -9,6 +9,7 @@ Reference: unix(7), "Ancillary messages"; QEMU docs/interop/vhost-user.rst, "Com
 
 import array
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ from xdpnet.virtq.session import Session
 
 PATIENCE_S = 5.0  # for the rest of a message that has begun, and for room for a reply
 MESSAGES_PER_TURN = 16  # then the event loop serves the other sockets
-ANCILLARY_ROOM = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+# Room for all that one sendmsg() can send (SCM_MAX_FD), and for what else a socket may be set to deliver: of what finds
+# no room the kernel closes the descriptors, in our thread.
+ANCILLARY_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize) + 512
 
 
 class Connection:
@@ -32,6 +35,7 @@ class Connection:
         self._counters = counters
         self._on_close = on_close
         self._log = session.device.log
+        self._closer = session.device.closer
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._header: Header | None = None
@@ -56,7 +60,10 @@ class Connection:
         finally:
             self._counters.disconnects += 1
             self._on_close()
-            self.socket.close()  # last: a frontend that sees the end knows that nothing of it is in use
+            # Last: a frontend that sees the end knows that nothing of it is in use.
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            self._closer.close(self.socket.detach())
 
     # ---- in ----
 
@@ -122,13 +129,17 @@ class Connection:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 numbers = array.array("i")
                 numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-                fds += map(Fd, numbers)
+                fds += [Fd(number, self._closer) for number in numbers]
             else:
                 foreign = True
         early = not self._received
         self._fds += fds
         if flags & socket.MSG_CTRUNC:
-            raise FramingError("fds", f"more than {MAX_FDS} descriptors with a message, or no room for them")
+            raise FramingError("fds", "no room for a message's descriptors: too few are left (RLIMIT_NOFILE)")
+        if len(fds) > MAX_FDS:
+            raise FramingError("fds", f"{len(fds)} descriptors with a message, possible are {MAX_FDS}")
+        if fds and self._closer.full:
+            raise FramingError("fds", f"{self._closer.pending} descriptors that came before are not closed yet")
         if foreign or (fds and not early):
             raise FramingError("fds", "ancillary data that does not belong to a message's first byte")
 

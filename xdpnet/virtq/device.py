@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from xdpnet.closer import Closer
 from xdpnet.core import MAX_REGIONS, Bridge, Region
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
@@ -35,6 +36,7 @@ class GuestDevice:
     ) -> None:
         self.name = name
         self.log = RationedLog(log, name)  # for all that its frontends, or the guest, can provoke
+        self.closer = Closer()  # of all that its frontends send
         self.port = port
         self.pairs = pairs
         self.mtu = mtu
@@ -44,6 +46,8 @@ class GuestDevice:
         self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
         self.rings = [Virtqueue(index) for index in range(2 * pairs)]
         self.memory: list[MemoryRegion] = []
+        # Kept while the core has a region mapped, or unmapping it would be what frees the memory, on our thread.
+        self._files: dict[tuple[int, int, int], Fd] = {}
         self.announcements = Ration(ANNOUNCE_AT_ONCE, 1 / ANNOUNCE_EVERY_S)  # it outlives the frontend
         self._bridge = bridge
 
@@ -89,7 +93,7 @@ class GuestDevice:
             self._bridge.guest_announce(self.port, mac)
         return True
 
-    # ---- memory: each tells how many of its regions the frontend can shrink; descriptors stay the caller's ----
+    # ---- memory: each tells how many of its regions the frontend can shrink; descriptors are taken over ----
 
     def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> int:
         check_table(regions)
@@ -98,6 +102,7 @@ class GuestDevice:
         with _refusing("mem", "map the memory table"):
             self._bridge.guest_set_memory(self.port, table)
         self.memory = list(regions)
+        self._keep_files(dict(zip(map(_identity, regions), fds, strict=True)))
         self._follow_memory()
         return sealed.count(False)
 
@@ -105,6 +110,7 @@ class GuestDevice:
         if 0 < self.memory.count(region) < len(self.rings) // 2:
             # QEMU before 8.0 adds each region once for each queue pair, and removes it as often.
             self.memory.append(region)
+            fd.close()
             return 0
         if len(set(self.memory)) >= MAX_REGIONS:
             raise ProtocolError("mem_limit", f"all {MAX_REGIONS} memory slots are in use")
@@ -113,6 +119,7 @@ class GuestDevice:
         with _refusing("mem", "map the region"):
             self._bridge.guest_add_region(self.port, _core_region(region, fd))
         self.memory.append(region)
+        self._keep_files(self._files | {_identity(region): fd})
         self._follow_memory()
         return int(not sealed)
 
@@ -125,7 +132,15 @@ class GuestDevice:
             with _refusing("mem", "unmap the region"):
                 self._bridge.guest_remove_region(self.port, _core_region(known, None))
         self.memory.remove(known)
+        mapped = set(map(_identity, self.memory))
+        self._keep_files({region: fd for region, fd in self._files.items() if region in mapped})
         self._follow_memory()
+
+    def _keep_files(self, files: dict[tuple[int, int, int], Fd]) -> None:
+        """These, and no others: of what was unmapped the memory is freed now, if we had it last."""
+        old, self._files = self._files, files
+        for fd in set(old.values()) - set(files.values()):
+            fd.close()
 
     def _follow_memory(self) -> None:
         """Rings that the core stopped for want of memory wait; rings that waited for it start."""
@@ -246,6 +261,7 @@ class GuestDevice:
         self.reset()
         self._bridge.guest_set_memory(self.port, [])
         self.memory = []
+        self._keep_files({})
 
 
 @contextmanager

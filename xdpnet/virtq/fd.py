@@ -1,22 +1,24 @@
 """A file descriptor with one owner.
 
 Invariant: a descriptor that came over a socket is inside an Fd from the first instant, and is closed exactly once: by
-close(), or by whoever took it over with detach(). Dropping an Fd closes it too; that is the net, not the plan.
+close(), or by whoever took it over with detach(). Dropping an Fd closes it too; that is the net, not the plan. Closing
+is left to a Closer, for it may take as long as the sender likes.
 """
 
-import contextlib
-import os
 from types import TracebackType
 from typing import Self
+
+from xdpnet.closer import Closer
 
 
 class Fd:
     """Owns one descriptor."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("_closer", "_number")
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, closer: Closer) -> None:
         self._number = number
+        self._closer = closer
 
     def fileno(self) -> int:
         if self._number < 0:
@@ -29,12 +31,10 @@ class Fd:
         return number
 
     def close(self) -> None:
-        """Closes it; more than once does no harm."""
+        """Has it closed; more than once does no harm."""
         number, self._number = self._number, -1
         if number >= 0:
-            # Linux frees the descriptor whatever close() says; what it says concerns files, not our kinds.
-            with contextlib.suppress(OSError):
-                os.close(number)
+            self._closer.close(number)
 
     def __enter__(self) -> Self:
         return self

@@ -62,10 +62,13 @@ def check_eventfd(fd: Fd) -> None:
 
 
 def check_socket(fd: Fd) -> None:
-    """Accepts sockets only, and makes them non-blocking."""
+    """Accepts UNIX sockets only, and makes them non-blocking."""
     kind = _kind(fd)
-    if not kind.startswith("socket:["):
-        raise ProtocolError("fds", f"{kind} where a socket is needed")
+    # Its family, without a question that a socket answers under its lock: somebody may hold that for long.
+    if kind.startswith("socket:["):
+        kind = os.getxattr(fd.fileno(), "system.sockprotoname").rstrip(b"\0").decode()
+    if not kind.startswith("UNIX"):
+        raise ProtocolError("fds", f"{kind} where a UNIX socket is needed")
     os.set_blocking(fd.fileno(), False)
 
 

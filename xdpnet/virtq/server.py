@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 
+from xdpnet.closer import MAX_PENDING
 from xdpnet.errors import SetupError
 from xdpnet.sockets import ListeningSocket, check_path, listen_unix
 from xdpnet.virtq.connection import Connection
@@ -23,7 +24,7 @@ from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.session import Session
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 0.5  # of a client whose server is not there
-ACCEPT_PAUSE_S = 1.0  # when there is no descriptor left to accept with
+ACCEPT_PAUSE_S = 1.0  # when there is no descriptor left to accept with, or too many of the guest's are not closed
 
 
 class GuestSocket:
@@ -72,11 +73,12 @@ class GuestSocket:
             self._pause.cancel()
         if self._acceptor is not None:
             asyncio.get_running_loop().remove_reader(self._acceptor)
-            self._acceptor.close()
-            self._acceptor = None
-        if self._listening is not None:
-            self._listening.close()
-            self._listening = None
+            # Its queue may hold connections, and theirs descriptors. An inherited one others may go on listening on.
+            if self._listening is not None:
+                self._listening.close(self.device.closer.close)
+            else:
+                self.device.closer.close(self._acceptor.detach())
+            self._acceptor = self._listening = None
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -110,6 +112,8 @@ class GuestSocket:
         delay = RETRY_FIRST_S
         complaint = ""
         while True:
+            while self.device.closer.full:
+                await asyncio.sleep(RETRY_MAX_S)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
                 sock.connect(path)  # of a UNIX socket either done at once or refused
@@ -131,17 +135,19 @@ class GuestSocket:
     def _accept(self) -> None:
         if self._acceptor is None:
             return
+        if self.device.closer.full:
+            self.device.log.warning("no frontend is accepted: %d descriptors of them are not closed yet", MAX_PENDING)
+            self.counters.refused["closing"] += 1
+            self._pause_accepting(self._acceptor)
+            return
         try:
             sock, _ = self._acceptor.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:
-            # Out of descriptors or memory. The socket stays readable: without a pause we would spin on it.
+        except OSError as error:  # out of descriptors or memory
             self.device.log.warning("cannot accept a frontend: %s", error)
             self.counters.refused["resources"] += 1
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._acceptor)
-            self._pause = loop.call_later(ACCEPT_PAUSE_S, self._listen, self._acceptor)
+            self._pause_accepting(self._acceptor)
             return
         if self._connection is not None and _hung_up(self._connection.socket):
             # It has gone and we have not read its end yet; its successor need not suffer for that.
@@ -149,9 +155,20 @@ class GuestSocket:
         if self._connection is not None:
             self.counters.refused["busy"] += 1
             self.device.log.warning("%s refused: another frontend is connected", _peer(sock))
-            sock.close()
+            self._turn_away(sock)
             return
         self._serve(sock)
+
+    def _pause_accepting(self, acceptor: socket.socket) -> None:
+        """It stays readable: without a pause we would spin on it."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(acceptor)
+        self._pause = loop.call_later(ACCEPT_PAUSE_S, self._listen, acceptor)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        self.device.closer.close(sock.detach())
 
     def _serve(self, sock: socket.socket) -> None:
         self.device.log.info("frontend connected: %s", _peer(sock))

@@ -165,13 +165,15 @@ class Session:
     def set_mem_table(self, table: MemoryTable) -> None:
         if len(self._fds) != len(table.regions):
             raise ProtocolError("mem", f"{len(table.regions)} regions with {len(self._fds)} descriptors")
-        self.counters.mem_unsealed += self.device.set_memory(table.regions, self._fds)
+        self.counters.mem_unsealed += self.device.set_memory(table.regions, tuple(self._fds))
+        self._fds.clear()  # the device's now
 
     def get_max_mem_slots(self, _: Nothing) -> Payload:
         return U64(MAX_REGIONS)
 
     def add_mem_reg(self, single: SingleRegion) -> None:
         self.counters.mem_unsealed += self.device.add_region(single.region, self._fds[0])
+        self._fds.clear()  # the device's now
 
     def rem_mem_reg(self, single: SingleRegion) -> None:
         self.device.remove_region(single.region)
