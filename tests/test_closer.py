@@ -134,6 +134,29 @@ def test_what_a_second_frontend_left_in_its_queue_keeps_nobody_waiting(make_back
 
 
 @core
+def test_others_that_cannot_be_closed_are_no_fault_of_the_frontend_that_is_served(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(closer, "MAX_PENDING", 2)
+    path = str(tmp_path / "guest.sock")
+    guest = backend.open(path)
+    with lingering() as (sock, release), Frontend.connect(path) as served:
+        served.negotiate()
+        with Frontend(socket.socket(socket.AF_UNIX)) as stuck, Frontend(socket.socket(socket.AF_UNIX)) as behind:
+
+            def come(frontend, fd):
+                frontend.socket.connect(path)
+                surplus(frontend, fd)
+
+            hand_over(backend, stuck, come, sock)
+            until(lambda: guest.counters.refused["busy"] == 1)
+            behind.socket.connect(path)
+            until(lambda: guest.counters.refused["busy"] == 2)
+            with Frontend.connect(path):
+                until(lambda: guest.counters.refused["closing"])
+                assert served.set_event(Request.SET_VRING_CALL, 0, served.event()) == 0
+            release()
+
+
+@core
 def test_a_connection_that_nobody_accepted_keeps_nobody_waiting_when_we_stop(make_backend, tmp_path):
     evil, good = make_backend(), make_backend()
     path = str(tmp_path / "evil.sock")

@@ -20,7 +20,8 @@ import pytest
 from tests.frontend import Frontend, GuestMemory
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.waiting import PATIENCE_S
-from xdpnet.control import ask
+from xdpnet.control import CLIENTS, ask
+from xdpnet.metrics.endpoint import CONNECTIONS
 from xdpnet.metrics.snapshot import Port, Snapshot
 from xdpnet.virtq.message import Request
 
@@ -37,13 +38,14 @@ class Daemon:
         words: tuple[str, ...],
         fds: tuple[int, ...],
         env: dict[str, str],
-        interpreter: tuple[str, ...] = (sys.executable,),
+        prefix: tuple[str, ...],
+        interpreter: tuple[str, ...],
     ) -> None:
         self.control = str(directory / "control.sock")
         self._log = directory / "log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [*interpreter, "-m", "xdpnet", "run", "--control", self.control, *words],
+                [*prefix, *interpreter, "-m", "xdpnet", "run", "--control", self.control, *words],
                 stderr=log, stdout=log, pass_fds=fds, env={**os.environ, **env},
             )  # fmt: skip
 
@@ -89,9 +91,11 @@ def daemon(
     *words: str,
     fds: tuple[int, ...] = (),
     env: dict[str, str] | None = None,
+    prefix: tuple[str, ...] = (),
     interpreter: tuple[str, ...] = (sys.executable,),
 ) -> Iterator[Daemon]:
-    made = Daemon(directory, words, fds, env or {}, interpreter)
+    """`prefix`: the words of a program that runs it."""
+    made = Daemon(directory, words, fds, env or {}, prefix, interpreter)
     try:
         yield made
     finally:
@@ -298,6 +302,57 @@ def test_health_and_metrics_are_served_while_it_runs(tmp_path: Path) -> None:
         assert running.get("/healthz") == (200, "ok\n")
         assert 'xdpnet_worker_loops_total{worker="1"}' in running.get("/metrics")[1]
         assert running.end() == 0
+
+
+def descriptors_of(running: Daemon) -> int:
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+def connect_many(family: int, address: Any, count: int) -> list[socket.socket]:
+    """As many as the backlog takes, or more: nobody waits."""
+    made = [socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(count)]
+    for sock in made:
+        sock.connect_ex(address)
+    return made
+
+
+def test_strangers_who_connect_without_end_take_few_descriptors_and_none_of_a_guests(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--metrics", "127.0.0.1:0") as running:
+        running.ready()
+        running.get("/healthz")
+        url = re.search(r"metrics: http://([^:]+):(\d+)/", running.log)
+        assert url is not None
+        with Frontend.connect(str(tmp_path / "web.sock")) as frontend:
+            frontend.negotiate()
+            before = descriptors_of(running)
+            strangers = connect_many(socket.AF_INET, (url[1], int(url[2])), 300)
+            strangers += connect_many(socket.AF_UNIX, running.control, 300)
+            running.until(lambda: descriptors_of(running) >= before + CONNECTIONS + CLIENTS, "all places taken")
+            for _ in range(100):
+                assert frontend.set_event(Request.SET_VRING_CALL, 0, frontend.event()) == 0
+                assert descriptors_of(running) <= before + CONNECTIONS + CLIENTS + 16
+            for sock in strangers:
+                sock.close()
+        running.until(lambda: running.get("/healthz") == (200, "ok\n"), "served again")
+        assert running.end() == 0
+
+
+def limits(running: Daemon) -> tuple[str, str]:
+    found = re.search(r"Max open files +(\d+) +(\d+)", Path(f"/proc/{running.process.pid}/limits").read_text())
+    assert found is not None
+    return found[1], found[2]
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_goes_and_named_if_that_is_too_low(
+    tmp_path: Path,
+) -> None:
+    for hard, told in ((4096, False), (512, True)):
+        words = ("--guest", guest(tmp_path))
+        with daemon(tmp_path, *words, prefix=("prlimit", f"--nofile=256:{hard}")) as running:
+            running.ready()
+            assert limits(running) == (str(hard), str(hard))
+            assert ("at most 512 descriptors may be open" in running.log) is told
+            assert running.end() == 0
 
 
 def test_the_daemon_is_small(tmp_path: Path) -> None:

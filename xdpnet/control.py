@@ -1,8 +1,8 @@
 """The control socket: the running daemon's answers to `xdpnet stats`.
 
 A UNIX stream socket; one JSON line {"command": "stats"} is asked, one JSON line answered, then the connection ends.
-Only root and the daemon's own user are answered, whatever the permissions of the path. A client has DEADLINE_S seconds
-for the whole exchange and may be one of CLIENTS; nobody can make the daemon wait.
+Only root and the daemon's own user may connect, and are answered, whatever has become of the permissions of the path. A
+client has DEADLINE_S seconds for the whole exchange and may be one of CLIENTS; nobody can make the daemon wait.
 
 Reference: unix(7), SO_PEERCRED.
 """
@@ -12,19 +12,19 @@ import json
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from xdpnet.clients import serve_few
+from xdpnet.closer import Closer
 from xdpnet.errors import ControlError, SocketPathError
 from xdpnet.ration import RationedLog
-from xdpnet.sockets import ListeningSocket, listen_unix
+from xdpnet.sockets import ListeningSocket, listen_unix, peer_of
 
 CLIENTS = 16
 DEADLINE_S = 2.0
 REQUEST_BYTES = 4096
-UCRED = struct.Struct("iII")  # pid, uid, gid
 
 log = RationedLog(logging.getLogger(__name__), "control")  # clients provoke it
 
@@ -56,41 +56,42 @@ class ControlServer:
     def __init__(self, path: str, commands: Commands) -> None:
         self._path = path
         self._commands = commands
-        self._clients = 0
+        self._closer = Closer()
         self._listening: ListeningSocket | None = None
-        self._server: asyncio.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._listening = listen_unix(self._path, 0o660)
-        self._server = await asyncio.start_unix_server(self._client, sock=self._listening.socket, limit=REQUEST_BYTES)
+        self._listening = listen_unix(self._path, 0o600)
+        serving = serve_few(self._listening.socket, CLIENTS, DEADLINE_S, REQUEST_BYTES, self._client, log, self._admit)
+        self._serving = asyncio.create_task(serving)
 
     async def stop(self) -> None:
-        if self._server:
-            self._server.close()
+        if self._serving:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
         if self._listening:
-            self._listening.close()
+            self._listening.close(self._closer.close)
+
+    async def _admit(self, sock: socket.socket) -> bool:
+        """Nothing is read of a stranger: there may be descriptors in it, and they would be closed on this thread."""
+        uid = peer_of(sock).uid
+        if uid in (0, os.geteuid()):
+            return True
+        with suppress(OSError):
+            sock.send(_line({"error": f"user {uid} may not ask; run as root or as user {os.geteuid()}"}))
+            sock.shutdown(socket.SHUT_RDWR)
+        self._closer.close(sock.detach())
+        while self._closer.full:
+            await asyncio.sleep(DEADLINE_S)
+        return False
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                writer.write(json.dumps(await self._answer(reader, writer)).encode() + b"\n")
-                await writer.drain()
-                writer.write_eof()
-                await reader.read(1)  # the client's end: abort() would throw away what it has yet to read
-        except (OSError, TimeoutError) as error:
-            log.debug("a client went away: %s", error)
-        finally:
-            self._clients -= 1
-            writer.transport.abort()
+        writer.write(_line(await self._answer(reader)))
+        await writer.drain()
+        writer.write_eof()
+        await reader.read(1)  # the client's end: abort() would throw away what it has yet to read
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
-        credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
-        _, uid, _ = UCRED.unpack(credentials)
-        if uid not in (0, os.geteuid()):
-            return {"error": f"user {uid} may not ask; run as root or as user {os.geteuid()}"}
-        if self._clients > CLIENTS:
-            return {"error": "too many clients"}
+    async def _answer(self, reader: asyncio.StreamReader) -> Any:
         try:
             request = json.loads(await reader.readuntil(b"\n"))
             command = self._commands[request["command"]]
@@ -99,6 +100,10 @@ class ControlServer:
         except (asyncio.IncompleteReadError, ValueError, TypeError, KeyError, RecursionError):
             return {"error": f'not a request; ask {{"command": NAME}} with {", ".join(self._commands)}'}
         return command()
+
+
+def _line(answer: Any) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 def ask(path: str, command: str) -> Any:

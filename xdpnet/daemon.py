@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xdpnet import core, systemd
+from xdpnet import core, descriptors, systemd
 from xdpnet.config import Config, GuestConfig, NetdevConfig
 from xdpnet.control import ControlServer, directory_of
 from xdpnet.errors import SetupError
@@ -67,39 +67,42 @@ class Daemon:
             # 1. From here on SIGTERM and SIGINT mean an orderly end.
             stack.enter_context(self._signals())
 
-            # 2. The bridge: its arena and forwarding table; no worker runs yet.
+            # 2. Room for all descriptors that guests may need.
+            descriptors.reserve(descriptors.needed(self.config))
+
+            # 3. The bridge: its arena and forwarding table; no worker runs yet.
             self.bridge = self._make_bridge()
             stack.callback(self.bridge.close)
 
-            # 3. The interfaces: sockets bound, XDP attached.
+            # 4. The interfaces: sockets bound, XDP attached.
             for wanted in self.config.netdevs:
                 self._open_netdev(stack, wanted)
 
-            # 4. A port for each guest.
+            # 5. A port for each guest.
             for guest in self.config.guests:
                 self.guests.append(self._add_guest(guest))
 
-            # 5. The workers.
+            # 6. The workers.
             self.bridge.start()
             stack.callback(self.bridge.stop)
 
-            # 6. What the core reports; what becomes of the interfaces.
+            # 7. What the core reports; what becomes of the interfaces.
             pairs = {guest.device.port: (guest.config.name, guest.config.queues) for guest in self.guests}
             self.reports = Reports(self.bridge, pairs, self.netdevs, self._end_connection)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
             await stack.enter_async_context(self._tasks())
 
-            # 7. The control socket's directory, where guests' sockets may be too.
+            # 8. The control socket's directory, where guests' sockets may be too.
             if self.config.control:
                 stack.enter_context(directory_of(self.config.control))
 
-            # 8. The guests: from here on frontends are served.
+            # 9. The guests: from here on frontends are served.
             for port in self.guests:
                 await port.socket.start()
                 stack.push_async_callback(port.socket.stop)
 
-            # 9. The control socket and the metrics.
+            # 10. The control socket and the metrics.
             if self.config.control:
                 control = ControlServer(self.config.control, {"stats": lambda: self.snapshot().to_json()})
                 await control.start()
@@ -107,14 +110,14 @@ class Daemon:
             if self.config.metrics:
                 stack.callback(self._open_metrics(self.config.metrics))
 
-            # 10. Ready, until we are told to end.
+            # 11. Ready, until we are told to end.
             systemd.notify("READY=1")
             log.info(
                 "ready: guests %d, interfaces %d, workers %d", len(pairs), len(self.netdevs), self.config.worker_count
             )
             await self._stop.wait()
 
-            # 11. The end: everything above, backwards.
+            # 12. The end: everything above, backwards.
             systemd.notify("STOPPING=1")
             log.info("stopping")
             faulthandler.dump_traceback_later(END_S, exit=True)

@@ -13,10 +13,11 @@ import fcntl
 import os
 import socket
 import stat
+import struct
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from xdpnet.errors import SocketPathError
 
@@ -52,6 +53,23 @@ class ListeningSocket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Peer(NamedTuple):
+    """Who is at the other end: who connected, or for who listens, who began to; struct ucred of unix(7)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid}, user {self.uid}, group {self.gid}"
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Of a connected UNIX socket."""
+    layout = struct.Struct("=iII")
+    return Peer(*layout.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)))
 
 
 def check_path(path: str) -> None:

@@ -22,12 +22,13 @@ from pathlib import Path
 
 from prometheus_client.exposition import choose_encoder
 
+from xdpnet.clients import serve_few
 from xdpnet.errors import SetupError
 from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.snapshot import Snapshot
 from xdpnet.ration import RationedLog
 
-CONNECTIONS = 8  # a few scrapers; everybody else is told to come back
+CONNECTIONS = 8  # a few scrapers; everybody else waits
 DEADLINE_S = 2.0  # a scrape takes milliseconds: whoever needs longer is not a scraper
 REQUEST_BYTES = 8192  # request line and header fields
 
@@ -68,7 +69,6 @@ class MetricsEndpoint:
         self._collector = SnapshotCollector()
         self._registry = registry(self._collector)
         self._socket = _listen(address)
-        self._connections = 0
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="xdpnet-metrics", daemon=True)
@@ -92,30 +92,17 @@ class MetricsEndpoint:
             self._loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connection, sock=self._socket, limit=REQUEST_BYTES)
+        serving = serve_few(self._socket, CONNECTIONS, DEADLINE_S, REQUEST_BYTES, self._connection, log)
+        task = asyncio.create_task(serving)
         await self._stop.wait()
-        server.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        task.cancel()
+        await asyncio.wait([task])
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                if self._connections > CONNECTIONS:
-                    writer.write(plain(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections").encode(False))
-                else:
-                    writer.write(await self._exchange(reader))
-                await writer.drain()
-                writer.write_eof()
-                await reader.read(REQUEST_BYTES)  # the client's end, so that our close does not cut the answer short
-        except (OSError, TimeoutError) as error:
-            log.debug("a client went away: %s", error)
-        finally:
-            self._connections -= 1
-            writer.transport.abort()
+        writer.write(await self._exchange(reader))
+        await writer.drain()
+        writer.write_eof()
+        await reader.read(REQUEST_BYTES)  # the client's end, so that our close does not cut the answer short
 
     async def _exchange(self, reader: asyncio.StreamReader) -> bytes:
         try:

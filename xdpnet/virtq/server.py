@@ -13,11 +13,10 @@ import contextlib
 import os
 import select
 import socket
-import struct
 
-from xdpnet.closer import MAX_PENDING
+from xdpnet.closer import MAX_PENDING, Closer
 from xdpnet.errors import SetupError
-from xdpnet.sockets import ListeningSocket, check_path, listen_unix
+from xdpnet.sockets import ListeningSocket, check_path, listen_unix, peer_of
 from xdpnet.virtq.connection import Connection
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
@@ -38,6 +37,7 @@ class GuestSocket:
         self.counters = Counters()
         self.ended = asyncio.Event()  # an inherited connection is over: there will be no other
         self._client = client
+        self._turned_away = Closer()  # not the device's: these must not be counted against the frontend that is served
         self._fd = fd
         self._connection: Connection | None = None
         self._listening: ListeningSocket | None = None
@@ -75,9 +75,9 @@ class GuestSocket:
             asyncio.get_running_loop().remove_reader(self._acceptor)
             # Its queue may hold connections, and theirs descriptors. An inherited one others may go on listening on.
             if self._listening is not None:
-                self._listening.close(self.device.closer.close)
+                self._listening.close(self._turned_away.close)
             else:
-                self.device.closer.close(self._acceptor.detach())
+                self._turned_away.close(self._acceptor.detach())
             self._acceptor = self._listening = None
         self.disconnect()
 
@@ -135,8 +135,8 @@ class GuestSocket:
     def _accept(self) -> None:
         if self._acceptor is None:
             return
-        if self.device.closer.full:
-            self.device.log.warning("no frontend is accepted: %d descriptors of them are not closed yet", MAX_PENDING)
+        if self.device.closer.full or self._turned_away.full:
+            self.device.log.warning("no frontend is accepted: %d descriptors of others are not closed yet", MAX_PENDING)
             self.counters.refused["closing"] += 1
             self._pause_accepting(self._acceptor)
             return
@@ -154,7 +154,7 @@ class GuestSocket:
             self._connection.close()
         if self._connection is not None:
             self.counters.refused["busy"] += 1
-            self.device.log.warning("%s refused: another frontend is connected", _peer(sock))
+            self.device.log.warning("%s refused: another frontend is connected", peer_of(sock))
             self._turn_away(sock)
             return
         self._serve(sock)
@@ -168,10 +168,10 @@ class GuestSocket:
     def _turn_away(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        self.device.closer.close(sock.detach())
+        self._turned_away.close(sock.detach())
 
     def _serve(self, sock: socket.socket) -> None:
-        self.device.log.info("frontend connected: %s", _peer(sock))
+        self.device.log.info("frontend connected: %s", peer_of(sock))
         self.counters.connects += 1
         self._free.clear()
         session = Session(self.device, self.counters)
@@ -189,9 +189,3 @@ def _hung_up(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, 0)  # POLLHUP is always reported
     return any(event & select.POLLHUP for _, event in poll.poll(0))
-
-
-def _peer(sock: socket.socket) -> str:
-    layout = struct.Struct("=iII")  # struct ucred
-    pid, uid, gid = layout.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size))
-    return f"process {pid}, user {uid}, group {gid}"
