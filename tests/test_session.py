@@ -109,6 +109,45 @@ def test_hostile_a12_features_not_offered_are_refused(talk):
     assert refused(talk, "features", Request.SET_FEATURES, U64(bits))
 
 
+@pytest.mark.parametrize(
+    "feature",
+    [
+        VirtioFeature.VIRTIO_F_RING_PACKED,
+        VirtioFeature.VIRTIO_F_IN_ORDER,
+        VirtioFeature.VIRTIO_F_ORDER_PLATFORM,
+        VirtioFeature.VIRTIO_NET_F_GUEST_USO6,
+    ],
+)
+def test_hostile_a14_a_feature_of_modern_devices_is_refused_to_a_legacy_driver(backend, talk, caplog, feature):
+    without = mask(feature) | features.PROTOCOL_FEATURES
+    assert refused(talk, "features", Request.SET_FEATURES, U64(without))
+    assert f"{feature.name} without VIRTIO_F_VERSION_1" in caplog.text
+    assert backend.device.features == MODERN
+    assert talk[0].tell(Request.SET_FEATURES, U64(without | features.VERSION_1)) == 0
+
+
+def test_a_legacy_driver_has_all_that_such_drivers_know(backend, talk):
+    legacy = features.offered(1, None) & ((1 << 32) - 1)
+    assert talk[0].tell(Request.SET_FEATURES, U64(legacy)) == 0
+    assert backend.device.features == legacy
+
+
+@pytest.mark.parametrize("feature", features.REQUIRED)
+def test_hostile_a14_a_feature_counts_only_with_one_that_it_requires(backend, talk, feature):
+    everything = features.offered(1, None)
+    for kept in ((), *((each,) for each in features.REQUIRED[feature])):
+        lacking = mask(*features.REQUIRED[feature]) & ~mask(*kept)
+        assert talk[0].tell(Request.SET_FEATURES, U64(everything & ~lacking)) == 0
+        assert bool(backend.device.features & mask(feature)) is bool(kept)
+        assert talk[0].tell(Request.SET_FEATURES, U64(MODERN)) == 0
+
+
+def test_hostile_a14_without_checksums_there_is_neither_segmentation_nor_its_ecn(backend, talk):
+    checksums = mask(VirtioFeature.VIRTIO_NET_F_CSUM, VirtioFeature.VIRTIO_NET_F_GUEST_CSUM)
+    assert talk[0].tell(Request.SET_FEATURES, U64(features.offered(1, None) & ~checksums)) == 0
+    assert not backend.device.features & mask(*features.REQUIRED)
+
+
 def test_multiqueue_is_refused_by_a_device_of_one_pair_and_taken_by_one_of_two(make_backend):
     bits = U64(MODERN | mask(VirtioFeature.VIRTIO_NET_F_MQ))
     for pairs, wrong in ((1, True), (2, False)):

@@ -61,6 +61,9 @@ class GuestDevice:
     def set_features(self, bits: int) -> None:
         if unknown := bits & ~self.offered:
             raise ProtocolError("features", f"features not offered: {', '.join(features.names(unknown))}")
+        if (modern := features.modern_only(bits)) and not bits & features.VERSION_1:
+            raise ProtocolError("features", f"{', '.join(features.names(modern))} without VIRTIO_F_VERSION_1")
+        bits = features.effective(bits)
         changed = (bits ^ self.features) & ~features.CHANGEABLE_LIVE
         if changed and any(ring.running for ring in self.rings):
             raise ProtocolError("features", f"{', '.join(features.names(changed))} cannot change while rings run")

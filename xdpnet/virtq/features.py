@@ -153,15 +153,49 @@ OFFERED_PROTOCOL: tuple[ProtocolFeature, ...] = (
 )
 
 
+# What a feature is worth nothing without: one of these. It is not refused: QEMU passes on what a driver takes, and
+# Linux takes TSO of a card without checksums (csum=off), to make no use of it.
+REQUIRED: dict[VirtioFeature, tuple[VirtioFeature, ...]] = {
+    VirtioFeature.VIRTIO_NET_F_HOST_TSO4: (VirtioFeature.VIRTIO_NET_F_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_HOST_TSO6: (VirtioFeature.VIRTIO_NET_F_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_HOST_UFO: (VirtioFeature.VIRTIO_NET_F_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_HOST_USO: (VirtioFeature.VIRTIO_NET_F_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_HOST_ECN: (VirtioFeature.VIRTIO_NET_F_HOST_TSO4, VirtioFeature.VIRTIO_NET_F_HOST_TSO6),
+    VirtioFeature.VIRTIO_NET_F_GUEST_TSO4: (VirtioFeature.VIRTIO_NET_F_GUEST_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_GUEST_TSO6: (VirtioFeature.VIRTIO_NET_F_GUEST_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_GUEST_UFO: (VirtioFeature.VIRTIO_NET_F_GUEST_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_GUEST_USO4: (VirtioFeature.VIRTIO_NET_F_GUEST_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_GUEST_USO6: (VirtioFeature.VIRTIO_NET_F_GUEST_CSUM,),
+    VirtioFeature.VIRTIO_NET_F_GUEST_ECN: (
+        VirtioFeature.VIRTIO_NET_F_GUEST_TSO4,
+        VirtioFeature.VIRTIO_NET_F_GUEST_TSO6,
+    ),
+}
+
+
 def mask(*bits: int) -> int:
     """The word with exactly these bits set."""
     return sum(1 << bit for bit in set(bits))
 
 
+VERSION_1 = mask(VirtioFeature.VIRTIO_F_VERSION_1)
 PROTOCOL_FEATURES = mask(VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 RING_PACKED = mask(VirtioFeature.VIRTIO_F_RING_PACKED)
 # The bits that may change while a ring runs: neither alters the layout of anything.
 CHANGEABLE_LIVE = PROTOCOL_FEATURES | mask(VirtioFeature.VHOST_F_LOG_ALL)
+
+
+def effective(bits: int) -> int:
+    """These without what lacks a feature that it requires (virtio 1.2, 5.1.3.1): such count as not negotiated."""
+    for feature, alternatives in REQUIRED.items():
+        if not bits & mask(*alternatives):
+            bits &= ~mask(feature)
+    return bits
+
+
+def modern_only(bits: int) -> int:
+    """Those that no legacy driver can have, for it has 32 bits: none of them goes without VERSION_1."""
+    return bits >> (VirtioFeature.VIRTIO_F_VERSION_1 + 1) << (VirtioFeature.VIRTIO_F_VERSION_1 + 1)
 
 
 def offered(pairs: int, mtu: int | None) -> int:
