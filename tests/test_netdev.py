@@ -571,15 +571,10 @@ class Watched:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
-    async def until(self, done: Callable[[], object]) -> None:
-        async with asyncio.timeout(20):
-            while not done():
-                await asyncio.sleep(0.02)
-
     async def reach(self, *states: str) -> None:
         await self.until(lambda: self.states == list(states), lambda: f"{self.states}, not {states}")
 
-    async def until(self, true: Callable[[], bool], what: Callable[[], str] = lambda: "") -> None:
+    async def until(self, true: Callable[[], object], what: Callable[[], str] = lambda: "") -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not true():
             if self._task.done():

@@ -188,7 +188,7 @@ def test_a_frontend_that_comes_and_goes_without_end_leaves_a_few_lines_and_a_cou
             with Frontend.connect(path) as frontend:
                 frontend.send_bytes(bytes(12))  # refused, with a line of its own
                 assert frontend.is_disconnected()
-            assert until(lambda count=count: guest.counters.disconnects == count)
+            assert eventually(lambda count=count: guest.counters.disconnects == count)
     assert len(caplog.messages) == LINES
 
 
