@@ -1,12 +1,14 @@
 """Build the C core with cffi in API mode.
 
 `c/xdpnet.h` is the one text of the API: cffi's cdef reads it whole, the C sources include it. Every `c/*.c` is compiled
-into one extension module, `xdpnet._core`; warnings are errors. `--sanitize` builds it with ASan and UBSan.
+into one extension module, `xdpnet._core`; warnings are errors. `--sanitize` builds it with ASan and UBSan, `--coverage`
+counts lines and branches for gcov, in OUT_DIR/coverage.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -17,25 +19,32 @@ MODULE = "xdpnet._core"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wpointer-arith"]
 # cffi's own generated code passes function pointers around in ways that these two warn of.
 GENERATED = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+COVERAGE = ["--coverage", "-fprofile-update=atomic"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-def build(out_dir: Path, sanitize: bool = False) -> Path:
+def build(out_dir: Path, sanitize: bool = False, coverage: bool = False) -> Path:
     """Compile the core into `out_dir/xdpnet/_core*.so` and return that path."""
     ffi = FFI()
     ffi.cdef((HERE / "xdpnet.h").read_text())
-    flags = ["-std=gnu11", "-g", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS, *GENERATED]
-    flags += ["-O1", *SANITIZE] if sanitize else ["-O2"]
+    extra = SANITIZE if sanitize else COVERAGE if coverage else []
+    flags = ["-std=gnu11", "-g", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS, *GENERATED, *extra]
+    flags += ["-O1"] if extra else ["-O2"]
     ffi.set_source(
         MODULE,
         '#include "base.h"',
         sources=[str(path) for path in sorted(HERE.glob("*.c"))],
         include_dirs=[str(HERE)],
         extra_compile_args=flags,
-        extra_link_args=["-pthread", *(SANITIZE if sanitize else [])],
+        extra_link_args=["-pthread", *extra],
         py_limited_api=True,
     )
-    with tempfile.TemporaryDirectory(prefix="xdpnet-build-") as scratch:
+    with contextlib.ExitStack() as stack:
+        # What is counted is written beside the objects.
+        if coverage:
+            scratch = str(out_dir / "coverage")
+        else:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="xdpnet-build-"))
         built = Path(ffi.compile(tmpdir=scratch))
         target = out_dir / "xdpnet" / built.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out_dir", type=Path, nargs="?", default=HERE.parent, help="where xdpnet/_core*.so goes")
     parser.add_argument("--sanitize", action="store_true", help="build with ASan and UBSan")
+    parser.add_argument("--coverage", action="store_true", help="build with counters for gcov")
     arguments = parser.parse_args()
-    print(build(arguments.out_dir, arguments.sanitize))
+    print(build(arguments.out_dir, arguments.sanitize, arguments.coverage))
 
 
 if __name__ == "__main__":
