@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import PATIENCE_S
 from xdpnet.demo import process
 
 TESTPMD = "dpdk-testpmd"
@@ -105,7 +106,7 @@ class Pmd:
                 env=self._environment,
             )
         try:
-            self._until("testpmd> ", 30)
+            self._until("testpmd> ", PATIENCE_S)
         except BaseException:
             self.close()
             raise
@@ -118,7 +119,7 @@ class Pmd:
     def pid(self) -> int:
         return self._process.pid
 
-    def command(self, line: str, timeout: float = 10.0) -> str:
+    def command(self, line: str, timeout: float = PATIENCE_S) -> str:
         """Type a line; what testpmd says until its next prompt."""
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
@@ -130,7 +131,7 @@ class Pmd:
         numbers = {key: int(value) for key, value in re.findall(r"([RT]X-(?:packets|bytes)):\s+(\d+)", said)}
         return PortStats(numbers["RX-packets"], numbers["RX-bytes"], numbers["TX-packets"], numbers["TX-bytes"])
 
-    def await_link(self, port: int = 0, timeout: float = 20.0) -> None:
+    def await_link(self, port: int = 0, timeout: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout
         while "Link status: up" not in (said := self.command(f"show port info {port}")):
             if time.monotonic() > deadline:

@@ -5,7 +5,6 @@ the kernel says arrived at the far end of the veth pair.
 """
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from tests import needs
 from tests.dpdk import Pmd, frames
-from tests.waiting import until_equal
+from tests.waiting import until, until_equal
 from xdpnet.demo import topology
 from xdpnet.demo.backend import Backend, balanced
 
@@ -36,6 +35,11 @@ def backend(net: topology.Topology, directory: Path, *guests: str, netdev: bool 
         assert balanced(daemon.settled())
     finally:
         assert daemon.stop() == 0
+
+
+def sends(daemon: Backend, name: str, queues: int = 1, more_than: int = 0) -> bool:
+    """On each of its queues, a while already."""
+    return all(queue.tx.packets > more_than + 100 for queue in daemon.port(name).queues[:queues])
 
 
 def virtio_user(path: Path, mac: str = MAC, number: int = 0, **options: int) -> str:
@@ -65,7 +69,7 @@ def test_every_frame_that_dpdk_sends_is_counted_on_its_way_to_the_wire(
         client.await_link()
         far, host = net.far.counters(topology.FAR_IF), net.host.counters(topology.HOST_IF)
         client.command("start")
-        time.sleep(0.3)
+        until(lambda: sends(daemon, "dpdk"))
         client.command("stop")
         sent = client.stats().tx_packets
         until_equal(lambda: daemon.port("dpdk").queues[0].tx.packets, sent)
@@ -95,8 +99,8 @@ def test_every_frame_from_the_wire_reaches_dpdk_or_a_drop_counter(
         blast = [sys.executable, "-m", "tests.blast", topology.FAR_IF, MAC, str(FRAMES)]
         net.far.run(*blast)
         until_equal(lambda: delivered_and_dropped(daemon), FRAMES)
+        until_equal(lambda: client.stats().rx_packets, daemon.port("dpdk").queues[0].rx.packets)
         client.command("stop")
-        assert client.stats().rx_packets == daemon.port("dpdk").queues[0].rx.packets
 
 
 def test_two_dpdk_guests_exchange_frames_without_an_interface(net: topology.Topology, tmp_path: Path) -> None:
@@ -117,16 +121,15 @@ def test_two_dpdk_guests_exchange_frames_without_an_interface(net: topology.Topo
         sink.await_link()
         sink.command("start")
         source.command("start")
-        time.sleep(0.3)
+        until(lambda: sends(daemon, "a") and daemon.port("b").queues[0].rx.packets)
         source.command("stop")
         sent = source.stats().tx_packets
         until_equal(lambda: daemon.port("a").queues[0].tx.packets, sent)
         daemon.settled()
-        time.sleep(0.2)
-        sink.command("stop")
         received = daemon.port("b").queues[0].rx
         assert received.packets + sum(received.drops.values()) == sent
-        assert sink.stats().rx_packets == received.packets > 0
+        until_equal(lambda: sink.stats().rx_packets, received.packets)
+        sink.command("stop")
 
 
 # What a device option of virtio-user asks for: the feature, and whether it is asked for by default.
@@ -208,7 +211,7 @@ def test_two_dpdk_ports_of_any_ring_layouts_bounce_frames_and_every_one_is_count
             assert port.queues[0].tx_ring is not None
             assert port.queues[0].tx_ring.size == wish.get("queue_size", 1024)
         client.command("start tx_first 4")
-        time.sleep(0.2)
+        until(lambda: all(sends(daemon, name, min(queues)) for name in names))
         client.command("stop")
         daemon.settled()
         client.command("set fwd rxonly")  # takes what is still in the rings, and sends nothing
@@ -238,7 +241,7 @@ def test_dpdk_may_come_and_go(net: topology.Topology, tmp_path: Path) -> None:
             with Pmd(f"visit{visit}", tmp_path, [virtio_user(socket)], TX_ONLY) as client:
                 client.await_link()
                 client.command("start")
-                time.sleep(0.1)
+                until(lambda: sends(daemon, "dpdk", more_than=before))  # noqa: B023
                 client.command("stop")
                 sent = client.stats().tx_packets
                 until_equal(lambda: daemon.port("dpdk").queues[0].tx.packets, before + sent)

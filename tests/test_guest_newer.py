@@ -33,7 +33,7 @@ from tests.netns import Wire, call_in, packet_socket
 from tests.relay import relay
 from tests.rings import MODERN, RING_PACKED
 from tests.segments import UDP, UFO, Segment
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 from xdpnet.core import TX, Bridge
 from xdpnet.demo import initramfs, iperf, process, topology
 from xdpnet.demo.backend import Backend, balanced
@@ -119,7 +119,7 @@ class Stage:
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         made = call_in(str(self.net.far.path), lambda: socket.socket(family, socket.SOCK_DGRAM))
         made.setsockopt(socket.SOL_SOCKET, 33, 1 << 23)  # SO_RCVBUFFORCE
-        made.settimeout(10)
+        made.settimeout(PATIENCE_S)
         return made
 
 
@@ -312,7 +312,7 @@ def test_tcp_flows_both_ways(stage: Stage, name: str) -> None:
 def announce(stage: Stage, name: str) -> None:
     """QEMU is told to announce this card, as at the end of a migration."""
     with socket.socket(socket.AF_UNIX) as qmp, qmp.makefile("rw") as stream:
-        qmp.settimeout(10)
+        qmp.settimeout(PATIENCE_S)
         qmp.connect(str(stage.directory / f"{stage.ends[name].guest.name}.qmp"))
         stream.readline()
         arguments = {"initial": 50, "max": 100, "rounds": 2, "step": 10, "interfaces": [name], "id": name}

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -35,9 +34,11 @@ def client(number: int, directory: Path, huge: Path, options: str, peer: str) ->
     return Pmd(f"client{number}", directory, [device], forwarding, huge=huge)
 
 
-def send(sender: Pmd) -> None:
+def send(sender: Pmd, daemon: Backend, number: int) -> None:
+    port = f"guest{number}"
+    before = daemon.port(port).queues[0].tx.packets
     sender.command("start")
-    time.sleep(0.2)
+    until(lambda: daemon.port(port).queues[0].tx.packets > before + 10_000)
     sender.command("stop")
 
 
@@ -61,7 +62,7 @@ def test_guests_that_come_and_go_are_sent_in_place_and_no_frame_is_unaccounted_f
         with client(0, tmp_path, huge, options, peer) as first:
             first.await_link()
             until(lambda: wire(daemon).xsk.umem > 64 << 20)  # type: ignore[union-attr]
-            send(first)
+            send(first, daemon, 0)
             books = daemon.settled()
             assert balanced(books)
             before = wire(daemon).tx.in_place
@@ -70,7 +71,7 @@ def test_guests_that_come_and_go_are_sent_in_place_and_no_frame_is_unaccounted_f
             first.command("start")
             with client(1, tmp_path, huge, options, peer) as second:
                 second.await_link()
-                send(second)
+                send(second, daemon, 1)
             first.command("stop")
             books = daemon.settled()
             assert balanced(books)
