@@ -40,7 +40,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes int
 
 def command(*words: str) -> str:
     """Run to its end; what it says on failure is in the exception."""
-    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     if result.returncode:
         raise RuntimeError(f"{' '.join(words)}: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout

@@ -21,7 +21,7 @@ from typing import Self
 
 from tests.driver import QueuePair, ledger
 from tests.guests import BROADCAST, frame, mac
-from tests.rings import MIB, MODERN, GuestMemory, Span, eventually
+from tests.rings import MIB, MODERN, PATIENCE_S, GuestMemory, Span, eventually
 from xdpnet import core
 
 WIRE = mac(9)
@@ -113,7 +113,7 @@ def balanced(bridge: core.Bridge, wire: int, ports: list[int]) -> bool:
 
 def open_queue(bridge: core.Bridge, wire: int, ifname: str) -> None:
     """Busy for a moment after another socket has left it."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             bridge.netdev_open_queue(wire, 0, socket.if_nametoindex(ifname), 1518, "on")

@@ -2,7 +2,7 @@
 
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -160,15 +160,7 @@ def test_a_chain_has_so_many_descriptors_at_most_be_they_empty(
     assert guest.state(way).broken == ""
 
 
-# ---- a turn is bounded by what it costs ----
-
-
-@pytest.fixture
-def held_time() -> Iterator[None]:
-    """The clock stands still: work is charged by its price alone."""
-    core.time_hold()
-    yield
-    core.time_release()
+# ---- a turn is bounded by what it costs: where time is held, by its price alone ----
 
 
 def queue_all(sender: Driver, frames: Sequence[bytes]) -> None:

@@ -331,6 +331,6 @@ def test_a_bus_error_elsewhere_is_still_one() -> None:
             os.ftruncate(fd, 0)
             view[0]
         """
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert child.stdout == "survived one\n"
     assert child.returncode == -signal.SIGBUS

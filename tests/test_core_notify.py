@@ -290,7 +290,7 @@ def test_a_packed_ring_that_goes_round_twice_before_the_worker_looks_still_calls
     first.pair.send(frame(mac(1), mac(3)))
     assert len(sink.pair.frames()) == 1  # so that a call has been made, and there is an index to compare with
     looked = 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     for turn in itertools.count():
         if looked == 3:
             break

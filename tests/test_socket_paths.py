@@ -5,13 +5,13 @@ import os
 import resource
 import socket
 import stat
-import time
+import threading
 
 import pytest
 
 from tests.clock import Clock
 from tests.frontend import Frontend, GuestMemory
-from tests.waiting import eventually
+from tests.waiting import PATIENCE_S, eventually
 from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
 from xdpnet.ration import LINES, RationedLog
@@ -197,9 +197,11 @@ def test_a_frontend_that_comes_back_before_we_saw_it_go_is_served(backend, path)
     first = Frontend.connect(path)
     assert first.ask_u64(Request.GET_FEATURES)
     # The control thread sees both in one turn, the newcomer first.
-    backend.control.loop.call_soon_threadsafe(time.sleep, 0.2)
+    both = threading.Event()
+    backend.control.loop.call_soon_threadsafe(both.wait, PATIENCE_S)
     with Frontend.connect(path) as second:
         first.close()
+        both.set()
         assert second.ask_u64(Request.GET_FEATURES)
     assert guest.counters.refused["busy"] == 0
 
