@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "mem.h"
@@ -10,7 +11,8 @@
 enum {
 	/* A multiple of every size of huge pages. */
 	ALIGNMENT = 1 << 30,
-	FILLER = 1 << 24
+	FILLER = 1 << 24,
+	STAT_BLOCK = 512
 };
 /* More than a host has; what does not fit is mapped elsewhere, and copied. */
 static const u64 RESERVED = 1ull << 40;
@@ -98,10 +100,23 @@ static u8 *find_gap(const struct arena *a, u64 length, u64 page, u32 *at)
 	}
 }
 
+/*
+ * Whether every page of the file is there, as far as one number tells (SEEK_HOLE knows none on hugetlbfs): pinning takes
+ * the others from the host, and they would be charged to us.
+ */
+static bool is_whole(int fd)
+{
+	struct stat st;
+
+	return !fstat(fd, &st) && st.st_blocks >= st.st_size / STAT_BLOCK + !!(st.st_size % STAT_BLOCK);
+}
+
 int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page)
 {
 	u32 at;
 
+	if (!is_whole(fd))
+		return -ENOSPC;
 	if (a->windows_n == a->windows_room) {
 		u32 room = a->windows_room ? 2 * a->windows_room : 16;
 		struct mapping **more = realloc(a->windows, room * sizeof(*more));
@@ -123,7 +138,7 @@ int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page
 		(void)reserve(base, map->length);
 		return r;
 	}
-	/* Pinning takes every page; what has not got them all (a sparse file, too few huge pages) has no place here. */
+	/* They are found at once; one that was punched meanwhile, and cannot be had again, must not be missed later. */
 	if (madvise(base, map->length, MADV_POPULATE_WRITE) < 0 && errno != EINVAL) {
 		(void)reserve(base, map->length);
 		return -ENOSPC;

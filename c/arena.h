@@ -38,7 +38,7 @@ void arena_release(struct arena *a);
 
 /* Whether memory of this kind has its place in a window. */
 bool arena_wants(const struct arena *a, bool huge);
-/* Maps the file into a window and fills base and length; -ENOSPC: no room, map it elsewhere. */
+/* Maps the file into a window and fills base and length; -ENOSPC: no room, or a sparse file: map it elsewhere. */
 int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page);
 void arena_unmap(struct arena *a, struct mapping *map);
 

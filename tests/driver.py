@@ -218,7 +218,7 @@ class Driver:
     ) -> None:
         self.bridge = bridge
         self.features = features
-        self.memory = GuestMemory(spans, memfd_flags)
+        self.memory = GuestMemory(spans, memfd_flags, prealloc=bridge.zerocopy != "off")  # else nothing of it is lent
         self.port = bridge.add_guest(pairs)
         bridge.guest_set_memory(self.port, self.memory.regions())
         bridge.guest_set_features(self.port, features)

@@ -73,11 +73,13 @@ HOLE = SPLIT_REGIONS[1].guest_addr + SPLIT_REGIONS[1].size
 class GuestMemory:
     """RAM of a guest. Every address here is a guest physical one; `user` gives the frontend's."""
 
-    def __init__(self, spans: Sequence[Span] = ONE_REGION, memfd_flags: int = 0) -> None:
+    def __init__(self, spans: Sequence[Span] = ONE_REGION, memfd_flags: int = 0, prealloc: bool = False) -> None:
         self.spans = tuple(spans)
         self.size = max(span.offset + span.size for span in spans)
         self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | memfd_flags)
         os.ftruncate(self.fd, self.size)
+        if prealloc:
+            os.posix_fallocate(self.fd, 0, self.size)
         self.map = mmap.mmap(self.fd, self.size)
         # Views of native words: one store an index, where struct.pack would write byte after byte.
         self.words = memoryview(self.map).cast("B").cast("H")

@@ -262,7 +262,8 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         stack.callback(backend.stop)
 
         def boot(name: str, cards: list[Card]) -> Guest:
-            guest = Guest(directory, kernel, initrd, cards, accel=accel, memory_mib=GUEST_MIB, name=f"xdpn-{name}")
+            made = partial(Guest, directory, kernel, initrd, cards, accel=accel, memory_mib=GUEST_MIB)
+            guest = made(name=f"xdpn-{name}", prealloc=setting.zerocopy == "on")
             return stack.enter_context(closing(guest.start()))
 
         made = Stage(net, backend, setting, directory, request.config.getoption("--transfer"), boot)

@@ -581,6 +581,20 @@ def test_hostile_a29_an_offset_within_a_page_is_refused(talk, memory, offset):
     assert table_refused(talk, "mem_size", [region(memory, offset=offset, size=0x1000)], [memory.fd])
 
 
+def test_13_memory_with_holes_is_named_once_where_it_would_be_lent(backend, talk, memory, caplog):
+    frontend, _ = talk
+    with caplog.at_level("INFO"), GuestMemory(user_addr=1 << 40, guest_addr=1 << 40) as other:
+        os.posix_fallocate(other.fd, 0, os.fstat(other.fd).st_size)
+        assert frontend.set_memory(memory) == 0
+        assert "prealloc" not in caplog.text
+        backend.bridge.zerocopy = "on"
+        assert frontend.set_memory(other) == 0
+        assert "prealloc" not in caplog.text
+        for _ in range(3):
+            assert frontend.set_memory(memory) == 0
+    assert caplog.text.count("prealloc=on") == 1
+
+
 @pytest.mark.parametrize("kind", odd_descriptors())
 def test_hostile_a30_only_files_on_tmpfs_or_hugetlbfs_are_memory(talk, memory, kind):
     with odd_descriptor(kind) as fd:

@@ -734,7 +734,7 @@ def test_a_region_that_is_added_or_removed_costs_nobody_a_frame(
 ) -> None:
     a, b = guests(bridge), guests(bridge)
     port.renew()
-    with GuestMemory((SECOND_REGION,)) as more, pair.wire() as wire:
+    with GuestMemory((SECOND_REGION,), prealloc=True) as more, pair.wire() as wire:
         (region,) = more.regions()
         bridge.guest_add_region(a.port, region)
         assert port.stale
@@ -844,23 +844,57 @@ def test_memory_that_was_cut_off_is_left_out_and_the_others_are_sent_in_place(
     assert port.sent == (2, 0)
 
 
-def test_a_sparse_file_that_cannot_be_filled_is_copied(
-    huge_pages: None, bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired
+def free_huge_pages() -> int:
+    return int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
+
+
+@pytest.mark.parametrize("policy", ["auto", "on"])
+@pytest.mark.parametrize("missing", [0, 1, 4])
+def test_13_huge_pages_that_the_frontend_has_not_are_not_taken_from_the_host(
+    huge_pages: None, make_bridge: MakeBridge, guests: MakeGuest, pair: Veth, policy: core.ZeroCopy, missing: int
 ) -> None:
-    free = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
-    sparse = os.memfd_create("sparse", os.MFD_HUGETLB)
-    a, b = guests(bridge), guests(bridge)
+    bridge = make_bridge(netdev_queues=1, frames_per_queue=256, zerocopy=policy, copybreak=60)
+    port = wired(bridge, pair, policy)
+    a = guests(bridge, spans=HUGE_SPAN, memfd_flags=os.MFD_HUGETLB)
+    memory = os.memfd_create("sparse", os.MFD_HUGETLB)
     try:
-        os.ftruncate(sparse, (free + 1) * HUGE)
-        bridge.guest_add_region(a.port, core.Region(1 << 40, (free + 1) * HUGE, 1 << 40, 0, sparse))
+        os.ftruncate(memory, 4 * HUGE)
+        if missing < 4:
+            os.posix_fallocate(memory, missing * HUGE, (4 - missing) * HUGE)
+        free = free_huge_pages()
+        bridge.guest_add_region(a.port, core.Region(1 << 40, 4 * HUGE, 1 << 40, 0, memory))
+        port.renew()
+        assert free_huge_pages() == free
+        assert os.fstat(memory).st_blocks * 512 == (4 - missing) * HUGE
     finally:
-        os.close(sparse)
-    port.renew()
+        os.close(memory)
+    with pair.wire() as wire:
+        a.pair.send(full(1))
+        assert wire.receive() == full(1)
+    assert port.sent == (int(not missing), int(bool(missing)))
+
+
+@pytest.mark.parametrize("hole", [None, 0, 4096, SECOND_REGION.size - 4096], ids=str)
+def test_13_pages_that_the_frontend_has_not_are_not_made_by_the_daemon(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired, hole: int | None
+) -> None:
+    """`on`, which takes memory of any kind, takes no page that would be charged to it."""
+    a, b = guests(bridge), guests(bridge)
+    with GuestMemory((SECOND_REGION,)) as more:
+        size = more.size
+        for start, end in [(0, size)] if hole is None else [(0, hole), (hole + 4096, size)]:
+            if start < end:
+                os.posix_fallocate(more.fd, start, end - start)
+        have = os.fstat(more.fd).st_blocks
+        assert have * 512 == size - (0 if hole is None else 4096)
+        bridge.guest_add_region(a.port, more.regions()[0])
+        port.renew()
+        assert os.fstat(more.fd).st_blocks == have
     with pair.wire() as wire:
         for each in a, b:
             each.pair.send(full(1))
             assert wire.receive() == full(1)
-    assert port.sent == (1, 1)
+    assert port.sent == ((2, 0) if hole is None else (1, 1))
 
 
 def test_whatever_came_and_went_the_books_balance(
@@ -945,7 +979,7 @@ def test_memory_that_cannot_be_pinned_is_said_and_frames_are_copied(
     bridge: core.Bridge, guests: MakeGuest, pair: Veth, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = guests(bridge), guests(bridge)
-    with GuestMemory((SECOND_REGION,)) as more:
+    with GuestMemory((SECOND_REGION,), prealloc=True) as more:
         bridge.guest_add_region(a.port, more.regions()[0])
         os.ftruncate(more.fd, 0)  # which nobody notices: no ring is there, nor any buffer
     with contextlib.closing(Netdev(bridge, pair.ifname, zerocopy="on")) as netdev:

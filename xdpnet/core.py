@@ -231,6 +231,7 @@ class Bridge:
         )
         self.workers = workers
         check_calls()
+        self.zerocopy = zerocopy
         self._bridge: Any = lib.xn_bridge_new(config)
         if self._bridge == ffi.NULL:
             raise OSError(ffi.errno, f"create bridge: {os.strerror(ffi.errno)}")

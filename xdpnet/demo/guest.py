@@ -63,6 +63,7 @@ class Guest:
     cpus: int = 1
     name: str = "xdpn-guest"
     qemu: Qemu = Qemu()
+    prealloc: bool = False  # all of its memory at once, as zero copy wants it
     options: Sequence[str] = ()  # more of QEMU's
     release: str = field(default="", init=False)
     _next_id: int = field(default=0, init=False)
@@ -81,7 +82,8 @@ class Guest:
         command = [*self.qemu.command, "-name", self.name, "-nodefaults", "-display", "none"]
         command += ["-M", f"q35,accel={self.accel}", "-cpu", "host" if self.accel == "kvm" else "max"]
         command += ["-smp", str(self.cpus), "-m", memory, "-numa", "node,memdev=memory"]
-        command += ["-object", f"memory-backend-memfd,id=memory,size={memory},share=on"]
+        prealloc = ",prealloc=on" if self.prealloc else ""
+        command += ["-object", f"memory-backend-memfd,id=memory,size={memory},share=on{prealloc}"]
         command += ["-kernel", str(self.kernel.image), "-initrd", str(self.initrd)]
         command += ["-append", "console=ttyS0 panic=-1 quiet"]
         command += ["-serial", f"file:{self.console}", "-serial", f"unix:{self._shell_path}"]

@@ -16,7 +16,7 @@ from xdpnet.core import MAX_REGIONS, Bridge, Region
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
 from xdpnet.virtq.fd import Fd, number_of
-from xdpnet.virtq.memory import check_file, check_table
+from xdpnet.virtq.memory import check_file, check_table, is_whole
 from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
 from xdpnet.virtq.virtqueue import Virtqueue
 
@@ -50,6 +50,7 @@ class GuestDevice:
         self._files: dict[tuple[int, int, int], Fd] = {}
         self.announcements = Ration(ANNOUNCE_AT_ONCE, 1 / ANNOUNCE_EVERY_S)  # it outlives the frontend
         self._bridge = bridge
+        self._said_sparse = False
 
     # ---- features ----
 
@@ -106,6 +107,7 @@ class GuestDevice:
             self._bridge.guest_set_memory(self.port, table)
         self.memory = list(regions)
         self._keep_files(dict(zip(map(_identity, regions), fds, strict=True)))
+        self._say_sparse(fds)
         self._follow_memory()
         return sealed.count(False)
 
@@ -123,6 +125,7 @@ class GuestDevice:
             self._bridge.guest_add_region(self.port, _core_region(region, fd))
         self.memory.append(region)
         self._keep_files(self._files | {_identity(region): fd})
+        self._say_sparse([fd])
         self._follow_memory()
         return int(not sealed)
 
@@ -144,6 +147,14 @@ class GuestDevice:
         old, self._files = self._files, files
         for fd in set(old.values()) - set(files.values()):
             fd.close()
+
+    def _say_sparse(self, fds: Sequence[Fd]) -> None:
+        """Once: how often it comes to this is the frontend's choice."""
+        if self._bridge.zerocopy == "on" and not self._said_sparse and not all(map(is_whole, fds)):
+            self._said_sparse = True
+            log.info(
+                "%s: copied from, for not all of its memory is allocated; QEMU does that by prealloc=on", self.name
+            )
 
     def _follow_memory(self) -> None:
         """Rings that the core stopped for want of memory wait; rings that waited for it start."""

@@ -53,6 +53,12 @@ def check_file(region: MemoryRegion, fd: Fd) -> bool:
     return bool(seals & fcntl.F_SEAL_SHRINK)
 
 
+def is_whole(fd: Fd) -> bool:
+    """Whether every page of the file is allocated; what is not is never lent to an interface (c/arena.c)."""
+    status = os.fstat(fd.fileno())
+    return status.st_blocks * 512 >= status.st_size
+
+
 def check_eventfd(fd: Fd) -> None:
     """Accepts plain eventfds only, and makes them non-blocking."""
     kind = _kind(fd)
