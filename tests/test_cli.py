@@ -76,8 +76,10 @@ def test_the_example_configuration_is_legal_and_says_the_defaults() -> None:
         "ageing_s": config.AGEING_S,
         "frames_per_queue": config.FRAMES_PER_QUEUE,
         "max_macs": config.MACS_PER_PORT,
+        "max_memory": '"256GiB"',
     }.items():
         assert f"\n# {key} = {default}\n" in text
+    assert config.parse_size("256GiB") == config.MAX_MEMORY
 
 
 def test_every_key_of_the_models_is_in_the_example() -> None:

@@ -271,6 +271,50 @@ def test_addresses_of_a_guest_need_its_mac_and_its_check(more: dict[str, object]
     assert line == 'guest "web": ips = "10.0.0.5": needs mac, and its check'
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("1MiB", 1 << 20),
+        (1 << 20, 1 << 20),
+        ("1048576", 1 << 20),
+        ("1024KiB", 1 << 20),
+        ("64GiB", 64 << 30),
+        ("8TiB", 8 << 40),
+    ],
+    ids=str,
+)
+def test_13_the_memory_of_a_guest_is_a_size(size: object, expected: int) -> None:
+    made = config.parse({"max_memory": size, "guest": [{"name": "a", "socket": "/a", "max_memory": size}]})
+    assert (made.max_memory, made.guests[0].max_memory) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["1023KiB", (1 << 20) - 1, "8193GiB", (8 << 40) + 1, "64G", "64 GiB", "-1", "", "GiB", True, 1.5, None, []],
+    ids=str,
+)
+def test_13_what_is_no_size_is_a_fault(size: object) -> None:
+    for raw_, where in ((guest() | {"max_memory": size}, ""), (guest(max_memory=size), 'guest "web": ')):
+        if size is not None or not where:
+            (line,) = faults(raw_)
+            assert line.startswith(f"{where}max_memory = ")
+            assert 'must be 1MiB..8TiB, as "64GiB"' in line
+
+
+def test_13_all_guests_memory_fits_into_our_address_space() -> None:
+    """15 frontends of 8 TiB had it all."""
+    assert config.parse(guest()).max_memory == 256 << 30
+    config.parse({"guest": [{"name": f"g{n}", "socket": f"/{n}"} for n in range(128)]})
+    many = [{"name": f"g{n}", "socket": f"/{n}", "max_memory": "8TiB"} for n in range(7)]
+    config.parse({"max_memory": "4TiB", "guest": [*many, {"name": "a", "socket": "/a"}, {"name": "b", "socket": "/b"}]})
+    more = {"name": "c", "socket": "/c", "max_memory": "1MiB"}
+    full = [*many, {"name": "a", "socket": "/a", "max_memory": "8TiB"}]
+    config.parse({"guest": full})
+    assert faults({"guest": [*full, more]}) == [
+        "max_memory: 65536 GiB for all guests together: at most 65536 GiB are possible"
+    ]
+
+
 def test_a_flag_changes_the_guest_of_the_file_and_adds_an_unknown_one() -> None:
     file = {"workers": 1, "guest": [{"name": "web", "socket": "/a", "queues": 2}]}
     flags = {"workers": "2", "guest": [{"name": "web", "queues": "4"}, {"name": "db", "socket": "/b"}]}

@@ -270,6 +270,26 @@ def test_a_guest_whose_memory_is_taken_away_loses_its_connection_and_no_other_do
         assert running.end() == 0
 
 
+def test_13_each_guest_has_its_own_limit_of_memory_or_that_of_all(tmp_path: Path) -> None:
+    with daemon(
+        tmp_path,
+        "--max-memory",
+        "64MiB",
+        "--guest",
+        guest(tmp_path),
+        "--guest",
+        guest(tmp_path, "big", ",max_memory=65MiB"),
+    ) as running:
+        running.ready()
+        for name, mib in (("web", 64), ("big", 65)):
+            with Frontend.connect(str(tmp_path / f"{name}.sock")) as frontend:
+                frontend.negotiate()
+                for size, fits in ((mib << 20, True), ((mib << 20) + 4096, False)):
+                    with GuestMemory(size=size) as memory:
+                        assert (frontend.set_memory(memory) == 0) is fits
+        assert running.log.count("max_memory of the guest is") == 2
+
+
 def test_14_rings_are_polled_for_the_guest_that_may_poll_alone(tmp_path: Path) -> None:
     more = guest(tmp_path, "may", ",poll=true")
     with daemon(tmp_path, "--guest", guest(tmp_path), "--guest", more) as running:

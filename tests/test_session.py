@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import dpdk, needs
 from tests.frontend import ACK_AND_ALL, MODERN, GuestMemory
 from tests.waiting import until_equal
 from xdpnet.core import MAX_REGIONS, TX, Bridge
@@ -667,6 +668,51 @@ def test_hostile_a32_more_memory_than_we_serve_is_refused(talk):
         assert refused(talk, "mem_limit", Request.ADD_MEM_REG, one_more, [fd])
     finally:
         os.close(fd)
+
+
+def test_13_a_frontend_promises_no_more_memory_than_its_guest_may_have(backend, talk, memory, caplog):
+    frontend, _ = talk
+    backend.device.max_memory = 0x3000
+
+    def regions(*sizes):
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        return [MemoryRegion(start, size, start, 0) for start, size in zip(starts, sizes, strict=True)]
+
+    for sizes in ((0x4000,), (0x3001,), (0x1000, 0x1000, 0x1001)):
+        assert table_refused(talk, "mem_limit", regions(*sizes), [memory.fd] * len(sizes))
+    assert "max_memory of the guest is 12288" in caplog.text
+    for sizes in ((0x3000,), (0x1000, 0x2000), (0x2000,)):
+        fds = [memory.fd] * len(sizes)
+        assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions(*sizes))), fds) == 0
+    last, more = (SingleRegion(each) for each in regions(0x2000, 0x1000, 0x1000)[1:])
+    assert frontend.tell(Request.ADD_MEM_REG, last, [memory.fd]) == 0
+    for _ in range(3):
+        assert refused(talk, "mem_limit", Request.ADD_MEM_REG, more, [memory.fd])
+    # What is given back can be had again, and the next frontend begins with nothing.
+    assert frontend.tell(Request.REM_MEM_REG, last) == 0
+    assert frontend.tell(Request.ADD_MEM_REG, more, [memory.fd]) == 0
+    frontend.close()
+    backend.settle()
+    again, _ = backend.connect()
+    again.negotiate()
+    assert again.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions(0x3000))), [memory.fd]) == 0
+
+
+@needs.root
+def test_13_a_small_region_in_a_huge_page_counts_as_that(backend, talk, tmp_path):
+    frontend, _ = talk
+    huge = 2 << 20
+    with dpdk.huge_pages(4, tmp_path):
+        fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+        try:
+            os.ftruncate(fd, 2 * huge)
+            both = [MemoryRegion(at << 30, 0x1000, at << 30, at * huge) for at in range(2)]
+            backend.device.max_memory = 2 * huge - 1
+            assert table_refused(talk, "mem_limit", both, [fd, fd])
+            backend.device.max_memory = 2 * huge
+            assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(both)), [fd, fd]) == 0
+        finally:
+            os.close(fd)
 
 
 def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk, memory):

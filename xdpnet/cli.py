@@ -86,7 +86,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--guest",
         action="append",
         metavar="NAME,socket=PATH[,KEY=VALUE...]",
-        help="a guest: mac=MAC, queues=1..16, client=true, mtu=N, check_source=false, ips=IP+IP, poll=true; repeatable",
+        help="a guest: mac=MAC, queues=1..16, client=true, mtu=N, check_source=false, ips=IP+IP, poll=true, "
+        "max_memory=SIZE; repeatable",
     )
     add(
         "--netdev",
@@ -100,6 +101,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--ageing-s", metavar="N", help="seconds that a learned address lives, 0 for ever (300)")
     add("--frames-per-queue", metavar="N", help="4 KiB frames for each queue of an interface (4096)")
     add("--max-macs", metavar="N", help="addresses that one port may teach the bridge (64)")
+    add("--max-memory", metavar="SIZE", help="memory that one guest may have, as 64GiB (256GiB)")
     add("--metrics", metavar="HOST:PORT", help="serve /metrics and /healthz")
     add("--control", metavar="PATH", help=f"control socket, '' for none ({DEFAULT_CONTROL})")
     add("--verbose", "-v", action="store_true", help="say more")
@@ -128,7 +130,8 @@ def _configure(options: argparse.Namespace) -> "Config":
     from xdpnet import config
 
     faults: list[str] = []
-    scalars = ("workers", "cpus", "spin_us", "ageing_s", "frames_per_queue", "max_macs", "metrics", "control")
+    bridge = ("workers", "cpus", "spin_us", "ageing_s", "frames_per_queue", "max_macs", "max_memory")
+    scalars = (*bridge, "metrics", "control")
     flags: dict[str, Any] = {key: value for key in scalars if (value := getattr(options, key)) is not None}
     guests = [config.parse_flag(flag, "name", faults) for flag in options.guest or ()]
     if options.socket_path is not None:

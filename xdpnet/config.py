@@ -30,6 +30,8 @@ MAX_CPU = 4095
 MAX_IPS = 16
 FRAMES = (256, 65536)
 MTU = (68, 65535)  # virtio 1.2, 5.1.4.1
+MEMORY = (1 << 20, 8 << 40)  # of one guest
+ADDRESS_SPACE = 64 << 40  # of 47 bits, half: a table of memory is mapped before the one that it replaces goes
 IFNAME_MAX = 15  # IFNAMSIZ, less its terminating zero
 
 # Our numbers, each with its reason.
@@ -38,6 +40,7 @@ SPIN_US = 50  # a wake-up across CPUs costs 30-60 us: polling for as long as tha
 AGEING_S = 300  # as IEEE 802.1D has it
 FRAMES_PER_QUEUE = 4096  # 16 MiB a queue: a few milliseconds of 64-byte frames at line rate
 MACS_PER_PORT = 64  # room for a guest's macvlans and containers, none for a flood of forged addresses
+MAX_MEMORY = 256 << 30  # few guests have more, and as many as there may be fit
 CONFIG_BYTES = 1 << 20  # more is not a configuration
 
 
@@ -177,9 +180,20 @@ def parse_ips(value: object) -> tuple[IPAddress, ...]:
     return tuple(ips)
 
 
+def parse_size(value: object) -> int:
+    """Bytes of "64GiB"; a plain number is bytes."""
+    units = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+    word = re.fullmatch(r"([0-9]{1,15})([KMGT]iB)?", str(value)) if isinstance(value, str | int) else None
+    size = int(word[1]) << units[word[2] or ""] if word and not isinstance(value, bool) else -1
+    if not MEMORY[0] <= size <= MEMORY[1]:
+        raise ValueError('must be 1MiB..8TiB, as "64GiB"')
+    return size
+
+
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
 Mac = Annotated[bytes, BeforeValidator(parse_mac)]
 SocketPath = Annotated[str, _text(_socket)]
+Size = Annotated[int, BeforeValidator(parse_size)]
 
 
 class GuestConfig(BaseModel):
@@ -197,6 +211,7 @@ class GuestConfig(BaseModel):
     check_source: Boolean | None = None
     ips: Annotated[tuple[IPAddress, ...], BeforeValidator(parse_ips)] = ()
     poll: Boolean = False
+    max_memory: Size | None = None
 
     @property
     def checks_source(self) -> bool:
@@ -226,6 +241,7 @@ class Config(BaseModel):
     ageing_s: Annotated[int, _integer(0, 1_000_000)] = AGEING_S
     frames_per_queue: Annotated[int, BeforeValidator(_power_of_two)] = FRAMES_PER_QUEUE
     max_macs: Annotated[int, _integer(1, 4096)] = MACS_PER_PORT
+    max_memory: Size = MAX_MEMORY  # of each guest that has no such of its own
     control: Annotated[str | None, _text(_optional_socket)] = DEFAULT_CONTROL  # "": none
     metrics: Annotated[tuple[str, int], BeforeValidator(parse_address)] | None = None
     guests: tuple[GuestConfig, ...] = Field(default=(), alias="guest")
@@ -386,6 +402,17 @@ def _relations(raw: Raw) -> Iterator[str]:
     names = [(where, {"name": table.get("name", table.get("interface"))}) for where, table in guests + netdevs]
     yield from _duplicates(names, "name")
     yield from _counts(raw)
+    yield from _memory(raw, [table for _, table in guests])
+
+
+def _memory(raw: Raw, guests: Sequence[Raw]) -> Iterator[str]:
+    try:
+        default = parse_size(raw.get("max_memory", MAX_MEMORY))
+        total = sum(parse_size(table.get("max_memory", default)) for table in guests)
+    except ValueError:
+        return  # already a fault of its own
+    if total > ADDRESS_SPACE:
+        yield f"max_memory: {total >> 30} GiB for all guests together: at most {ADDRESS_SPACE >> 30} GiB are possible"
 
 
 def _counts(raw: Raw) -> Iterator[str]:

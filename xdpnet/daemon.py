@@ -191,7 +191,8 @@ class Daemon:
                     "choose an address that no interface of this daemon has",
                 ) from error
         self.bridge.guest_set_ips(port, guest.ips)
-        device = GuestDevice(self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll)
+        max_memory = guest.max_memory or self.config.max_memory
+        device = GuestDevice(self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory)
         return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd))
 
     def _open_metrics(self, address: tuple[str, int]) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from xdpnet.core import MAX_REGIONS, Bridge, Region
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
 from xdpnet.virtq.fd import Fd, number_of
-from xdpnet.virtq.memory import check_file, check_table, is_whole
+from xdpnet.virtq.memory import MAX_MEMORY, File, check_file, check_table, check_total, is_whole
 from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
 from xdpnet.virtq.virtqueue import Virtqueue
 
@@ -32,7 +32,14 @@ class GuestDevice:
     """What a session drives."""
 
     def __init__(
-        self, bridge: Bridge, name: str, port: int, pairs: int, mtu: int | None = None, poll: bool = False
+        self,
+        bridge: Bridge,
+        name: str,
+        port: int,
+        pairs: int,
+        mtu: int | None = None,
+        poll: bool = False,
+        max_memory: int = MAX_MEMORY,
     ) -> None:
         self.name = name
         self.log = RationedLog(log, name)  # for all that its frontends, or the guest, can provoke
@@ -40,6 +47,7 @@ class GuestDevice:
         self.port = port
         self.pairs = pairs
         self.mtu = mtu
+        self.max_memory = max_memory  # bytes of all regions together
         self.poll = poll  # rings without a kick descriptor are served, which keeps a worker awake
         self.offered = features.offered(pairs, mtu)
         self.features = 0  # as negotiated, VHOST_USER_F_PROTOCOL_FEATURES included
@@ -47,7 +55,7 @@ class GuestDevice:
         self.rings = [Virtqueue(index) for index in range(2 * pairs)]
         self.memory: list[MemoryRegion] = []
         # Kept while the core has a region mapped, or unmapping it would be what frees the memory, on our thread.
-        self._files: dict[tuple[int, int, int], Fd] = {}
+        self._files: dict[MemoryRegion, File] = {}
         self.announcements = Ration(ANNOUNCE_AT_ONCE, 1 / ANNOUNCE_EVERY_S)  # it outlives the frontend
         self._bridge = bridge
         self._said_sparse = False
@@ -101,15 +109,16 @@ class GuestDevice:
 
     def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> int:
         check_table(regions)
-        sealed = [check_file(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        files = {region: check_file(region, fd) for region, fd in zip(regions, fds, strict=True)}
+        check_total(files.values(), self.max_memory)
         table = [_core_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
         with _refusing("mem", "map the memory table"):
             self._bridge.guest_set_memory(self.port, table)
         self.memory = list(regions)
-        self._keep_files(dict(zip(map(_identity, regions), fds, strict=True)))
+        self._keep_files(files)
         self._say_sparse(fds)
         self._follow_memory()
-        return sealed.count(False)
+        return sum(not file.sealed for file in files.values())
 
     def add_region(self, region: MemoryRegion, fd: Fd) -> int:
         if 0 < self.memory.count(region) < len(self.rings) // 2:
@@ -120,14 +129,15 @@ class GuestDevice:
         if len(set(self.memory)) >= MAX_REGIONS:
             raise ProtocolError("mem_limit", f"all {MAX_REGIONS} memory slots are in use")
         check_table([*set(self.memory), region])
-        sealed = check_file(region, fd)
+        file = check_file(region, fd)
+        check_total([*self._files.values(), file], self.max_memory)
         with _refusing("mem", "map the region"):
             self._bridge.guest_add_region(self.port, _core_region(region, fd))
         self.memory.append(region)
-        self._keep_files(self._files | {_identity(region): fd})
+        self._keep_files(self._files | {region: file})
         self._say_sparse([fd])
         self._follow_memory()
-        return int(not sealed)
+        return int(not file.sealed)
 
     def remove_region(self, region: MemoryRegion) -> None:
         """Identified by its guest address, user address and size alone."""
@@ -138,14 +148,13 @@ class GuestDevice:
             with _refusing("mem", "unmap the region"):
                 self._bridge.guest_remove_region(self.port, _core_region(known, None))
         self.memory.remove(known)
-        mapped = set(map(_identity, self.memory))
-        self._keep_files({region: fd for region, fd in self._files.items() if region in mapped})
+        self._keep_files({region: file for region, file in self._files.items() if region in self.memory})
         self._follow_memory()
 
-    def _keep_files(self, files: dict[tuple[int, int, int], Fd]) -> None:
+    def _keep_files(self, files: dict[MemoryRegion, File]) -> None:
         """These, and no others: of what was unmapped the memory is freed now, if we had it last."""
         old, self._files = self._files, files
-        for fd in set(old.values()) - set(files.values()):
+        for fd in {file.fd for file in old.values()} - {file.fd for file in files.values()}:
             fd.close()
 
     def _say_sparse(self, fds: Sequence[Fd]) -> None:

@@ -11,7 +11,8 @@ Reference: QEMU docs/interop/vhost-user.rst, "Memory access"; F_GET_SEALS in fcn
 import fcntl
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.message import MemoryRegion, ProtocolError
@@ -20,8 +21,17 @@ ADDRESS_SPACE = 1 << 64
 MAX_MEMORY = 8 << 40  # of one guest; our own address space of 47 bits has room for a dozen such
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """What is behind a region."""
+
+    fd: Fd
+    sealed: bool  # against shrinking
+    mapped: int  # bytes that the region takes, in whole pages of the file
+
+
 def check_table(regions: Sequence[MemoryRegion]) -> None:
-    """The geometry of a whole table: sizes, overflow, overlap, total."""
+    """The geometry of a whole table: sizes, overflow, overlap."""
     for region in regions:
         _check_range(region)
     for what in ("guest_addr", "user_addr"):
@@ -29,13 +39,17 @@ def check_table(regions: Sequence[MemoryRegion]) -> None:
         for low, high in itertools.pairwise(ordered):
             if getattr(low, what) + low.size > getattr(high, what):
                 raise ProtocolError("mem", f"{_name(low)} and {_name(high)} overlap in {what}")
-    total = sum(region.size for region in regions)
-    if total > MAX_MEMORY:
-        raise ProtocolError("mem_limit", f"{total} bytes of guest memory, at most {MAX_MEMORY} are served")
 
 
-def check_file(region: MemoryRegion, fd: Fd) -> bool:
-    """The file behind a region; True if it is sealed against shrinking."""
+def check_total(files: Iterable[File], limit: int) -> None:
+    """What a guest may promise to have: what it has not yet is allocated, and charged, as it is touched, also by us."""
+    total = sum(file.mapped for file in files)
+    if total > limit:
+        raise ProtocolError("mem_limit", f"{total} bytes of guest memory: max_memory of the guest is {limit}")
+
+
+def check_file(region: MemoryRegion, fd: Fd) -> File:
+    """The file behind a region."""
     number = fd.fileno()
     try:
         seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
@@ -47,10 +61,11 @@ def check_file(region: MemoryRegion, fd: Fd) -> bool:
     page = os.fstatvfs(number).f_bsize  # on hugetlbfs that of the huge pages
     if region.offset % page:
         raise ProtocolError("mem_size", f"{_name(region)}: offset {region.offset:#x} is not a multiple of {page} bytes")
-    size = os.fstat(number).st_size
-    if region.offset + region.size > size:
-        raise ProtocolError("mem_size", f"{_name(region)}: ends behind the {size} bytes of its file")
-    return bool(seals & fcntl.F_SEAL_SHRINK)
+    status = os.fstat(number)
+    if region.offset + region.size > status.st_size:
+        raise ProtocolError("mem_size", f"{_name(region)}: ends behind the {status.st_size} bytes of its file")
+    step = max(page, status.st_blksize)  # as c/mem.c has it
+    return File(fd, bool(seals & fcntl.F_SEAL_SHRINK), (region.size + step - 1) // step * step)
 
 
 def is_whole(fd: Fd) -> bool:
