@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tests.frontend import Frontend
 from tests.waiting import PATIENCE_S
 from xdpnet.core import Bridge
+from xdpnet.sockets import Access
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
 
@@ -51,8 +52,10 @@ class Backend:
         self.sockets: list[GuestSocket] = []
         self.frontends: list[Frontend] = []
 
-    def open(self, path: str | None, client: bool = False, fd: int | None = None) -> GuestSocket:
-        guest = GuestSocket(self.device, path, client, fd)
+    def open(
+        self, path: str | None, client: bool = False, fd: int | None = None, access: Access | None = None
+    ) -> GuestSocket:
+        guest = GuestSocket(self.device, path, client, fd, access or Access())
         self.control.run(guest.start())
         self.sockets.append(guest)
         return guest

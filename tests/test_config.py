@@ -315,6 +315,49 @@ def test_13_all_guests_memory_fits_into_our_address_space() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "made"),
+    [
+        ("user", "libvirt-qemu", "libvirt-qemu"),
+        ("user", "64055", 64055),
+        ("user", 0, 0),
+        ("user", (1 << 32) - 2, (1 << 32) - 2),
+        ("group", "domain$", "domain$"),
+        ("mode", "0600", 0o600),
+        ("mode", "777", 0o777),
+    ],
+)
+def test_who_may_use_a_socket_is_given_by_name_or_number(key: str, value: object, made: object) -> None:
+    assert getattr(config.parse(guest(**{key: value})).guests[0], key) == made
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("user", ""),
+        ("user", -1),
+        ("user", (1 << 32) - 1),
+        ("user", True),
+        ("user", "a:b"),
+        ("group", "x" * 34),
+        ("mode", 600),
+        ("mode", "0800"),
+        ("mode", "1777"),
+        ("mode", "rw"),
+    ],
+)
+def test_what_names_no_user_and_no_permissions_is_refused(key: str, value: object) -> None:
+    (line,) = faults(guest(**{key: value}))
+    assert line.startswith(f'guest "web": {key} = ')
+
+
+@pytest.mark.parametrize("where", [{"client": True}, {"client": "on"}, {"socket": None, "fd": 3}], ids=str)
+def test_group_and_permissions_are_those_of_a_socket_that_we_make(where: dict[str, object]) -> None:
+    assert config.parse(guest(user="kvm", **where)).guests[0].user == "kvm"
+    wrong = [line.partition(": needs")[0] for line in faults(guest(group="kvm", mode="0660", **where))]
+    assert wrong == ['guest "web": group = "kvm"', 'guest "web": mode = "0660"']
+
+
 def test_a_flag_changes_the_guest_of_the_file_and_adds_an_unknown_one() -> None:
     file = {"workers": 1, "guest": [{"name": "web", "socket": "/a", "queues": 2}]}
     flags = {"workers": "2", "guest": [{"name": "web", "queues": "4"}, {"name": "db", "socket": "/b"}]}

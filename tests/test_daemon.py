@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import pwd
 import re
 import signal
 import socket
@@ -322,6 +323,25 @@ def test_health_and_metrics_are_served_while_it_runs(tmp_path: Path) -> None:
         assert running.get("/healthz") == (200, "ok\n")
         assert 'xdpnet_worker_loops_total{worker="1"}' in running.get("/metrics")[1]
         assert running.end() == 0
+
+
+@needs_root
+def test_a_guests_socket_is_its_users(tmp_path: Path) -> None:
+    words = ("--guest", guest(tmp_path, more=",user=nobody"), "--guest", guest(tmp_path, "db", ",group=2,mode=0620"))
+    with daemon(tmp_path, *words) as running:
+        running.ready()
+        found = [(tmp_path / f"{name}.sock").stat() for name in ("web", "db")]
+        assert [(each.st_uid, each.st_gid, each.st_mode & 0o777) for each in found] == [
+            (pwd.getpwnam("nobody").pw_uid, os.getegid(), 0o600),
+            (os.geteuid(), 2, 0o620),
+        ]
+        assert running.end() == 0
+
+
+def test_a_user_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path, more=",user=no-such-user")) as running:
+        assert running.process.wait(timeout=20) == 1
+    assert "guest web: getpwnam(): name not found: 'no-such-user'; name one of this machine, or a number" in running.log
 
 
 def descriptors_of(running: Daemon) -> int:

@@ -5,16 +5,21 @@ import os
 import resource
 import socket
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.clock import Clock
 from tests.frontend import Frontend, GuestMemory
 from tests.waiting import PATIENCE_S, eventually
 from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
 from xdpnet.ration import LINES, RationedLog
+from xdpnet.sockets import Access
 from xdpnet.virtq import server
 from xdpnet.virtq.message import Request
 from xdpnet.virtq.server import GuestSocket
@@ -257,6 +262,136 @@ def test_when_no_descriptor_is_left_to_accept_with_we_pause_and_go_on(backend, p
         assert failed
         assert tries < 10
         assert frontend.ask_u64(Request.GET_FEATURES)
+
+
+# ---- who may have it ----
+
+
+ASK = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    if sys.argv[2] == "listen":
+        sock.bind(sys.argv[1])
+        sock.listen()
+        sock.settimeout(10)
+        sock, _ = sock.accept()
+    else:
+        sock.connect(sys.argv[1])
+    try:
+        sock.sendall(bytes.fromhex("01000000" "01000000" "00000000"))
+        print(len(sock.recv(100)))
+    except ConnectionError:
+        print(0)
+"""
+
+
+@pytest.fixture
+def common(path):
+    """A directory that everybody may use."""
+    for directory in list(Path(path).parents)[:3]:
+        directory.chmod(0o777)
+    return path
+
+
+def nobody(path, how="connect"):
+    """How many bytes of an answer another user gets, as a frontend that asks for the features."""
+    words = [sys.executable, "-c", ASK, path, how]
+    done = subprocess.run(words, user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, text=True, timeout=20)
+    return int(done.stdout) if done.returncode == 0 else done.stderr
+
+
+@needs.root
+def test_a_guests_user_and_root_are_served_and_nobody_else(backend, common):
+    for user, served in ((NOBODY, True), (NOBODY - 1, False)):
+        guest = backend.open(common, access=Access(uid=user, mode=0o666))
+        assert (nobody(common) > 0) is served
+        assert guest.counters.refused["peer"] == (0 if served else 1)
+        assert eventually(lambda guest=guest: not guest.connected)
+        assert serves(common)
+        backend.control.run(guest.stop())
+
+
+@needs.root
+def test_a_socket_of_another_user_cannot_be_connected_to(backend, common):
+    backend.open(common, access=Access(uid=NOBODY - 1, mode=0o600))
+    assert "Permission denied" in nobody(common)
+
+
+@needs.root
+def test_a_stranger_does_not_disturb_the_frontend_that_is_served(backend, common, monkeypatch):
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.0)
+    guest = backend.open(common, access=Access(uid=NOBODY - 1, mode=0o666))
+    with Frontend.connect(common) as first:
+        assert first.ask_u64(Request.GET_FEATURES)
+        assert nobody(common) == 0
+        assert first.ask_u64(Request.GET_FEATURES)
+    assert guest.counters.connects == 1
+
+
+@needs.root
+def test_a_client_serves_the_guests_user_and_nobody_else_who_listens(backend, common):
+    for user, served in ((NOBODY, True), (NOBODY - 1, False)):
+        guest = backend.open(common, client=True, access=Access(uid=user))
+        assert (nobody(common, "listen") > 0) is served
+        assert bool(guest.counters.refused["peer"]) is not served
+        backend.control.run(guest.stop())
+        os.unlink(common)
+
+
+@needs.root
+def test_an_inherited_connection_is_the_guests_users_or_is_refused(backend, common):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(common)
+        listener.listen()
+        os.chmod(common, 0o666)
+        for user, served in ((NOBODY, True), (NOBODY - 1, False)):
+            words = [sys.executable, "-c", ASK, common, "connect"]
+            with subprocess.Popen(words, user=NOBODY, stdout=subprocess.PIPE) as asking:
+                accepted = listener.accept()[0].detach()
+                if served:
+                    backend.open(None, fd=accepted, access=Access(uid=user))
+                else:
+                    with pytest.raises(SetupError, match=f"the other end is not of user {user}, nor of root"):
+                        backend.open(None, fd=accepted, access=Access(uid=user))
+                assert (int(asking.stdout.read()) > 0) is served
+
+
+def test_a_frontend_that_never_hands_over_memory_makes_room_for_another(backend, path, monkeypatch):
+    guest = backend.open(path)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 3600.0)
+    with Frontend.connect(path) as first:
+        assert first.ask_u64(Request.GET_FEATURES)
+        with Frontend.connect(path) as second:
+            assert second.is_disconnected()
+        assert first.ask_u64(Request.GET_FEATURES)
+    assert eventually(lambda: not guest.connected)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.0)
+    with Frontend.connect(path) as first:
+        assert first.ask_u64(Request.GET_FEATURES)
+        with Frontend.connect(path) as second:
+            assert second.ask_u64(Request.GET_FEATURES)
+            assert first.is_disconnected()
+    assert (guest.counters.refused["busy"], guest.counters.errors["timeout"]) == (1, 1)
+
+
+def test_a_frontend_that_handed_over_memory_makes_room_for_nobody(backend, path, monkeypatch):
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.0)
+    backend.open(path)
+    with Frontend.connect(path) as first, GuestMemory() as memory:
+        first.negotiate()
+        assert first.set_memory(memory) == 0
+        with Frontend.connect(path) as second:
+            assert second.is_disconnected()
+        assert first.ask_u64(Request.GET_FEATURES)
+
+
+def test_a_frontend_that_waits_for_its_guest_is_left_in_peace_while_nobody_else_comes(backend, path, monkeypatch):
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.0)
+    backend.open(path)
+    with Frontend.connect(path) as waiting:
+        for _ in range(3):
+            assert waiting.ask_u64(Request.GET_FEATURES)
+            backend.settle()
 
 
 # ---- the frontend listens ----

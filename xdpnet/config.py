@@ -32,6 +32,7 @@ FRAMES = (256, 65536)
 MTU = (68, 65535)  # virtio 1.2, 5.1.4.1
 MEMORY = (1 << 20, 8 << 40)  # of one guest
 ADDRESS_SPACE = 64 << 40  # of 47 bits, half: a table of memory is mapped before the one that it replaces goes
+NO_ID = (1 << 32) - 1  # of chown(2): leave it as it is
 IFNAME_MAX = 15  # IFNAMSIZ, less its terminating zero
 
 # Our numbers, each with its reason.
@@ -97,6 +98,23 @@ def _interface(value: str) -> str:
     if not re.fullmatch(rf"[!-~]{{1,{IFNAME_MAX}}}", value) or set(value) & set('/:"\\') or value in (".", ".."):
         raise ValueError(f"must be the name of an interface, 1..{IFNAME_MAX} characters")
     return value
+
+
+def _account(value: object) -> str | int:
+    """A user or group: its number, or its name as useradd(8) lets it be."""
+    number = _number(value)
+    if number is not None and 0 <= number < NO_ID:
+        return number
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", value):
+        return value
+    raise ValueError("must be a name or a number")
+
+
+def _mode(value: object) -> int:
+    """Permissions, as chmod has them. Not a number: of 660 nobody could say whether it was meant as 0o660."""
+    if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value):
+        return int(value, 8)
+    raise ValueError('must be permissions, as "0660"')
 
 
 def _optional_socket(value: str) -> str | None:
@@ -212,6 +230,9 @@ class GuestConfig(BaseModel):
     ips: Annotated[tuple[IPAddress, ...], BeforeValidator(parse_ips)] = ()
     poll: Boolean = False
     max_memory: Size | None = None
+    user: Annotated[str | int, BeforeValidator(_account)] | None = None
+    group: Annotated[str | int, BeforeValidator(_account)] | None = None
+    mode: Annotated[int, BeforeValidator(_mode)] | None = None
 
     @property
     def checks_source(self) -> bool:
@@ -389,6 +410,10 @@ def _relations(raw: Raw) -> Iterator[str]:
             yield f"{where}: socket: is missing"
         if table.get("socket") is not None and table.get("fd") is not None:
             yield f"{where}: fd = {_show(table['fd'])}: excludes socket"
+        listens = table.get("fd") is None and table.get("client") in (None, False, "false", "no", "off")
+        for key in ("group", "mode"):
+            if table.get(key) is not None and not listens:
+                yield f"{where}: {key} = {_show(table[key])}: needs a socket that we make, not client or fd"
         if table.get("mac") is None and table.get("check_source") in (True, "true", "yes", "on"):
             yield f"{where}: check_source = true: needs mac"
         unchecked = table.get("mac") is None or table.get("check_source") in (False, "false", "no", "off")

@@ -20,7 +20,7 @@ from xdpnet.clients import serve_few
 from xdpnet.closer import Closer
 from xdpnet.errors import ControlError, SocketPathError
 from xdpnet.ration import RationedLog
-from xdpnet.sockets import ListeningSocket, listen_unix, peer_of
+from xdpnet.sockets import Access, ListeningSocket, listen_unix, peer_of
 
 CLIENTS = 16
 DEADLINE_S = 2.0
@@ -61,7 +61,7 @@ class ControlServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._listening = listen_unix(self._path, 0o600)
+        self._listening = listen_unix(self._path, Access(mode=0o600))
         serving = serve_few(self._listening.socket, CLIENTS, DEADLINE_S, REQUEST_BYTES, self._client, log, self._admit)
         self._serving = asyncio.create_task(serving)
 

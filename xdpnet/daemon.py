@@ -8,8 +8,10 @@ happens after SIGTERM, the process is gone within END_S.
 import asyncio
 import contextlib
 import faulthandler
+import grp
 import logging
 import os
+import pwd
 import signal
 import stat
 import time
@@ -25,6 +27,7 @@ from xdpnet.errors import SetupError
 from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.reports import Reports
+from xdpnet.sockets import Access
 from xdpnet.virtq import features
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
@@ -193,7 +196,7 @@ class Daemon:
         self.bridge.guest_set_ips(port, guest.ips)
         max_memory = guest.max_memory or self.config.max_memory
         device = GuestDevice(self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory)
-        return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd))
+        return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd, _access(guest)))
 
     def _open_metrics(self, address: tuple[str, int]) -> Callable[[], None]:
         from xdpnet.metrics.endpoint import MetricsEndpoint
@@ -270,6 +273,18 @@ def _describe(port: GuestPort) -> Guest:
         errors=dict(counters.errors),
         refused=dict(counters.refused),
     )
+
+
+def _access(guest: GuestConfig) -> Access:
+    """Who may use the guest's socket; one that has a user is his alone, if nothing else is said."""
+    try:
+        user, group = guest.user, guest.group
+        uid = pwd.getpwnam(user).pw_uid if isinstance(user, str) else -1 if user is None else user
+        gid = grp.getgrnam(group).gr_gid if isinstance(group, str) else -1 if group is None else group
+    except KeyError as error:
+        raise SetupError(f"guest {guest.name}: {error.args[0]}", "name one of this machine, or a number") from error
+    mode = guest.mode if guest.mode is not None else 0o660 if guest.user is None else 0o600
+    return Access(uid, gid, mode)
 
 
 def _is_socket(fd: int) -> bool:

@@ -16,6 +16,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -81,28 +82,55 @@ def check_path(path: str) -> None:
         raise SocketPathError(path, f"{size} bytes long, at most {PATH_MAX} are possible", "name a shorter path")
 
 
-def listen_unix(path: str, mode: int = 0o660) -> ListeningSocket:
-    """A non-blocking listening stream socket at path, with exactly these permissions."""
+@dataclass(frozen=True)
+class Access:
+    """Who may connect: the socket's owner and group (-1: as this process makes it), and its permissions."""
+
+    uid: int = -1
+    gid: int = -1
+    mode: int = 0o660
+
+
+def listen_unix(path: str, access: Access) -> ListeningSocket:
+    """A non-blocking listening stream socket at path, with exactly this owner, group and permissions."""
     check_path(path)
     directory = _lock_directory(path)
     try:
-        _clear(path)
+        _clear(path, access.uid)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             # The umask, rather than a chmod afterwards: at no time may more people connect than mode says.
-            umask = os.umask(0o777 & ~mode)
+            umask = os.umask(0o777 & ~access.mode)
             try:
                 sock.bind(path)
             finally:
                 os.umask(umask)
-            inode = _inode(os.lstat(path))
-            sock.listen(BACKLOG)
+            inode = _give(path, access)
+            sock.listen(BACKLOG)  # from here on somebody can connect
         except OSError as error:
             sock.close()
             raise SocketPathError(path, f"bind: {error.strerror}", _remedy(error)) from error
         return ListeningSocket(path, sock, inode)
     finally:
         os.close(directory)
+
+
+def _give(path: str, access: Access) -> tuple[int, int]:
+    """Gives the socket its owner and group; its inode. Whatever a stranger puts into its place stays his own."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+            raise SocketPathError(path, "was replaced while it was made", "name a path that no other user may write to")
+        if (access.uid, access.gid) != (-1, -1):
+            os.chown(f"/proc/self/fd/{fd}", access.uid, access.gid)
+    except PermissionError as error:
+        raise SocketPathError(
+            path, f"give it to user {access.uid}, group {access.gid}: {error.strerror}", "run with CAP_CHOWN"
+        ) from error
+    finally:
+        os.close(fd)
+    return _inode(found)
 
 
 def _lock_directory(path: str) -> int:
@@ -128,8 +156,8 @@ def _lock_directory(path: str) -> int:
             raise SocketPathError(path, f"lock directory {directory}: {error.strerror}") from error
 
 
-def _clear(path: str) -> None:
-    """Unlinks our own stale socket; refuses everything else that is there."""
+def _clear(path: str, owner: int) -> None:
+    """Unlinks our own stale socket, or one that we gave to this owner; refuses everything else that is there."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -140,7 +168,7 @@ def _clear(path: str) -> None:
         raise SocketPathError(path, "is a symbolic link", "remove it, or name the path it points to")
     if not stat.S_ISSOCK(found.st_mode):
         raise SocketPathError(path, "exists and is not a socket", "name another path")
-    if found.st_uid != os.geteuid():
+    if found.st_uid not in (os.geteuid(), owner):
         raise SocketPathError(path, f"belongs to user {found.st_uid}", "name another path, or have its owner remove it")
     if not _is_stale(path):
         raise SocketPathError(path, "another process listens on it", "stop that process, or name another path")
@@ -150,7 +178,10 @@ def _clear(path: str) -> None:
 def _is_stale(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         # Only a refused connection tells that nobody listens; a full backlog or a socket of another type is alive.
-        return probe.connect_ex(path) == errno.ECONNREFUSED
+        answer = probe.connect_ex(path)
+    if answer == errno.EACCES:
+        raise SocketPathError(path, "we may not ask if somebody listens on it", "remove it if nobody does")
+    return answer == errno.ECONNREFUSED
 
 
 def _inode(found: os.stat_result) -> tuple[int, int]:

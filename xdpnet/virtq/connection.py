@@ -77,7 +77,7 @@ class Connection:
                 if answer is not None and not self._send(answer):
                     return
         except ProtocolError as error:
-            self._fail(error)
+            self.fail(error)
         except (ConnectionError, EOFError) as error:
             self._log.info("the frontend is gone: %s", error)
             self.close()
@@ -178,14 +178,15 @@ class Connection:
 
     def _start_timer(self, reason: Reason, text: str) -> None:
         if self._timer is None:
-            self._timer = self._loop.call_later(PATIENCE_S, self._fail, FramingError(reason, text))
+            self._timer = self._loop.call_later(PATIENCE_S, self.fail, FramingError(reason, text))
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _fail(self, error: ProtocolError) -> None:
+    def fail(self, error: ProtocolError) -> None:
+        """Ends the connection for this reason."""
         self._log.warning("the frontend is disconnected: %s", error)
         self._counters.count_error(error)
         self.close()

@@ -16,8 +16,8 @@ class Counters:
     mem_unsealed: int = 0  # regions accepted whose file the frontend may still shrink
     errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     # connections turned away: another frontend is served; no descriptors or memory to accept it with; too many
-    # descriptors of its predecessors are not closed yet
-    refused: dict[str, int] = field(default_factory=lambda: {"busy": 0, "resources": 0, "closing": 0})
+    # descriptors of its predecessors are not closed yet; its user is not the guest's
+    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("busy", "resources", "closing", "peer"), 0))
 
     def count_error(self, error: ProtocolError) -> None:
         self.errors[error.reason] += 1

@@ -1,9 +1,14 @@
 """A guest's vhost-user socket: waits for its frontend, serves one at a time, and waits again when it has gone.
 
 Three ways to meet: listening on a path, connecting to a path (the frontend listens; retried until it is there), or a
-socket inherited as a descriptor, connected or listening. Who may connect is decided by the permissions of the socket's
-path, mode 0660, and by nothing else; who did is logged. Invariant: a second frontend never disturbs the first, and
-between two frontends the device is bare: no ring runs, nothing is mapped, every descriptor of the old one is closed.
+socket inherited as a descriptor, connected or listening. Who may connect is decided by owner, group and permissions of
+the socket; if it has a user, he and root are the only ones who are served, whichever way we meet. Who came is logged.
+
+A second frontend never disturbs one that has handed over its memory. One that has not, for HANDSHAKE_S, may be waiting
+for its guest to boot, or keep the place from its owner: it stays until another one comes, and then makes room.
+
+Invariant: between two frontends the device is bare: no ring runs, nothing is mapped, every descriptor of the old one is
+closed, or about to be.
 
 Reference: QEMU docs/interop/vhost-user.rst, "Backend program conventions"; xdpnet.sockets for who gets a path.
 """
@@ -13,23 +18,33 @@ import contextlib
 import os
 import select
 import socket
+import time
 
 from xdpnet.closer import MAX_PENDING, Closer
 from xdpnet.errors import SetupError
-from xdpnet.sockets import ListeningSocket, check_path, listen_unix, peer_of
+from xdpnet.sockets import Access, ListeningSocket, check_path, listen_unix, peer_of
 from xdpnet.virtq.connection import Connection
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
+from xdpnet.virtq.message import FramingError
 from xdpnet.virtq.session import Session
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 0.5  # of a client whose server is not there
+HANDSHAKE_S = 5.0  # QEMU whose guest runs needs milliseconds
 ACCEPT_PAUSE_S = 1.0  # when there is no descriptor left to accept with, or too many of the guest's are not closed
 
 
 class GuestSocket:
     """Brings frontends to a device: `path` to listen on or, as a client, to connect to; or an inherited `fd`."""
 
-    def __init__(self, device: GuestDevice, path: str | None, client: bool = False, fd: int | None = None) -> None:
+    def __init__(
+        self,
+        device: GuestDevice,
+        path: str | None,
+        client: bool = False,
+        fd: int | None = None,
+        access: Access = Access(),  # noqa: B008
+    ) -> None:
         if (path is None) == (fd is None):
             raise ValueError("a guest's socket is a path or a descriptor")
         self.device = device
@@ -39,7 +54,9 @@ class GuestSocket:
         self._client = client
         self._turned_away = Closer()  # not the device's: these must not be counted against the frontend that is served
         self._fd = fd
+        self._access = access
         self._connection: Connection | None = None
+        self._handshake_until = 0.0  # until then another frontend cannot have its place
         self._listening: ListeningSocket | None = None
         self._acceptor: socket.socket | None = None
         self._connector: asyncio.Task[None] | None = None
@@ -59,7 +76,7 @@ class GuestSocket:
             check_path(self.path)
             self._connector = asyncio.create_task(self._connect(self.path))
         elif self.path is not None:
-            self._listening = listen_unix(self.path)
+            self._listening = listen_unix(self.path, self._access)
             self._listen(self._listening.socket)
 
     async def stop(self) -> None:
@@ -104,8 +121,11 @@ class GuestSocket:
         os.set_inheritable(fd, False)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self._listen(sock)
-        else:
+        elif self._may_speak(sock):
             self._serve(sock)
+        else:
+            self._turn_away(sock)
+            raise SetupError(f"descriptor {fd}: the other end is not of user {self._access.uid}, nor of root")
 
     async def _connect(self, path: str) -> None:
         """Connects, and connects again whenever the frontend has gone."""
@@ -124,6 +144,10 @@ class GuestSocket:
                     self.device.log.info("waiting for a frontend on %s: %s", path, error.strerror)
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, RETRY_MAX_S)
+                continue
+            if not self._may_speak(sock):
+                self._turn_away(sock)
+                await asyncio.sleep(RETRY_MAX_S)
                 continue
             complaint, delay = "", RETRY_FIRST_S
             self._serve(sock)
@@ -149,15 +173,28 @@ class GuestSocket:
             self.counters.refused["resources"] += 1
             self._pause_accepting(self._acceptor)
             return
+        if not self._may_speak(sock):
+            self._turn_away(sock)
+            return
         if self._connection is not None and _hung_up(self._connection.socket):
             # It has gone and we have not read its end yet; its successor need not suffer for that.
             self._connection.close()
+        if self._connection is not None and not self.device.memory and time.monotonic() > self._handshake_until:
+            self._connection.fail(FramingError("timeout", f"no memory for {HANDSHAKE_S:g} s, and another wants in"))
         if self._connection is not None:
             self.counters.refused["busy"] += 1
             self.device.log.warning("%s refused: another frontend is connected", peer_of(sock))
             self._turn_away(sock)
             return
         self._serve(sock)
+
+    def _may_speak(self, sock: socket.socket) -> bool:
+        peer = peer_of(sock)
+        if self._access.uid in (-1, peer.uid) or peer.uid == 0:
+            return True
+        self.counters.refused["peer"] += 1
+        self.device.log.warning("%s refused: only user %d and root are served", peer, self._access.uid)
+        return False
 
     def _pause_accepting(self, acceptor: socket.socket) -> None:
         """It stays readable: without a pause we would spin on it."""
@@ -174,6 +211,7 @@ class GuestSocket:
         self.device.log.info("frontend connected: %s", peer_of(sock))
         self.counters.connects += 1
         self._free.clear()
+        self._handshake_until = time.monotonic() + HANDSHAKE_S
         session = Session(self.device, self.counters)
         self._connection = Connection(sock, session, self.counters, self._on_close)
 
