@@ -171,6 +171,28 @@ uint32_t xn_bridge_events(struct xn_bridge *b)
 	return __atomic_exchange_n(&b->events, 0, __ATOMIC_ACQ_REL);
 }
 
+int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out)
+{
+	int n = 0;
+
+	for (u32 id = 0; id < b->ports_n; id++) {
+		struct port *p = &b->ports[id];
+
+		if (p->kind != PORT_GUEST || !__atomic_load_n(&p->guest.broke, __ATOMIC_RELAXED))
+			continue;
+		/* Acquire: the reason was stored before the bit. */
+		for (u32 rings = __atomic_exchange_n(&p->guest.broke, 0, __ATOMIC_ACQUIRE); rings; rings &= rings - 1) {
+			u32 ring = (u32)__builtin_ctz(rings);
+
+			out[n++] = (struct xn_broken_ring){
+				.port = id,
+				.ring = ring,
+				.broken = __atomic_load_n(&p->guest.rings[ring].broken, __ATOMIC_RELAXED)};
+		}
+	}
+	return n;
+}
+
 int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out)
 {
 	if (worker >= b->config.workers)

@@ -13,6 +13,8 @@
 #include "worker.h"
 #include "xsk.h"
 
+_Static_assert(2 * XN_MAX_PAIRS <= 32, "a bit for every ring of a guest");
+
 enum port_kind { PORT_NONE, PORT_GUEST, PORT_NETDEV };
 
 struct guest {
@@ -26,6 +28,7 @@ struct guest {
 	struct guard guard;
 	struct mem *mem;
 	u32 mem_lost;		 /* raised by the SIGBUS handler */
+	u32 broke;		 /* rings that broke since the control thread asked, one bit each */
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
 	u64 umem;		 /* the first UMEM that has all its memory */
 	bool recalling;		 /* nothing more is lent, and what is comes back */

@@ -163,8 +163,8 @@ enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limi
 		if (i == FDB_WAYS)
 			i = victim(f, b, now);
 		if (i < FDB_WAYS) {
+			verdict = limited || (b->entry[i].key && b->entry[i].port != port) ? FDB_LEARNED : FDB_KNOWN;
 			write_entry(f, b, i, (struct fdb_entry){key_of(mac, vlan), port, now});
-			verdict = FDB_LEARNED;
 		}
 	}
 	spin_unlock(&f->lock);
@@ -226,19 +226,30 @@ void fdb_flush(struct fdb *f, u32 port, bool all)
 	spin_unlock(&f->lock);
 }
 
+static void forget_expired(struct fdb *f, struct fdb_bucket *b, u32 i, u32 now)
+{
+	spin_lock(&f->lock);
+	if (b->entry[i].key && expired(f, &b->entry[i], now))
+		write_entry(f, b, i, (struct fdb_entry){0});
+	spin_unlock(&f->lock);
+}
+
 u32 fdb_dump(struct fdb *f, struct xn_fdb_entry *out, u32 max, u32 now)
 {
 	u32 n = 0;
 
-	spin_lock(&f->lock);
-	for (u32 slot = 0; slot < FDB_BUCKETS; slot++)
+	/* As a reader: no worker that learns waits for it. */
+	for (u32 slot = 0; slot < FDB_BUCKETS; slot++) {
+		struct fdb_entry copy[FDB_WAYS];
+
+		read_bucket(&f->bucket[slot], copy);
 		for (u32 i = 0; i < FDB_WAYS; i++) {
-			const struct fdb_entry *e = &f->bucket[slot].entry[i];
+			const struct fdb_entry *e = &copy[i];
 
 			if (!e->key)
 				continue;
 			if (expired(f, e, now)) {
-				write_entry(f, &f->bucket[slot], i, (struct fdb_entry){0});
+				forget_expired(f, &f->bucket[slot], i, now);
 				continue;
 			}
 			if (n == max)
@@ -252,6 +263,6 @@ u32 fdb_dump(struct fdb *f, struct xn_fdb_entry *out, u32 max, u32 now)
 			out[n].age_s = fixed ? 0 : now - e->seen;
 			n++;
 		}
-	spin_unlock(&f->lock);
+	}
 	return n;
 }

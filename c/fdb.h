@@ -39,8 +39,8 @@ struct fdb {
 };
 
 enum fdb_verdict {
-	FDB_KNOWN,   /* nothing to learn */
-	FDB_LEARNED, /* new, or moved to this port */
+	FDB_KNOWN,   /* nothing to learn, or nothing that changes which addresses are of which guest */
+	FDB_LEARNED, /* new or moved, to a guest or in place of what another port had taught */
 	FDB_FOREIGN, /* the address is another port's own */
 	FDB_FULL     /* not learned: the port has taught its share, or only static entries could give way */
 };
@@ -48,6 +48,7 @@ enum fdb_verdict {
 struct fdb *fdb_new(u32 ageing_s, u32 max_macs);
 /* The port of a destination; FDB_NONE if it is unknown. */
 u32 fdb_lookup(const struct fdb *f, u64 mac, u16 vlan, u32 now);
+/* limited: the port is a guest's, which has its share and no more. */
 enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limited, u32 now);
 /* A port may have several. -EEXIST: another port has it; -ENOSPC: its bucket is full of static ones. */
 int fdb_set_static(struct fdb *f, u64 mac, u32 port);

@@ -11,6 +11,7 @@ void vring_break(struct virtqueue *q, enum xn_broken why)
 		why = XN_BROKEN_MEMORY;
 	q->broken = (u8)why;
 	count(&q->stats.breaks, 1);
+	__atomic_fetch_or(&q->port->guest.broke, 1u << q->index, __ATOMIC_RELEASE);
 	bridge_call(q->port->bridge, q->err_fd);
 	bridge_event(q->port->bridge, why == XN_BROKEN_MEMORY ? XN_EVENT_MEMORY : XN_EVENT_BROKEN);
 }

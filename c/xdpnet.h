@@ -169,6 +169,13 @@ struct xn_ring_state {
 	uint32_t used_event;  /* the index at which the guest wants an interrupt */
 };
 
+/* A ring that was latched broken. */
+struct xn_broken_ring {
+	uint32_t port;
+	uint32_t ring;
+	uint32_t broken; /* enum xn_broken; XN_RING_OK: it was started anew meanwhile */
+};
+
 /* XDP_STATISTICS of a queue's sockets, summed over every socket it has had, and its ring fill. */
 struct xn_xsk_stats {
 	uint64_t rx_dropped;
@@ -227,6 +234,8 @@ int xn_bridge_event_fd(struct xn_bridge *b);				/* readable when xn_bridge_event
 uint32_t xn_bridge_events(struct xn_bridge *b); /* enum xn_event bits since the last call; clears the fd */
 uint64_t
 xn_bridge_parked_ns(const struct xn_bridge *b); /* that the workers have stood still for the control thread, so far */
+/* Rings that broke since the last call; there is room for all, 2 * XN_MAX_PAIRS of each port. Their number. */
+int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out);
 int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out);
 
 /* ---- time, for tests ---- */

@@ -58,6 +58,7 @@ class Scene:
         assert self.ring(index).is_in_error()
         assert self.bad.stats(index).breaks == 1
         assert self.bridge.events() & core.EVENT_BROKEN
+        assert self.bridge.broken_rings() == [core.BrokenRing(self.bad.port, index, reason)]
         assert state(1 - index).broken == ""
         before = self.bad.memory.snapshot()
         self.use(index)

@@ -189,6 +189,16 @@ def test_addresses_that_have_aged_are_no_part_of_the_share(
     assert (mac(12), 0, drivers[1].port) in known(bridge)
 
 
+def test_addresses_of_some_ports_are_those_of_the_dump(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.set_mac(drivers[0].port, mac(0), False)
+    send(drivers[1], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(1), vlan=7), frame(BROADCAST, mac(11)))
+    send(drivers[2], frame(BROADCAST, mac(2)))
+    assert bridge.addresses_of([drivers[0].port, drivers[1].port]) == {mac(0), mac(1), mac(11)}
+    assert bridge.addresses_of([drivers[2].port]) == {mac(2)}
+    assert bridge.addresses_of([]) == set()
+
+
 def test_flush_forgets_what_a_port_taught_and_keeps_its_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
     bridge.set_mac(drivers[1].port, mac(1), False)

@@ -405,12 +405,14 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
         bridge.set_mac(guest.port, GUEST, True)
         opened.sync_macs([GUEST])
         guest.pair.fill()
+        bridge.events()
         for number in range(16000):
             wire.send(frame(GUEST, b"\x02\0" + number.to_bytes(4, "big")))
             if number % 64 == 63:  # the socket has 128 frames
                 assert eventually(
                     lambda sent=number + 1: bridge.queue_stats(opened.port, 0, core.RX).packets == sent  # type: ignore[misc]
                 )
+        assert not bridge.events() & core.EVENT_FDB, "no address of a guest has changed"
         entries = bridge.fdb_dump()
         assert 4096 < len(entries) <= 12288
         assert [entry.mac for entry in entries if entry.port == guest.port] == [GUEST]

@@ -1,9 +1,16 @@
 """What the core reports: addresses are steered at once and then not too often."""
 
 import asyncio
+import contextlib
+import itertools
+import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
+import pytest
+
+from tests.driver import Driver
+from tests.rings import VERSION_1, eventually
 from tests.waiting import PATIENCE_S
 from xdpnet import core
 from xdpnet.reports import SETTLE_S, Reports
@@ -27,7 +34,9 @@ class Interface:
         raise NotImplementedError
 
 
-def with_bridge(steps: Callable[[core.Bridge, int, Interface], Awaitable[None]]) -> Interface:
+def with_bridge(
+    steps: Callable[[core.Bridge, int, Interface], Awaitable[None]], spent: Callable[[], float] = time.thread_time
+) -> Interface:
     """Runs the steps beside a bridge with one guest, whose events are read."""
     interface = Interface()
 
@@ -35,7 +44,7 @@ def with_bridge(steps: Callable[[core.Bridge, int, Interface], Awaitable[None]])
         with core.Bridge() as bridge:
             port = bridge.add_guest(1)
             bridge.start()
-            reports = Reports(bridge, {port: ("web", 1)}, {"eth1": interface}, lambda _: None)
+            reports = Reports(bridge, {port: "web"}, {"eth1": interface}, lambda _: None, spent)
             try:
                 await steps(bridge, port, interface)
             finally:
@@ -84,3 +93,74 @@ def test_an_interface_that_cannot_take_the_addresses_stops_nothing() -> None:
         await settle(lambda: len(interface.synced) == 2)
 
     with_bridge(steps)
+
+
+@pytest.mark.parametrize(("cost_s", "more"), [(0.0, True), (1000.0, False)], ids=["cheap", "dear"])
+def test_the_more_an_update_costs_the_longer_the_next_one_waits(cost_s: float, more: bool) -> None:
+    """Of a thousand seconds of work one has to recover for hours."""
+    clock = itertools.count(0.0, cost_s)
+
+    async def steps(bridge: core.Bridge, port: int, interface: Interface) -> None:
+        for number in range(20):
+            bridge.set_mac(port, MAC[:5] + bytes([number]), True)
+            await asyncio.sleep(SETTLE_S)
+
+    assert (len(with_bridge(steps, lambda: next(clock)).synced) > 1) is more
+
+
+# ---- broken rings ----
+
+
+def broken_rings(*of_each: Sequence[int], restart: int = -1) -> list[int]:
+    """Breaks these rings of each guest at once and has it reported; connections that were to be ended, by port."""
+    ended: list[int] = []
+
+    async def run() -> None:
+        with contextlib.ExitStack() as stack:
+            bridge = stack.enter_context(core.Bridge())
+            drivers = [
+                stack.enter_context(contextlib.closing(Driver(bridge, VERSION_1, num=4, pairs=core.MAX_PAIRS).start()))
+                for _ in of_each
+            ]
+            bridge.start()
+            broken = [(driver, ring) for driver, rings in zip(drivers, of_each, strict=True) for ring in rings]
+            for driver, ring in broken:
+                driver.rings()[ring].raw((0, 64, 0))  # outside of its memory
+                driver.rings()[ring].kick(always=True)
+            assert eventually(lambda: all(driver.state(ring).broken for driver, ring in broken))
+            if restart >= 0:
+                drivers[0].restart(restart)
+            names = {driver.port: f"vm{number}" for number, driver in enumerate(drivers)}
+            reports = Reports(bridge, names, {}, ended.append)
+            await asyncio.sleep(2 * SETTLE_S)
+            reports.close()
+
+    asyncio.run(run())
+    return ended
+
+
+def test_all_rings_of_a_guest_that_break_together_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    assert broken_rings((3, 7, 31), (), (1,)) == []
+    assert caplog.messages == [
+        "guest vm0: tx ring 1 broke: addr, and 2 of its other rings; a reset of its driver revives it",
+        "guest vm2: tx ring 0 broke: addr; a reset of its driver revives it",
+    ]
+
+
+def test_a_ring_that_was_reset_before_it_was_named_is_said_to_have_been_broken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    broken_rings((1,), restart=1)
+    assert caplog.messages == ["guest vm0: tx ring 0 broke and was reset; a reset of its driver revives it"]
+
+
+def test_what_a_report_of_broken_rings_costs_is_what_broke(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No ring is asked how it is."""
+    monkeypatch.setattr(core.Bridge, "queue_stats", lambda *_: pytest.fail("asked for counters"))
+    caplog.set_level(logging.WARNING)
+    broken_rings((1,))
+    assert len(caplog.messages) == 1

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Literal
@@ -28,6 +29,7 @@ MAX_PAIRS: int = lib.XN_MAX_PAIRS
 MAX_NETDEV_QUEUES: int = lib.XN_MAX_NETDEV_QUEUES
 MAX_WORKERS: int = lib.XN_MAX_WORKERS
 MAX_REGIONS: int = lib.XN_MAX_REGIONS
+MAX_ADDRESSES = 16384  # more than the forwarding database holds
 MAX_RING: int = lib.XN_MAX_RING
 FRAME_SIZE: int = lib.XN_FRAME_SIZE
 MAX_PLAIN_FRAME: int = lib.XN_MAX_PLAIN_FRAME
@@ -45,6 +47,7 @@ ZEROCOPY: dict[ZeroCopy, int] = {
     "auto": lib.XN_ZEROCOPY_AUTO,
     "on": lib.XN_ZEROCOPY_ON,
 }
+_MAC_AND_PORT = struct.Struct("=6s2xI8x")  # of struct xn_fdb_entry
 COPYBREAK = 256  # below, a loan to the kernel costs as much as the copy that it saves
 
 
@@ -122,6 +125,15 @@ class RingState:
     used_idx: int
     avail_event: int
     used_event: int
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRing:
+    """A ring that was latched broken; `reason` is empty if it was started anew meanwhile."""
+
+    port: int
+    ring: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +247,9 @@ class Bridge:
         self._bridge: Any = lib.xn_bridge_new(config)
         if self._bridge == ffi.NULL:
             raise OSError(ffi.errno, f"create bridge: {os.strerror(ffi.errno)}")
+        # Kept: what is read often is read by what it holds, not by what it could hold.
+        self._broken = ffi.new("struct xn_broken_ring[]", 2 * MAX_PAIRS * MAX_PORTS)
+        self._entries = ffi.new("struct xn_fdb_entry[]", MAX_ADDRESSES)
 
     def __enter__(self) -> Bridge:
         return self
@@ -263,6 +278,11 @@ class Bridge:
     def events(self) -> int:
         """EVENT_ bits raised since the last call."""
         return int(lib.xn_bridge_events(self._bridge))
+
+    def broken_rings(self) -> list[BrokenRing]:
+        """Rings that broke since the last call."""
+        n = _check(lib.xn_bridge_broken(self._bridge, self._broken), "read broken rings")
+        return [BrokenRing(r.port, r.ring, BROKEN_NAMES[r.broken]) for r in self._broken[0:n]]
 
     @property
     def parked_ns(self) -> int:
@@ -336,11 +356,18 @@ class Bridge:
 
     # ---- addresses ----
 
-    def fdb_dump(self, limit: int = 16384) -> list[FdbEntry]:
+    def _dump(self) -> int:
+        return _check(lib.xn_fdb_dump(self._bridge, self._entries, MAX_ADDRESSES), "read forwarding database")
+
+    def fdb_dump(self) -> list[FdbEntry]:
         """The addresses that the bridge knows now; expired ones are removed by this."""
-        out = ffi.new("struct xn_fdb_entry[]", limit)
-        n = _check(lib.xn_fdb_dump(self._bridge, out, limit), "read forwarding database")
-        return [FdbEntry(bytes(e.mac), e.vlan, e.port, bool(e.is_static), e.age_s) for e in out[0:n]]
+        n = self._dump()
+        return [FdbEntry(bytes(e.mac), e.vlan, e.port, bool(e.is_static), e.age_s) for e in self._entries[0:n]]
+
+    def addresses_of(self, ports: Container[int]) -> frozenset[bytes]:
+        """Those of them that are these ports', on whatever VLAN; a tenth of the work."""
+        found = memoryview(ffi.buffer(self._entries))[: self._dump() * _MAC_AND_PORT.size]
+        return frozenset(mac for mac, port in _MAC_AND_PORT.iter_unpack(found) if port in ports)
 
     def fdb_flush(self, port: int) -> None:
         """Forget the addresses that were learned from a port."""

@@ -90,8 +90,8 @@ class Daemon:
             stack.callback(self.bridge.stop)
 
             # 7. What the core reports; what becomes of the interfaces.
-            pairs = {guest.device.port: (guest.config.name, guest.config.queues) for guest in self.guests}
-            self.reports = Reports(self.bridge, pairs, self.netdevs, self._end_connection)
+            names = {guest.device.port: guest.config.name for guest in self.guests}
+            self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
             await stack.enter_async_context(self._tasks())
@@ -116,7 +116,7 @@ class Daemon:
             # 11. Ready, until we are told to end.
             systemd.notify("READY=1")
             log.info(
-                "ready: guests %d, interfaces %d, workers %d", len(pairs), len(self.netdevs), self.config.worker_count
+                "ready: guests %d, interfaces %d, workers %d", len(names), len(self.netdevs), self.config.worker_count
             )
             await self._stop.wait()
 

@@ -1,7 +1,7 @@
 """What the core reports through its event descriptor, and what is done about it.
 
     FDB      a guest's address came or went: steer these addresses to us, and these only
-    BROKEN   a ring was latched broken: say so, once for each time and not too often
+    BROKEN   rings were latched broken: say so, not too often for each guest
     MEMORY   a guest's memory was taken away under us: end that connection, for its rings cannot go on
     SOCKET   a socket of an interface failed: have its watch look at it now
     UMEM     guests' memory came or went, or a socket is stuck with some: have the interfaces see if they have all of it
@@ -11,14 +11,16 @@ Reference: c/xdpnet.h, enum xn_event.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from xdpnet import core
 from xdpnet.ration import RateLimit
 
-SETTLE_S = 0.01  # a flood of new addresses costs a hundred updates a second, not a million
-LOG_PAUSE_S = 5.0  # between two lines about the same ring
+SETTLE_S = 0.01  # a flood of new addresses costs a hundred updates a second, not a million ...
+SHARE = 0.05  # ... and this part of the thread's time, however many addresses there are
+LOG_PAUSE_S = 5.0  # between two lines about the rings of a guest
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +39,19 @@ class Reports:
     def __init__(
         self,
         bridge: core.Bridge,
-        guests: Mapping[int, tuple[str, int]],
+        guests: Mapping[int, str],
         netdevs: Mapping[str, Steering],
         end_connection: Callable[[int], None],
+        spent: Callable[[], float] = time.thread_time,
     ) -> None:
-        """guests: port -> name and number of queue pairs."""
+        """guests: port -> name; spent: seconds of processor time."""
         self._bridge = bridge
         self._guests = guests
         self._netdevs = netdevs
         self._end_connection = end_connection
         self._loop = asyncio.get_running_loop()
+        self._spent = spent
         self._limit = RateLimit(LOG_PAUSE_S)
-        self._breaks: dict[tuple[int, int], int] = {}
         self._settling: asyncio.TimerHandle | None = None
         self._changed_again = False
         self._loop.add_reader(bridge.event_fd, self._read)
@@ -74,13 +77,15 @@ class Reports:
     # ---- addresses ----
 
     def _addresses_changed(self) -> None:
-        """At once when it was quiet, for the answer to a guest's first frame is on its way; else after SETTLE_S."""
+        """At once when it was quiet, for the answer to a guest's first frame is on its way; else after a while."""
         if self._settling:
             self._changed_again = True
             return
+        start = self._spent()
         self.sync_addresses()
         self._changed_again = False
-        self._settling = self._loop.call_later(SETTLE_S, self._settled)
+        pause = max(SETTLE_S, (self._spent() - start) / SHARE)
+        self._settling = self._loop.call_later(pause, self._settled)
 
     def _settled(self) -> None:
         self._settling = None
@@ -91,9 +96,7 @@ class Reports:
         """Every interface steers the guests' addresses, static and learned, and forgets those that aged."""
         if not self._netdevs:
             return
-        macs = frozenset(
-            entry.mac for entry in self._bridge.fdb_dump() if entry.port in self._guests and not entry.mac[0] & 1
-        )
+        macs = self._bridge.addresses_of(self._guests)
         for name, netdev in self._netdevs.items():
             try:
                 netdev.sync_macs(macs)
@@ -105,26 +108,26 @@ class Reports:
     # ---- broken rings ----
 
     def _rings_broke(self) -> None:
-        for port, (name, pairs) in self._guests.items():
-            lost_memory = False
-            for ring in range(2 * pairs):
-                pair, direction = divmod(ring, 2)
-                breaks = self._bridge.queue_stats(port, pair, direction).breaks
-                if breaks == self._breaks.get((port, ring), 0):
-                    continue
-                self._breaks[port, ring] = breaks
-                reason = self._bridge.ring_state(port, ring).broken
-                lost_memory |= reason == "memory"
-                self._say_broken(name, pair, direction, reason)
-            if lost_memory:
+        broken: dict[int, list[core.BrokenRing]] = {}
+        for ring in self._bridge.broken_rings():
+            broken.setdefault(ring.port, []).append(ring)
+        for port, rings in broken.items():
+            name = self._guests[port]
+            self._say_broken(name, rings)
+            if any(ring.reason == "memory" for ring in rings):
                 suffix = self._limit.allow((name, "memory"))
                 if suffix is not None:
                     log.warning("guest %s: its memory was taken away; ending the connection%s", name, suffix)
                 self._end_connection(port)
 
-    def _say_broken(self, name: str, pair: int, direction: int, reason: str) -> None:
-        suffix = self._limit.allow((name, pair, direction))
-        if suffix is not None:
-            way = "rx" if direction == core.RX else "tx"
-            what = f"broke: {reason}" if reason else "broke and was reset"
-            log.warning("guest %s: %s ring %d %s; a reset of its driver revives it%s", name, way, pair, what, suffix)
+    def _say_broken(self, name: str, rings: Sequence[core.BrokenRing]) -> None:
+        suffix = self._limit.allow((name, "rings"))
+        if suffix is None:
+            return
+        pair, direction = divmod(rings[0].ring, 2)
+        way = "rx" if direction == core.RX else "tx"
+        what = f"broke: {rings[0].reason}" if rings[0].reason else "broke and was reset"
+        others = f", and {len(rings) - 1} of its other rings" if len(rings) > 1 else ""
+        log.warning(
+            "guest %s: %s ring %d %s%s; a reset of its driver revives it%s", name, way, pair, what, others, suffix
+        )
