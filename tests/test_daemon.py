@@ -21,6 +21,7 @@ import pytest
 from tests.frontend import Frontend, GuestMemory
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.waiting import PATIENCE_S
+from xdpnet.closer import MAX_PENDING
 from xdpnet.control import CLIENTS, ask
 from xdpnet.metrics.endpoint import CONNECTIONS
 from xdpnet.metrics.snapshot import Port, Snapshot
@@ -370,7 +371,7 @@ def test_strangers_who_connect_without_end_take_few_descriptors_and_none_of_a_gu
             running.until(lambda: descriptors_of(running) >= before + CONNECTIONS + CLIENTS, "all places taken")
             for _ in range(100):
                 assert frontend.set_event(Request.SET_VRING_CALL, 0, frontend.event()) == 0
-                assert descriptors_of(running) <= before + CONNECTIONS + CLIENTS + 16
+                assert descriptors_of(running) <= before + CONNECTIONS + CLIENTS + MAX_PENDING
             for sock in strangers:
                 sock.close()
         running.until(lambda: running.get("/healthz") == (200, "ok\n"), "served again")
