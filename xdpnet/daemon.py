@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xdpnet import core, descriptors, systemd
+from xdpnet import cgroup, core, descriptors, systemd
 from xdpnet.config import Config, GuestConfig, NetdevConfig
 from xdpnet.control import ControlServer, directory_of
 from xdpnet.errors import SetupError
@@ -70,8 +70,9 @@ class Daemon:
             # 1. From here on SIGTERM and SIGINT mean an orderly end.
             stack.enter_context(self._signals())
 
-            # 2. Room for all descriptors that guests may need.
+            # 2. Room for all descriptors that guests may need; a word on that for their memory.
             descriptors.reserve(descriptors.needed(self.config))
+            self._advise()
 
             # 3. The bridge: its arena and forwarding table; no worker runs yet.
             self.bridge = self._make_bridge()
@@ -147,6 +148,17 @@ class Daemon:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    def _advise(self) -> None:
+        """What works, but not as somebody may expect."""
+        limit = cgroup.memory_limit()
+        guests = sum(guest.max_memory or self.config.max_memory for guest in self.config.guests)
+        if limit is not None and limit < guests:
+            log.warning(
+                "%d MiB of memory are what this process may have (MemoryMax), and max_memory of all guests is %d MiB: "
+                "a frontend can have it killed; set max_memory to what guests have, or raise the limit",
+                limit >> 20, guests >> 20,
+            )  # fmt: skip
 
     def _make_bridge(self) -> core.Bridge:
         config = self.config
