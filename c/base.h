@@ -63,6 +63,12 @@ static inline u64 counted(const uint64_t *counter)
 	return __atomic_load_n(counter, __ATOMIC_RELAXED);
 }
 
+/* As struct xn_worker_stats has it. */
+static inline u32 place_of(u32 port, u32 queue)
+{
+	return port << 8 | queue;
+}
+
 static inline void full_fence(void)
 {
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);

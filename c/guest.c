@@ -411,6 +411,7 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	q->started = true;
 	if (ring % 2 == XN_TX) {
 		q->source = (struct source){.ops = packed ? &packed_source : &split_source,
+					    .queue = ring,
 					    .fd = q->kick_fd,
 					    .spins = true,
 					    .kicks = &q->stats.kicks,

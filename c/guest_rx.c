@@ -305,6 +305,7 @@ void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct vie
 	}
 	struct virtqueue *q = &g->rings[2 * g->ready[queue % g->ready_n]];
 
+	worker_delivers_to(w, place_of(p->id, q->index));
 	vring_lock(q);
 	if (unlikely(__atomic_load_n(&g->mem_lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
@@ -313,4 +314,5 @@ void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct vie
 	else
 		deliver_to_ring(w, q, views, which, n, false);
 	vring_unlock(q);
+	worker_delivers_to(w, XN_AT_REST);
 }

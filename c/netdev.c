@@ -110,6 +110,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 	x->port = &b->ports[port];
 	x->queue = queue;
 	x->source = (struct source){.ops = x->sg ? &chains_source : &xsk_source,
+				    .queue = queue,
 				    .fd = x->fd,
 				    .spins = true,
 				    .unwatched = true,
@@ -178,7 +179,7 @@ int xn_netdev_set_group_fd(struct xn_bridge *b, uint32_t port, int fd)
 		d->group_fd = w->group_frames ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
 		r = d->group_fd < 0 ? (w->group_frames ? -errno : -ENOMEM) : 0;
 		d->group_failed = false;
-		d->group = (struct source){.ops = &group_source, .fd = d->group_fd};
+		d->group = (struct source){.ops = &group_source, .queue = d->queues, .fd = d->group_fd};
 		if (!r)
 			r = worker_add_source(w, &d->group, port);
 		if (r && d->group_fd >= 0) {

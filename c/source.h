@@ -28,6 +28,8 @@ struct source {
 	struct worker *worker;
 	struct account *account; /* of its port, with that worker */
 	u32 slot;		 /* in the worker's list of sources */
+	u32 queue;		 /* of its port; of a guest the ring */
+	u32 place;		 /* place_of() them */
 	int fd;			 /* what wakes it; -1: it is polled for ever */
 	bool active;
 	bool spins;	 /* polled for a time after its last frame; else until it is empty */

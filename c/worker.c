@@ -91,6 +91,7 @@ int worker_add_source(struct worker *w, struct source *s, u32 port)
 		return r;
 	s->worker = w;
 	s->account = &w->accounts[port];
+	s->place = place_of(port, s->queue);
 	s->spin = w->bridge->spin_cycles;
 	s->weighed = cycles();
 	s->weighed_bytes = s->spins ? moved_bytes(s) : 0;
@@ -184,6 +185,7 @@ static u32 poll_source(struct worker *w, struct source *s)
 {
 	w->payer = s->account;
 	w->price = 0;
+	worker_is_at(w, s->place);
 	u32 n = s->ops->poll(w, s);
 	u64 now = cycles(), price = w->price * w->bridge->cycles_per_us / 1000;
 
@@ -263,6 +265,7 @@ static int kick_sockets(struct worker *w)
 	for (u32 i = 0; i < w->kick_n; i++) {
 		struct xsk *x = w->kick[i];
 
+		worker_is_at(w, x->source.place);
 		if (netdev_kick(x))
 			continue;
 		w->kick[kept++] = x;
@@ -284,6 +287,7 @@ static void end_loans(struct worker *w, u64 now)
 		struct virtqueue *q = w->lenders[i];
 
 		w->payer = q->source.account;
+		worker_is_at(w, q->source.place);
 		if (guest_take_back(q, now)) {
 			worker_owes(w, q);
 			w->lenders_wait = 1;
@@ -316,6 +320,7 @@ static bool notify(struct worker *w, struct virtqueue *q, struct account *payer)
 {
 	const u64 fair = CALL_US * w->bridge->cycles_per_us, calls = q->stats.calls;
 
+	worker_is_at(w, place_of(q->port->id, q->index));
 	vring_lock(q);
 	/* What it has seen by itself meanwhile has cost nothing; what came later has a time of its own. */
 	bool more = vring_notify(q, tells_all(w, q) ? q->used : q->owed, &w->caller);
@@ -382,6 +387,7 @@ static void look_at_all(struct worker *w)
 
 		if (s->active)
 			continue;
+		worker_is_at(w, s->place);
 		activate(w, s);
 		/* Once, if it brings nothing. */
 		s->last_work = 0;
@@ -394,6 +400,8 @@ void worker_wait(struct worker *w, int timeout_ms)
 	u64 until = timeout_ms ? monotonic_ns() + (u64)timeout_ms * 1000000 : 0, ns;
 	int n;
 
+	if (timeout_ms)
+		worker_is_at(w, XN_AT_REST);
 	/* What is over is said by the core's own clock, which may be held. */
 	do {
 		n = epoll_wait(w->epoll_fd, events, EVENTS, timeout_ms);
@@ -415,6 +423,7 @@ void worker_wait(struct worker *w, int timeout_ms)
 		if (s->kicks)
 			count(s->kicks, 1);
 		s->woken = true;
+		worker_is_at(w, s->place);
 		if (!s->active)
 			learn_spin(w, s, cycles());
 		activate(w, s);
@@ -429,6 +438,7 @@ static void park(struct worker *w)
 {
 	struct parking *p = &w->bridge->parking;
 
+	worker_is_at(w, XN_AT_REST);
 	pthread_mutex_lock(&p->mutex);
 	while (p->wanted) {
 		p->parked++;
@@ -493,6 +503,7 @@ static void *run(void *argument)
 			last_events = w->turn;
 		}
 	}
+	worker_is_at(w, XN_AT_REST);
 	return NULL;
 }
 
@@ -525,6 +536,7 @@ struct worker *worker_new(struct xn_bridge *b, u32 id)
 	w->bridge = b;
 	w->id = id;
 	w->stats.cpu = b->config.cpus[id];
+	w->stats.at = w->stats.to = XN_AT_REST;
 	w->quantum = (s64)(QUANTUM_US * b->cycles_per_us);
 	w->kick_cycles = KICK_NS * b->cycles_per_us / 1000;
 	w->sent_call_delay = SENT_CALL_US * b->cycles_per_us;

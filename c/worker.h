@@ -132,6 +132,17 @@ void worker_keep_active(struct worker *w, struct source *s);
 void worker_forget_ring(struct worker *w, const struct virtqueue *q);
 void worker_forget_xsk(struct worker *w, const struct xsk *x);
 
+/* Says where the worker is now, to whoever looks whether it goes on. */
+static inline void worker_is_at(struct worker *w, u32 place)
+{
+	__atomic_store_n(&w->stats.at, place, __ATOMIC_RELAXED);
+}
+
+static inline void worker_delivers_to(struct worker *w, u32 place)
+{
+	__atomic_store_n(&w->stats.to, place, __ATOMIC_RELAXED);
+}
+
 /* When the guest is told of what it has back now. */
 static inline void worker_set_due(const struct worker *w, struct virtqueue *q)
 {

@@ -200,7 +200,12 @@ struct xn_worker_stats {
 	uint64_t packets;     /* frames taken from any port */
 	int32_t cpu;
 	int32_t tid;
+	/* Where it is: port << 8 | ring or queue; a netdev's group socket is behind its queues. XN_AT_REST: asleep, or parked. */
+	uint32_t at;
+	uint32_t to; /* ... and delivers to; XN_AT_REST: to none */
 };
+
+enum { XN_AT_REST = 0xffff };
 
 struct xn_ip {
 	uint8_t version; /* 4 or 6 */

@@ -26,7 +26,7 @@ from xdpnet.errors import SetupError
 from xdpnet.metrics import table
 from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.endpoint import CONNECTIONS, REQUEST_BYTES, MetricsEndpoint, faults
-from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Queue, Snapshot, total
+from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Queue, Snapshot, Worker, total
 
 
 def exposition(shown: Snapshot) -> str:
@@ -263,6 +263,15 @@ def test_health_is_503_with_every_reason() -> None:
 
 def test_a_thread_that_is_not_ours_is_no_running_worker() -> None:
     assert faults(snapshot(guest_port(), tid=1)) == ["worker 0 does not run"]
+
+
+def test_a_worker_that_does_not_go_on_is_an_illness_and_the_page_says_where_it_is() -> None:
+    stuck = Worker(0, -1, os.getpid(), 5_000, 100, 7, 999, 2.04, "guest web's rx ring 0")
+    assert faults(snapshot(workers=(stuck,))) == ["worker 0 has been at guest web's rx ring 0 for 2.0 s"]
+    assert "worker 0 has been at guest web's rx ring 0 for 2.0 s" in page(snapshot(workers=(stuck,)))
+    assert "has been at" not in page(snapshot())
+    assert 'xdpnet_worker_stalled_seconds{worker="0"} 2.04' in exposition(snapshot(workers=(stuck,)))
+    assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' in exposition(snapshot())
 
 
 def test_a_guest_that_is_absent_is_no_illness() -> None:

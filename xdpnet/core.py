@@ -156,8 +156,16 @@ class XskStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A port, and a ring of a guest's or a queue of an interface's; its group socket is behind the queues."""
+
+    port: int
+    queue: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """Counters of one worker; `cpu` is -1 when it is not pinned."""
+    """Counters of one worker, where it is (None: asleep) and delivers to; `cpu` is -1 when it is not pinned."""
 
     loops: int
     sleeps: int
@@ -165,6 +173,8 @@ class WorkerStats:
     packets: int
     cpu: int
     tid: int
+    at: Place | None
+    to: Place | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +362,8 @@ class Bridge:
         """Counters of one worker."""
         out = ffi.new("struct xn_worker_stats *")
         _check(lib.xn_worker_stats(self._bridge, worker, out), f"read worker {worker}")
-        return WorkerStats(out.loops, out.sleeps, out.busy_cycles, out.packets, out.cpu, out.tid)
+        at, to = (None if at == lib.XN_AT_REST else Place(at >> 8, at & 0xFF) for at in (out.at, out.to))
+        return WorkerStats(out.loops, out.sleeps, out.busy_cycles, out.packets, out.cpu, out.tid, at, to)
 
     # ---- addresses ----
 

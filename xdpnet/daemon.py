@@ -28,6 +28,7 @@ from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.reports import Reports
 from xdpnet.sockets import Access
+from xdpnet.stalls import StallWatch
 from xdpnet.virtq import features
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
@@ -89,6 +90,9 @@ class Daemon:
             # 6. The workers.
             self.bridge.start()
             stack.callback(self.bridge.stop)
+            self._watch_workers = StallWatch(self.bridge, self._describe)
+            self._watch_workers.start()
+            stack.callback(self._watch_workers.close)
 
             # 7. What the core reports; what becomes of the interfaces.
             names = {guest.device.port: guest.config.name for guest in self.guests}
@@ -134,7 +138,9 @@ class Daemon:
             take.GuestSource(port.config.name, port.device.port, port.config.queues, _describe(port))
             for port in self.guests
         ]
-        return take.take(self.bridge, self.config.worker_count, guests, self.netdevs, self._started)
+        return take.take(
+            self.bridge, self.config.worker_count, guests, self.netdevs, self._started, self._watch_workers.stalls
+        )
 
     # ---- the steps ----
 
@@ -234,7 +240,7 @@ class Daemon:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tick(self) -> None:
-        """Addresses age without an event; the service manager wants to hear that this loop turns."""
+        """Addresses age without an event; the service manager wants to hear that this loop and the workers' turn."""
         watchdog = systemd.watchdog_s()
         while True:
             await asyncio.sleep(min(TICK_S, watchdog / 3) if watchdog else TICK_S)
@@ -242,7 +248,7 @@ class Daemon:
                 self.reports.sync_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
-            if watchdog:
+            if watchdog and not self._watch_workers.stalls:
                 systemd.notify("WATCHDOG=1")
 
     async def _watch(self, netdev: "Netdev") -> None:
@@ -262,6 +268,16 @@ class Daemon:
             await asyncio.gather(*(guest.socket.ended.wait() for guest in self.guests))
             log.info("every inherited connection is over")
             self._stop.set()
+
+    def _describe(self, place: core.Place) -> str:
+        for guest in self.guests:
+            if guest.device.port == place.port:
+                return f"guest {guest.config.name}'s {'tx' if place.queue % 2 else 'rx'} ring {place.queue // 2}"
+        for netdev in self.netdevs.values():
+            if netdev.port == place.port:
+                group = place.queue == netdev.queues
+                return f"interface {netdev.name}'s {'group socket' if group else f'queue {place.queue}'}"
+        return f"port {place.port}"
 
     def _end_connection(self, port: int) -> None:
         for guest in self.guests:

@@ -104,6 +104,12 @@ def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
         for worker in snapshot.workers:
             counter.add_metric([str(worker.number)], getattr(worker, name))
         yield counter
+    stalled = GaugeMetricFamily(
+        "xdpnet_worker_stalled_seconds", "Time for which the worker has not gone on; 0: it does.", labels=["worker"]
+    )
+    for worker in snapshot.workers:
+        stalled.add_metric([str(worker.number)], worker.stalled_s)
+    yield stalled
     entries = GaugeMetricFamily("xdpnet_fdb_entries", "Addresses in the forwarding table.", labels=["port", "type"])
     for port in snapshot.ports:
         for static, kind in ((True, "static"), (False, "learned")):

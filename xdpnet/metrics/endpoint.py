@@ -154,6 +154,11 @@ def faults(snapshot: Snapshot) -> list[str]:
         for worker in snapshot.workers
         if not worker.tid or not Path(f"/proc/self/task/{worker.tid}").exists()
     ]
+    workers += [
+        f"worker {worker.number} has been at {worker.stalled_at} for {worker.stalled_s:.1f} s"
+        for worker in snapshot.workers
+        if worker.stalled_at
+    ]
     netdevs = [f"interface {port.name} is gone" for port in snapshot.ports if port.netdev and not port.netdev.alive]
     return workers + netdevs
 

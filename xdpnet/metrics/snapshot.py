@@ -139,6 +139,8 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
+    """stalled_at: where it has been for stalled_s seconds without going on; empty and 0 while it does."""
+
     number: int
     cpu: int
     tid: int
@@ -146,6 +148,8 @@ class Worker:
     sleeps: int
     busy_cycles: int
     packets: int
+    stalled_s: float = 0.0
+    stalled_at: str = ""
 
 
 @dataclass(frozen=True, slots=True)

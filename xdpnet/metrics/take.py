@@ -24,6 +24,7 @@ from xdpnet.metrics.snapshot import (
     Xsk,
     total,
 )
+from xdpnet.stalls import Stall
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ def take(
     guests: Iterable[GuestSource],
     netdevs: Mapping[str, NetdevSource],
     started: float,
+    stalls: Mapping[int, Stall],
 ) -> Snapshot:
     """Reads everything once. Called on the control thread, which alone may call the core."""
     ports = [_guest_port(bridge, source) for source in guests]
@@ -74,7 +76,7 @@ def take(
         uptime_s=now - started,
         totals=total(ports),
         ports=tuple(ports),
-        workers=tuple(_worker(bridge, number) for number in range(workers)),
+        workers=tuple(_worker(bridge, number, stalls.get(number), now) for number in range(workers)),
         addresses=tuple(_address(entry, names) for entry in bridge.fdb_dump()),
     )
 
@@ -169,9 +171,19 @@ def _xsk(stats: core.XskStats) -> Xsk:
     )
 
 
-def _worker(bridge: core.Bridge, number: int) -> Worker:
+def _worker(bridge: core.Bridge, number: int, stall: Stall | None, now: float) -> Worker:
     stats = bridge.worker_stats(number)
-    return Worker(number, stats.cpu, stats.tid, stats.loops, stats.sleeps, stats.busy_cycles, stats.packets)
+    return Worker(
+        number=number,
+        cpu=stats.cpu,
+        tid=stats.tid,
+        loops=stats.loops,
+        sleeps=stats.sleeps,
+        busy_cycles=stats.busy_cycles,
+        packets=stats.packets,
+        stalled_s=now - stall.since if stall else 0.0,
+        stalled_at=stall.where if stall else "",
+    )
 
 
 def _address(entry: core.FdbEntry, names: Mapping[int, str]) -> Address:

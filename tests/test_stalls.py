@@ -1,0 +1,259 @@
+"""Workers that do not go on are seen, named with whom they are at, and seen to go on."""
+
+import contextlib
+import ctypes
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.driver import Driver
+from tests.frontend import Frontend, GuestMemory
+from tests.guests import MakeBridge, MakeGuest, frame, mac
+from tests.rings import VERSION_1, WRITE, eventually
+from tests.slow import mappings, slow, userfaultfd
+from tests.test_daemon import daemon, guest
+from xdpnet import core
+from xdpnet.metrics.snapshot import Worker
+from xdpnet.stalls import LOOKS, STALLED_S, StallWatch
+
+pytest_plugins = ["tests.guest_fixtures"]
+
+PAGE = 4096
+PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, WALL = 0x4206, 0x4207, 17, 0x4000_0000
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Watched:
+    """A watch that looks when it is told to; the time passes from look to look."""
+
+    def __init__(self, bridge: core.Bridge) -> None:
+        self.clock = Clock()
+        self.watch = StallWatch(bridge, lambda place: f"{place.port}/{place.queue}", self.clock)
+
+    def look(self, times: int = 1, after_s: float = STALLED_S) -> dict[int, str]:
+        for _ in range(times):
+            self.clock.now += after_s
+            self.watch.look()
+        return {worker: stall.where for worker, stall in self.watch.stalls.items()}
+
+
+@pytest.fixture
+def bridge(make_bridge: MakeBridge) -> core.Bridge:
+    return make_bridge()
+
+
+def core_memory(driver: Driver) -> list[tuple[int, int]]:
+    """Where the core has this guest's memory; the test's own mapping is another."""
+    own = ctypes.addressof(ctypes.c_char.from_buffer(driver.memory.map))
+    return [area for area in mappings(driver.memory.fd) if area[0] != own]
+
+
+def untouched(driver: Driver) -> int:
+    """A page of its memory that nobody has touched."""
+    return driver.memory.reserve(2 * PAGE, PAGE) + PAGE
+
+
+@contextlib.contextmanager
+def stuck(bridge: core.Bridge, driver: Driver) -> Iterator[None]:
+    """Its next frame lies in memory that does not answer; the worker is there."""
+    with slow(core_memory(driver)):
+        driver.pair.tx.raw((untouched(driver), 80, 0))
+        driver.pair.tx.kick(always=True)
+        assert eventually(lambda: is_stuck(bridge))
+        yield
+
+
+def is_stuck(bridge: core.Bridge) -> bool:
+    """Its thread waits, and not for events."""
+    stats = bridge.worker_stats(0)
+    waits = Path(f"/proc/self/task/{stats.tid}/stat").read_text().rpartition(") ")[2][0] in "SD"
+    return waits and stats.at is not None and stats.loops == bridge.worker_stats(0).loops
+
+
+def let_move(bridge: core.Bridge) -> None:
+    """Until every worker has ended a turn, or is known to sleep."""
+    for worker in range(bridge.workers):
+        before = bridge.worker_stats(worker).loops
+
+        def moved(worker: int = worker, before: int = before) -> bool:
+            stats = bridge.worker_stats(worker)
+            return stats.at is None or stats.loops != before
+
+        assert eventually(moved)
+
+
+@pytest.mark.core
+@userfaultfd
+def test_d14_a_worker_that_waits_for_memory_is_named_with_its_guest_until_it_goes_on(
+    bridge: core.Bridge, guests: MakeGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, driver = guests(bridge), guests(bridge, features=VERSION_1)
+    watched = Watched(bridge)
+    assert watched.look(5) == {}
+    with stuck(bridge, driver):
+        assert watched.look(LOOKS) == {}
+        assert watched.look() == {0: f"{driver.port}/1"}
+        assert watched.look(10) == {0: f"{driver.port}/1"}
+        assert watched.watch.stalls[0].since == watched.clock.now - (LOOKS + 10) * STALLED_S
+    assert eventually(lambda: driver.stats(core.TX).packets == 1)
+    assert watched.look() == {}
+    other.pair.send(frame(mac(1), mac(2)))
+    assert other.pair.wait_sent()
+    where = f"at {driver.port}/1"
+    assert caplog.messages == [
+        f"worker 0: {where} for {LOOKS * STALLED_S:.1f} s: the memory there does not answer",
+        f"worker 0: goes on after {(LOOKS + 11) * STALLED_S:.1f} s {where}",
+    ]
+
+
+@pytest.mark.core
+@userfaultfd
+def test_d14_of_a_worker_that_delivers_to_slow_memory_both_guests_are_named(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    sender, slow_one = guests(bridge), guests(bridge, features=VERSION_1)
+    bridge.set_mac(slow_one.port, mac(2), False)
+    watched = Watched(bridge)
+    with slow(core_memory(slow_one)):
+        slow_one.pair.post_at(untouched(slow_one), 2048)
+        sender.pair.send(frame(mac(2), mac(1)))
+        assert eventually(lambda: is_stuck(bridge))
+        assert watched.look(LOOKS + 1) == {0: f"{sender.port}/1, delivering to {slow_one.port}/0"}
+    assert slow_one.pair.frames() == [frame(mac(2), mac(1))]
+    assert watched.look() == {}
+
+
+@pytest.mark.core
+@userfaultfd
+def test_time_alone_stalls_nobody(bridge: core.Bridge, guests: MakeGuest) -> None:
+    """As after the whole process was stopped: at the first look the worker is where it was, and much later."""
+    with stuck(bridge, guests(bridge, features=VERSION_1)):
+        watched = Watched(bridge)
+        watched.look()
+        assert watched.look(after_s=1000) == {}
+        assert watched.look() != {}
+        quick = Watched(bridge)
+        assert quick.look(10, after_s=0) == {}
+
+
+@pytest.mark.core
+@userfaultfd
+def test_a_stall_that_moved_on_and_came_back_is_another(bridge: core.Bridge, guests: MakeGuest) -> None:
+    driver, watched = guests(bridge, features=VERSION_1), Watched(bridge)
+    for n in range(1, 4):
+        with stuck(bridge, driver):
+            assert watched.look(LOOKS + 1) == {0: f"{driver.port}/1"}
+        assert eventually(lambda n=n: driver.stats(core.TX).packets == n)  # type: ignore[misc]
+        driver.pair.reap()
+
+
+@pytest.mark.core
+def test_workers_that_sleep_spin_or_are_parked_are_not_stalled(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    for spin_us in 0, 10_000_000:
+        bridge = make_bridge(spin_us=spin_us, workers=2)
+        driver = guests(bridge, pairs=2)
+        watched = Watched(bridge)
+        for _ in range(5):
+            driver.pair.send(frame(mac(1), mac(2)))
+            assert driver.pair.wait_sent()
+            bridge.ring_enable(driver.port, 0, True)
+            let_move(bridge)
+            assert watched.look() == {}
+        bridge.stop()
+        assert watched.look(5) == {}
+
+
+@pytest.mark.core
+@userfaultfd
+@pytest.mark.parametrize("ring", [core.RX, core.TX], ids=["rx", "tx"])
+def test_d14_userfaults_of_the_frontend_are_the_frontends_alone(
+    bridge: core.Bridge, guests: MakeGuest, ring: int
+) -> None:
+    """They are of an address space, not of the file: where the frontend waits is a hole for us, full of zeroes."""
+    driver, other = guests(bridge, features=VERSION_1), guests(bridge)
+    bridge.set_mac(driver.port, mac(2), False)
+    own = ctypes.addressof(ctypes.c_char.from_buffer(driver.memory.map))
+    addr = untouched(driver)
+    with slow([(own + driver.memory.offset(addr), PAGE)]):
+        driver.rings()[ring].raw((addr, 2048 if ring == core.RX else 80, WRITE if ring == core.RX else 0))
+        driver.rings()[ring].kick(always=True)
+        if ring == core.RX:
+            other.pair.send(frame(mac(2), mac(1)))
+        assert eventually(lambda: driver.stats(ring).packets == 1)
+    assert os.pread(driver.memory.fd, 2, driver.memory.offset(addr)) == bytes(2)
+
+
+# ---- the daemon ----
+
+
+@contextlib.contextmanager
+def stopped(tid: int) -> Iterator[None]:
+    """One thread of another process; the others go on. ptrace(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for request in PTRACE_SEIZE, PTRACE_INTERRUPT:
+        if libc.ptrace(request, tid, None, None):
+            raise OSError(ctypes.get_errno(), "ptrace")
+    os.waitpid(tid, WALL)
+    try:
+        yield
+    finally:
+        libc.ptrace(PTRACE_DETACH, tid, None, None)
+
+
+@needs.root
+def test_a_worker_that_does_not_go_on_makes_the_daemon_ill_until_it_does(tmp_path: Path) -> None:
+    words = "--guest", guest(tmp_path), "--metrics", "127.0.0.1:0", "--spin-us", "1000000"
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(str(tmp_path / "notify"))
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+        running = stack.enter_context(daemon(tmp_path, *words, env=env)).ready()
+        memory = stack.enter_context(GuestMemory())
+        frontend = stack.enter_context(Frontend.connect(str(tmp_path / "web.sock")))
+        frontend.negotiate()
+        frontend.set_memory(memory)
+        kick, _ = frontend.start_ring(1, memory, num=16)
+
+        def worker() -> Worker:
+            return running.snapshot().workers[0]
+
+        tid = worker().tid
+
+        def fed() -> int:
+            """How often the watchdog was, since it was last asked."""
+            times = 0
+            with contextlib.suppress(BlockingIOError):
+                while manager.recv(100, socket.MSG_DONTWAIT):
+                    times += 1
+            return times
+
+        assert running.get("/healthz") == (200, "ok\n")
+        os.eventfd_write(kick, 1)  # for a second the ring is polled
+        with stopped(tid):
+            running.until(lambda: worker().stalled_at, "stalled")
+            fed()
+            status, text = running.get("/healthz")
+            assert status == 503
+            assert "worker 0 has been at guest web's tx ring 0 for " in text
+            assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' not in running.get("/metrics")[1]
+            assert running.log.count("worker 0: at guest web's tx ring 0 for ") == 1
+            then = worker().stalled_s
+            running.until(lambda: worker().stalled_s > then + 1, "more than a tick")
+            assert fed() == 0
+        running.until(lambda: not worker().stalled_at, "it goes on")
+        assert running.get("/healthz") == (200, "ok\n")
+        assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' in running.get("/metrics")[1]
+        assert running.log.count("worker 0: goes on after ") == 1
+        running.until(fed, "the watchdog is fed")
+        assert running.end() == 0
