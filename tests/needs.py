@@ -31,6 +31,7 @@ def _missing_tx_metadata() -> str | None:
 
 
 root = _skip(None if os.geteuid() == 0 else "needs root")
+fuse = _skip(None if os.geteuid() == 0 and os.path.exists("/dev/fuse") else "needs root and /dev/fuse")
 guest = _skip(_missing_guest())
 newer_guest = _skip(_missing_guest() or newer.missing())
 testpmd = _skip(dpdk.missing())

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests import dpdk, needs
 from tests.frontend import ACK_AND_ALL, MODERN, GuestMemory
+from tests.fuse import silent_file
 from tests.waiting import until_equal
 from xdpnet.core import MAX_REGIONS, TX, Bridge
 from xdpnet.ration import Ration
@@ -618,6 +619,19 @@ def test_hostile_a30_a_file_on_a_disk_is_refused(talk, memory):
     with tempfile.TemporaryFile(dir=os.path.dirname(__file__)) as file:
         file.truncate(memory.size)
         assert table_refused(talk, "mem_fd", [memory.region()], [file.fileno()])
+
+
+@needs.fuse
+@pytest.mark.parametrize("as_memory", [True, False], ids=["memory", "event"])
+def test_hostile_a30_a_file_of_a_server_that_does_not_answer_is_refused_without_asking_it(
+    talk, memory, tmp_path, as_memory
+):
+    with silent_file(tmp_path, memory.size) as fd:
+        if as_memory:
+            assert table_refused(talk, "mem_fd", [memory.region()], [fd])
+        else:
+            assert refused(talk, "event_fd", Request.SET_VRING_CALL, VringFile(0, nofd=False), [fd])
+        assert talk[0].set_memory(memory) == 0
 
 
 def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(backend, talk, memory):

@@ -5,6 +5,7 @@ import ctypes
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from tests.frontend import Frontend, GuestMemory
 from tests.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rings import VERSION_1, WRITE, eventually
 from tests.slow import mappings, slow, userfaultfd
-from tests.test_daemon import daemon, guest
+from tests.test_daemon import Daemon, daemon, guest
 from xdpnet import core
 from xdpnet.metrics.snapshot import Worker
 from xdpnet.stalls import LOOKS, STALLED_S, StallWatch
+from xdpnet.virtq.message import Request, VringState
 
 pytest_plugins = ["tests.guest_fixtures"]
 
@@ -211,24 +213,31 @@ def stopped(tid: int) -> Iterator[None]:
         libc.ptrace(PTRACE_DETACH, tid, None, None)
 
 
-@needs.root
-def test_a_worker_that_does_not_go_on_makes_the_daemon_ill_until_it_does(tmp_path: Path) -> None:
-    words = "--guest", guest(tmp_path), "--metrics", "127.0.0.1:0", "--spin-us", "1000000"
-    with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        manager.bind(str(tmp_path / "notify"))
-        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
-        running = stack.enter_context(daemon(tmp_path, *words, env=env)).ready()
-        memory = stack.enter_context(GuestMemory())
-        frontend = stack.enter_context(Frontend.connect(str(tmp_path / "web.sock")))
+@contextlib.contextmanager
+def served(directory: Path, env: dict[str, str] | None = None) -> Iterator[tuple[Daemon, Frontend, int]]:
+    """A daemon and a frontend with one transmit ring, and its kick: for a second after one the ring is polled."""
+    words = "--guest", guest(directory), "--metrics", "127.0.0.1:0", "--spin-us", "1000000"
+    with (
+        daemon(directory, *words, env=env) as running,
+        GuestMemory() as memory,
+        Frontend.connect(str(directory / "web.sock")) as frontend,
+    ):
+        running.ready()
         frontend.negotiate()
         frontend.set_memory(memory)
         kick, _ = frontend.start_ring(1, memory, num=16)
+        yield running, frontend, kick
 
-        def worker() -> Worker:
-            return running.snapshot().workers[0]
 
-        tid = worker().tid
+def worker_of(running: Daemon) -> Worker:
+    return running.snapshot().workers[0]
+
+
+@needs.root
+def test_a_worker_that_does_not_go_on_makes_the_daemon_ill_until_it_does(tmp_path: Path) -> None:
+    env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(env["NOTIFY_SOCKET"])
 
         def fed() -> int:
             """How often the watchdog was, since it was last asked."""
@@ -238,22 +247,40 @@ def test_a_worker_that_does_not_go_on_makes_the_daemon_ill_until_it_does(tmp_pat
                     times += 1
             return times
 
-        assert running.get("/healthz") == (200, "ok\n")
-        os.eventfd_write(kick, 1)  # for a second the ring is polled
+        with served(tmp_path, env) as (running, _, kick):
+            assert running.get("/healthz") == (200, "ok\n")
+            tid = worker_of(running).tid
+            os.eventfd_write(kick, 1)
+            with stopped(tid):
+                running.until(lambda: worker_of(running).stalled_at, "stalled")
+                fed()
+                status, text = running.get("/healthz")
+                assert status == 503
+                assert "worker 0 has been at guest web's tx ring 0 for " in text
+                assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' not in running.get("/metrics")[1]
+                assert running.log.count("worker 0: at guest web's tx ring 0 for ") == 1
+                then = worker_of(running).stalled_s
+                running.until(lambda: worker_of(running).stalled_s > then + 1, "more than a tick")
+                assert fed() == 0
+            running.until(lambda: not worker_of(running).stalled_at, "it goes on")
+            assert running.get("/healthz") == (200, "ok\n")
+            assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' in running.get("/metrics")[1]
+            assert running.log.count("worker 0: goes on after ") == 1
+            running.until(fed, "the watchdog is fed")
+            assert running.end() == 0
+
+
+@needs.root
+def test_a_control_thread_that_waits_for_such_a_worker_is_no_riddle(tmp_path: Path) -> None:
+    """It has to, before it changes what the worker may be using; who is to blame is told all the same."""
+    with served(tmp_path) as (running, frontend, kick), ThreadPoolExecutor() as pool:
+        tid = worker_of(running).tid
+        os.eventfd_write(kick, 1)
         with stopped(tid):
-            running.until(lambda: worker().stalled_at, "stalled")
-            fed()
-            status, text = running.get("/healthz")
-            assert status == 503
-            assert "worker 0 has been at guest web's tx ring 0 for " in text
-            assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' not in running.get("/metrics")[1]
+            answer = pool.submit(frontend.tell, Request.SET_VRING_ENABLE, VringState(1, 0))
+            told = 503, "the control thread does not answer\nworker 0 is at guest web's tx ring 0\n"
+            running.until(lambda: running.get("/healthz") == told, "told")
             assert running.log.count("worker 0: at guest web's tx ring 0 for ") == 1
-            then = worker().stalled_s
-            running.until(lambda: worker().stalled_s > then + 1, "more than a tick")
-            assert fed() == 0
-        running.until(lambda: not worker().stalled_at, "it goes on")
-        assert running.get("/healthz") == (200, "ok\n")
-        assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' in running.get("/metrics")[1]
-        assert running.log.count("worker 0: goes on after ") == 1
-        running.until(fed, "the watchdog is fed")
+        assert answer.result() == 0
+        running.until(lambda: running.get("/healthz") == (200, "ok\n"), "well again")
         assert running.end() == 0

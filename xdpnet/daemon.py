@@ -222,7 +222,7 @@ class Daemon:
         async def current() -> Snapshot:
             return self.snapshot()
 
-        endpoint = MetricsEndpoint(address, current)
+        endpoint = MetricsEndpoint(address, current, lambda: self._watch_workers.stalls)
         log.info("metrics: %s", endpoint.url)
         return endpoint.close
 

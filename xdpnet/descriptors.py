@@ -13,7 +13,7 @@ from xdpnet.core import MAX_REGIONS
 from xdpnet.virtq.message import MAX_FDS
 
 OWN = 128  # standard streams, event loops, listening sockets, what libraries keep; clients of metrics and control
-WORKER = 2
+WORKER = 3
 NETDEV = 64  # program, maps, link, netlink; a socket for each of its queues
 ONE_MESSAGE = 253  # what one sendmsg() may bring, SCM_MAX_FD
 # Sockets, memory, half a message; what is being closed, of the frontend and of others that were turned away.

@@ -15,7 +15,7 @@ import io
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -27,6 +27,7 @@ from xdpnet.errors import SetupError
 from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.snapshot import Snapshot
 from xdpnet.ration import RationedLog
+from xdpnet.stalls import Stall
 
 CONNECTIONS = 8  # a few scrapers; everybody else waits
 DEADLINE_S = 2.0  # a scrape takes milliseconds: whoever needs longer is not a scraper
@@ -63,8 +64,15 @@ def plain(status: HTTPStatus, text: str) -> Response:
 class MetricsEndpoint:
     """Serves what `take` returns; close() ends the thread."""
 
-    def __init__(self, address: tuple[str, int], take: Callable[[], Awaitable[Snapshot]]) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        take: Callable[[], Awaitable[Snapshot]],
+        stalls: Callable[[], Mapping[int, Stall]] = dict,
+    ) -> None:
+        """take is called on the daemon's loop; stalls, which says what that loop may wait for, is called on ours."""
         self._take = take
+        self._stalls = stalls
         self._daemon_loop = asyncio.get_running_loop()
         self._collector = SnapshotCollector()
         self._registry = registry(self._collector)
@@ -129,7 +137,8 @@ class MetricsEndpoint:
                 taken = asyncio.run_coroutine_threadsafe(self._snapshot(), self._daemon_loop)
                 snapshot = await asyncio.wrap_future(taken)
         except TimeoutError:
-            return plain(HTTPStatus.SERVICE_UNAVAILABLE, "the control thread does not answer")
+            stuck = [f"worker {worker} is at {stall.where}" for worker, stall in self._stalls().items()]
+            return plain(HTTPStatus.SERVICE_UNAVAILABLE, "\n".join(["the control thread does not answer", *stuck]))
         except Exception as error:  # told to the client and to the log: a scrape must not end the thread
             log.exception("no snapshot")
             return plain(HTTPStatus.INTERNAL_SERVER_ERROR, f"no snapshot: {error}")
