@@ -4,6 +4,7 @@
 #   deploy/bootstrap.sh                        install; afterwards .venv/bin/xdpnet is there
 #   deploy/bootstrap.sh demo                   install, then boot a guest and pass traffic
 #   deploy/bootstrap.sh test [-- PYTEST ARGS]  install, then lint and every test; with arguments: that pytest run alone
+#   deploy/bootstrap.sh fuzz [MINUTES [TARGET...]]  install, then fuzz the core and the daemon, an hour unless told
 #   deploy/bootstrap.sh bench [ROW...]         install, then the benchmark
 #
 # Running it again repairs what is missing and is quick when nothing is.
@@ -16,6 +17,7 @@ readonly RUNTIME=(ca-certificates gcc iproute2 libc6-dev linux-headers-amd64 lin
 readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
 readonly TEST=(bpftool dpdk-dev)
 readonly BENCH=(sockperf)
+readonly FUZZ=(clang llvm)
 readonly NEWER=trixie # and its backports: see newer_guest
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
@@ -140,6 +142,13 @@ test_packages() {
 	export PATH="$PATH:$ROOT/build/prometheus/usr/bin"
 }
 
+fuzz_packages() {
+	packages "${FUZZ[@]}"
+	local version
+	version=$(clang -dumpversion)
+	packages "libclang-rt-${version%%.*}-dev"
+}
+
 digest() { cat "$@" | sha256sum | cut -d ' ' -f 1; }
 
 # Two stamps: .packages for what pyproject.toml asks for, .core for the C sources.
@@ -196,13 +205,18 @@ sanitized_tests() {
 		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core --core=build/asan/xdpnet/_core.abi3.so </dev/null
 }
 
+fuzz() { # minutes, [targets]
+	say "fuzzing for $1 minutes in all"
+	"$VENV/bin/python" -m tests.fuzz run --minutes "$@" </dev/null
+}
+
 main() {
 	local verb=${1:-install}
 	[ $# = 0 ] || shift
 	case $verb in
-	install | demo | test | bench) ;;
+	install | demo | test | fuzz | bench) ;;
 	-h | --help) sed -n '2,/^set/ { /^#/s/^# \{0,1\}//p }' "$0" && exit ;;
-	*) fail "no such command: $verb" "one of: install, demo, test, bench" ;;
+	*) fail "no such command: $verb" "one of: install, demo, test, fuzz, bench" ;;
 	esac
 	require_debian "$verb" "$@"
 	LOG=$(mktemp)
@@ -222,6 +236,7 @@ main() {
 		;;
 	test)
 		test_packages
+		fuzz_packages
 		newer_guest
 		environment "[dev]"
 		if [ "${1:-}" = -- ]; then
@@ -231,8 +246,16 @@ main() {
 		fi
 		lint
 		sanitized_tests
+		fuzz 2
 		say "every test"
 		"$VENV/bin/python" -m pytest -rs --expected-skips=tests/expected-skips.txt --nothing-left </dev/null
+		;;
+	fuzz)
+		fuzz_packages
+		packages "${TEST[@]}"
+		environment "[dev]"
+		[ $# = 0 ] && set -- 60
+		fuzz "$@"
 		;;
 	bench)
 		test_packages

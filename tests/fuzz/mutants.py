@@ -1,0 +1,2 @@
+def run(names, seconds):
+    return 0
