@@ -36,18 +36,35 @@ def clang(*arguments: str) -> None:
         raise BuildError(done.stderr or done.stdout)
 
 
-def build(core: Path = CORE, out: Path = OUT, targets: tuple[str, ...] = (*TARGETS,), coverage: bool = False) -> None:
-    """Compile the core in `core` and the named targets into `out`. Raises BuildError."""
+def build(
+    core: Path = CORE,
+    out: Path = OUT,
+    targets: tuple[str, ...] = (*TARGETS,),
+    coverage: bool = False,
+    unchanged: Path | None = None,
+) -> None:
+    """Compile the core in `core` and the named targets into `out`. Raises BuildError.
+
+    unchanged: where what is the same as in c/ has been compiled already.
+    """
     out.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, f"-I{core}", *(COVERAGE if coverage else [])]
     units = {out / f"{path.stem}.o": (path, ()) for path in sorted(core.glob("*.c"))}
     units |= {out / f"{name}.o": (HERE / f"{name}.c", ()) for name in ("kernel", "packets")}
     shared = [str(unit) for unit in units]
     units |= {out / f"target-{name}.o": (HERE / "guests.c", TARGETS[name]) for name in targets}
+    if unchanged and all(path.read_bytes() == (CORE / path.name).read_bytes() for path in core.glob("*.h")):
+        for unit, (path, _) in list(units.items()):
+            if path.parent != core or path.read_bytes() == (CORE / path.name).read_bytes():
+                unit.symlink_to(unchanged / unit.name)
+                del units[unit]
     with ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(lambda unit: clang(*flags, *unit[1][1], "-c", str(unit[1][0]), "-o", str(unit[0])), units.items())
-        )
+        jobs = [
+            pool.submit(clang, *flags, *extra, "-c", str(path), "-o", str(unit))
+            for unit, (path, extra) in units.items()
+        ]
+        for job in jobs:
+            job.result()
     wrapped = [f"-Wl,--wrap={name}" for name in KERNEL]
     for name in targets:
         link = ["-fsanitize=fuzzer", *SANITIZE, *(COVERAGE if coverage else []), *wrapped, "-pthread"]

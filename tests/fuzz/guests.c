@@ -27,7 +27,7 @@ enum {
 	BUFFERS = TABLES_END,
 	MOST_NUM = 1024,
 	MOST_REGIONS = 16,
-	MOST_OPS = 48,
+	MOST_OPS = 32,
 	FRAMES = XN_MIN_FRAMES
 };
 
@@ -588,6 +588,30 @@ static void post_buffers(struct input *in, struct guest_of *g, struct ring *r)
 	(void)post_chain(g, r, &s, reserve(g, len, s.at_end), len, true, &wrong, count);
 }
 
+/* What a hostile driver would post: plain buffers, chains as long as may be, and whatever else. */
+static void post_groups(struct input *in, struct guest_of *g, struct ring *r, u32 n)
+{
+	const struct wrong none = {0};
+
+	for (; n; n--) {
+		u8 how = take8(in);
+		struct shape s = {.pieces = 1};
+		u32 len = 1600;
+
+		if ((how & 3) == 3) {
+			post_buffers(in, g, r);
+			continue;
+		}
+		if ((how & 3) == 2)
+			s = take_shape(in);
+		else if (how & 1)
+			s = (struct shape){.pieces = MOST_NUM, .table = true, .sizes = 1};
+		if (s.sizes == 1)
+			len = s.pieces;
+		(void)post_chain(g, r, &s, reserve(g, len, how & 0x80), len, true, &none, take_count(how >> 2));
+	}
+}
+
 static void send_frames(struct input *in, u32 index, struct ring *r)
 {
 	static u8 frame[PACKET_ROOM];
@@ -701,8 +725,7 @@ static void add_guest(struct input *in, u32 index)
 		struct input ordinary = {0};
 
 		if (what & 128)
-			for (u32 groups = take8(in) & 7; groups; groups--)
-				post_buffers(in, g, &g->rings[2 * i]);
+			post_groups(in, g, &g->rings[2 * i], 1 + (take8(in) & 7));
 		else
 			for (u32 n = 0; n < 64; n++)
 				post_buffers(&ordinary, g, &g->rings[2 * i]);
@@ -1020,7 +1043,7 @@ static void step(struct input *in)
 		send_frames(in, index, tx);
 		break;
 	case 'p':
-		post_buffers(in, g, rx);
+		post_groups(in, g, rx, 1 + (op >> 5 & 3));
 		break;
 	case 't':
 		turn(1 + (op >> 5));
@@ -1053,7 +1076,7 @@ static void step(struct input *in)
 
 static void make_world(struct input *in)
 {
-	static const u8 numbers[] = {2, 3, 4, 1};
+	static const u8 numbers[] = {2, 3, 4, 2};
 	static const u32 ticks[] = {1, 20, 300, 5000};
 	u8 world = take8(in), wires = take8(in), pace = take8(in);
 	const struct xn_bridge_config config = {.workers = pace & 16 ? 2 : 1,
@@ -1079,7 +1102,7 @@ static void make_world(struct input *in)
 	guests_n = numbers[world & 3];
 	netdevs_n = world >> 2 & 3;
 	if (netdevs_n > NETDEVS)
-		netdevs_n = 1;
+		netdevs_n = guests_n = 1;
 	for (u32 i = 0; i < guests_n; i++)
 		add_guest(in, i);
 	for (u32 i = 0; i < netdevs_n; i++) {

@@ -21,7 +21,7 @@ from .build import CORE, OUT, ROOT, TARGETS, build
 SCRIPTS: tuple[str, ...] = ()
 NAMES: tuple[str, ...] = (*TARGETS, *SCRIPTS)
 FOUND = OUT / "findings"
-MOST_BYTES = 1024
+MOST_BYTES = 512
 COMMON = [
     "-len_control=0",
     "-entropic=0",
