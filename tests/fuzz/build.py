@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "fuzz"
 OUT = ROOT / "build" / "fuzz"
 CORE = ROOT / "c"
-TARGETS = {"guests": (), "oracle": ("-DORACLE",)}
+# By name: the target's own source, and what it is compiled with.
+TARGETS = {"guests": ("guests.c", ()), "oracle": ("guests.c", ("-DORACLE",)), "offload": ("offload.c", ())}
 
 # What the core asks of the kernel that a target answers itself (kernel.c).
 KERNEL = ["bind", "close", "getrandom", "getsockopt", "mmap", "munmap"]
@@ -52,7 +53,7 @@ def build(
     units = {out / f"{path.stem}.o": (path, ()) for path in sorted(core.glob("*.c"))}
     units |= {out / f"{name}.o": (HERE / f"{name}.c", ()) for name in ("kernel", "packets")}
     shared = [str(unit) for unit in units]
-    units |= {out / f"target-{name}.o": (HERE / "guests.c", TARGETS[name]) for name in targets}
+    units |= {out / f"target-{name}.o": (HERE / TARGETS[name][0], TARGETS[name][1]) for name in targets}
     if unchanged and all(path.read_bytes() == (CORE / path.name).read_bytes() for path in core.glob("*.h")):
         for unit, (path, _) in list(units.items()):
             if path.parent != core or path.read_bytes() == (CORE / path.name).read_bytes():
