@@ -858,6 +858,7 @@ static void add_race(struct input *in, struct guest_of *g, struct ring *r)
 	struct virtqueue *q = core_ring(g, r);
 	struct race *race = &races[races_n];
 	u8 how = take8(in);
+	u32 slot = 0;
 
 	if (!q || !q->started || races_n == ARRAY_LEN(races))
 		return;
@@ -865,23 +866,20 @@ static void add_race(struct input *in, struct guest_of *g, struct ring *r)
 	if (how & 1)
 		race->after = take8(in);
 	else if (r->is_packed)
-		race->at = &q->packed.desc[(u16)(r->num - 1 - take8(in) % r->num)].flags;
+		race->at = &q->packed.desc[slot = r->num - 1 - take8(in) % r->num].flags;
 	else
 		race->at = &q->split.desc[(take8(in) * 4u) % r->num];
 	switch (how >> 1 & 3) {
 	case 0: /* what was taken is available again, in the next lap */
 		race->n = 2;
 		if (r->is_packed) {
-			u16 flags;
+			u16 flags = packed_avail_flags(q->next.wrap ^ 1);
 
-			memcpy(&flags, g->memory + r->desc + 14, 2);
-			flags ^= 1u << VRING_PACKED_DESC_F_AVAIL | 1u << VRING_PACKED_DESC_F_USED;
 			memcpy(race->bytes, &flags, 2);
 			race->to = g->memory + r->desc + 14;
 			race->step = 16;
-			race->times = r->num / (how & 8 ? 1 : 2);
-			if (!race->times)
-				race->times = 1;
+			/* All that was taken before the one at which it happens. */
+			race->times = race->at ? slot : r->num / 2;
 		} else {
 			u16 index = (u16)(r->next.pos + take8(in));
 
