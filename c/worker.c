@@ -54,7 +54,10 @@ static int watch(struct worker *w, struct source *s)
 {
 	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.ptr = s};
 
-	return epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, s->fd, &event) < 0 ? -errno : 0;
+	if (!epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, s->fd, &event))
+		return 0;
+	/* It could not be taken out when it was to be: then it is looked at anew. */
+	return errno == EEXIST && !epoll_ctl(w->epoll_fd, EPOLL_CTL_MOD, s->fd, &event) ? 0 : -errno;
 }
 
 static void unwatch(struct worker *w, const struct source *s)
