@@ -34,7 +34,7 @@ def ring(**fields: Any) -> Ring:
 def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
     guest = Guest(
         "/run/web.sock", False, True, "52:54:00:00:00:01", ("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX"),
-        *(42, 1, 0, 0, 3), {"size": 0, "order": 2}, {"busy": 1, "resources": 0},
+        *(42, 1, 0, 0, 2, 3), {"size": 0, "order": 2}, {"busy": 1, "resources": 0},
     )  # fmt: skip
     rx = traffic(12_345_678, {"no_buffer": 22}, calls=900, calls_saved=99_000)
     tx = traffic(1_000, {"spoof": 10}, copies=5, kicks=30, kicks_saved=970, unlearned=8)

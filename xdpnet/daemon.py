@@ -297,6 +297,7 @@ def _describe(port: GuestPort) -> Guest:
         connects=counters.connects,
         disconnects=counters.disconnects,
         unsealed_regions=counters.mem_unsealed,
+        rests=counters.rests,
         rarp_limited=counters.rarp_limited,
         errors=dict(counters.errors),
         refused=dict(counters.refused),

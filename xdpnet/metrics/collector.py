@@ -230,6 +230,10 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
             ("messages", "Messages of the frontend."),
             ("connects", "Connections made."),
             ("disconnects", "Connections ended."),
+            (
+                "rests",
+                "Times that nothing more was read for a while: messages had cost others too much.",
+            ),
             ("rarp_limited", "Requests to announce the guest that came too soon after others."),
             ("unsealed_regions", "Memory regions taken whose file the frontend can still shrink."),
         )

@@ -103,6 +103,7 @@ class Guest:
     connects: int
     disconnects: int
     unsealed_regions: int
+    rests: int
     rarp_limited: int
     errors: dict[str, int]
     refused: dict[str, int]

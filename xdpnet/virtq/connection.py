@@ -1,8 +1,8 @@
 """One frontend's socket: bytes and descriptors in, whole messages to the session, replies out. Never blocks.
 
 Invariant: a descriptor is owned by an Fd from the call that received it; a header is checked before one byte of its
-payload is awaited; while a reply waits for room no further request is read. Half a message, or a reply that nobody
-reads, ends the connection after some seconds.
+payload is awaited; while a reply waits for room, or the guest's allowance is overdrawn, no further request is read.
+Half a message, or a reply that nobody reads, ends the connection after some seconds.
 
 Reference: unix(7), "Ancillary messages"; QEMU docs/interop/vhost-user.rst, "Communication".
 """
@@ -19,6 +19,7 @@ from xdpnet.virtq.message import HEADER_SIZE, MAX_FDS, FramingError, Header, Mes
 from xdpnet.virtq.session import Session
 
 PATIENCE_S = 5.0  # for the rest of a message that has begun, and for room for a reply
+REST_MOST_S = 1.0  # then it is looked again whether something may be read
 MESSAGES_PER_TURN = 16  # then the event loop serves the other sockets
 # Room for all that one sendmsg() can send (SCM_MAX_FD), and for what else a socket may be set to deliver: of what finds
 # no room the kernel closes the descriptors, in our thread.
@@ -36,8 +37,10 @@ class Connection:
         self._on_close = on_close
         self._log = session.device.log
         self._closer = session.device.closer
+        self._allowance = session.device.allowance
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._resting: asyncio.TimerHandle | None = None
         self._header: Header | None = None
         self._received = bytearray()  # of the message that is coming in, header included
         self._fds: list[Fd] = []
@@ -51,12 +54,15 @@ class Connection:
             return
         self._open = False
         self._stop_timer()
+        if self._resting is not None:
+            self._resting.cancel()
         self._loop.remove_reader(self.socket)
         self._loop.remove_writer(self.socket)
         for fd in self._fds:
             fd.close()
         try:
-            self._session.close()
+            with self._allowance.charged():
+                self._session.close()
         finally:
             self._counters.disconnects += 1
             self._on_close()
@@ -70,12 +76,12 @@ class Connection:
     def _on_readable(self) -> None:
         try:
             for _ in range(MESSAGES_PER_TURN):
-                if not self._receive():
+                if not self._received and (wait_s := self._allowance.wait_s()):
+                    self._rest(wait_s)
                     return
-                message, fds = self._take()
-                answer = self._session.handle(message, fds)
-                if answer is not None and not self._send(answer):
-                    return
+                with self._allowance.charged():
+                    if not self._serve_one():
+                        return
         except ProtocolError as error:
             self.fail(error)
         except (ConnectionError, EOFError) as error:
@@ -85,6 +91,23 @@ class Connection:
             self._log.exception("internal error, the frontend is disconnected")
             self._counters.errors["internal"] += 1
             self.close()
+
+    def _serve_one(self) -> bool:
+        """False if there is no more to read now, or nothing may be read."""
+        if not self._receive():
+            return False
+        message, fds = self._take()
+        answer = self._session.handle(message, fds)
+        return answer is None or self._send(answer)
+
+    def _rest(self, wait_s: float) -> None:
+        """Between two messages nothing is read for so long: those that came have cost others too much."""
+        self._counters.rests += 1
+        self._loop.remove_reader(self.socket)
+        self._resting = self._loop.call_later(min(wait_s, REST_MOST_S), self._read_on)
+
+    def _read_on(self) -> None:
+        self._loop.add_reader(self.socket, self._on_readable)
 
     def _receive(self) -> bool:
         """True once a whole message is there."""
@@ -166,7 +189,7 @@ class Connection:
         if not self._unsent:
             self._stop_timer()
             self._loop.remove_writer(self.socket)
-            self._loop.add_reader(self.socket, self._on_readable)
+            self._read_on()
 
     def _try_send(self, data: bytes) -> int:
         try:

@@ -12,6 +12,7 @@ class Counters:
     messages: int = 0
     connects: int = 0
     disconnects: int = 0
+    rests: int = 0  # times that nothing was read of the frontend, for it had cost others too much
     rarp_limited: int = 0  # SEND_RARP that came too soon after others: nothing was sent
     mem_unsealed: int = 0  # regions accepted whose file the frontend may still shrink
     errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))

@@ -15,6 +15,7 @@ from xdpnet.closer import Closer
 from xdpnet.core import MAX_REGIONS, Bridge, Region
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
+from xdpnet.virtq.allowance import Allowance
 from xdpnet.virtq.fd import Fd, number_of
 from xdpnet.virtq.memory import MAX_MEMORY, File, check_file, check_table, check_total, is_whole
 from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
@@ -57,6 +58,8 @@ class GuestDevice:
         # Kept while the core has a region mapped, or unmapping it would be what frees the memory, on our thread.
         self._files: dict[MemoryRegion, File] = {}
         self.announcements = Ration(ANNOUNCE_AT_ONCE, 1 / ANNOUNCE_EVERY_S)  # it outlives the frontend
+        self.allowance = Allowance(bridge)  # for what its frontends ask; it outlives them
+        self.door = Allowance(bridge)  # for meeting them, and others who come
         self._bridge = bridge
         self._said_sparse = False
 
@@ -238,13 +241,13 @@ class GuestDevice:
         ring.enabled = on
 
     def set_call(self, ring: Virtqueue, fd: Fd | None) -> None:
-        if ring.running:
+        if ring.running and (fd or ring.call):
             with _refusing("event_fd", "set the call descriptor"):
                 self._bridge.ring_set_call(self.port, ring.index, number_of(fd))
         ring.set_call(fd)
 
     def set_err(self, ring: Virtqueue, fd: Fd | None) -> None:
-        if ring.running:
+        if ring.running and (fd or ring.err):
             with _refusing("event_fd", "set the err descriptor"):
                 self._bridge.ring_set_err(self.port, ring.index, number_of(fd))
         ring.set_err(fd)
@@ -282,7 +285,8 @@ class GuestDevice:
     def release(self) -> None:
         """The frontend is gone: no ring runs, nothing of its memory stays mapped, no descriptor of it stays open."""
         self.reset()
-        self._bridge.guest_set_memory(self.port, [])
+        if self.memory:
+            self._bridge.guest_set_memory(self.port, [])
         self.memory = []
         self._keep_files({})
 

@@ -152,26 +152,33 @@ class GuestSocket:
             complaint, delay = "", RETRY_FIRST_S
             self._serve(sock)
             await self._free.wait()
-            await asyncio.sleep(delay)
+            await asyncio.sleep(max(delay, self.device.allowance.wait_s()))
 
     # ---- frontends ----
 
     def _accept(self) -> None:
         if self._acceptor is None:
             return
+        if wait_s := max(self.device.allowance.wait_s(), self.device.door.wait_s()):
+            self._pause_accepting(self._acceptor, min(wait_s, ACCEPT_PAUSE_S))
+            return
+        with self.device.door.charged():
+            self._accept_one(self._acceptor)
+
+    def _accept_one(self, acceptor: socket.socket) -> None:
         if self.device.closer.full or self._turned_away.full:
             self.device.log.warning("no frontend is accepted: %d descriptors of others are not closed yet", MAX_PENDING)
             self.counters.refused["closing"] += 1
-            self._pause_accepting(self._acceptor)
+            self._pause_accepting(acceptor, ACCEPT_PAUSE_S)
             return
         try:
-            sock, _ = self._acceptor.accept()
+            sock, _ = acceptor.accept()
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:  # out of descriptors or memory
             self.device.log.warning("cannot accept a frontend: %s", error)
             self.counters.refused["resources"] += 1
-            self._pause_accepting(self._acceptor)
+            self._pause_accepting(acceptor, ACCEPT_PAUSE_S)
             return
         if not self._may_speak(sock):
             self._turn_away(sock)
@@ -196,11 +203,11 @@ class GuestSocket:
         self.device.log.warning("%s refused: only user %d and root are served", peer, self._access.uid)
         return False
 
-    def _pause_accepting(self, acceptor: socket.socket) -> None:
+    def _pause_accepting(self, acceptor: socket.socket, pause_s: float) -> None:
         """It stays readable: without a pause we would spin on it."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(acceptor)
-        self._pause = loop.call_later(ACCEPT_PAUSE_S, self._listen, acceptor)
+        self._pause = loop.call_later(pause_s, self._listen, acceptor)
 
     def _turn_away(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError):
