@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.driver import Driver
+
+PAGE = 4096
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 UFFD_API, MODE_MISSING = 0xAA, 1
 USERFAULTFD = {"x86_64": 323, "aarch64": 282}.get(platform.machine())
@@ -62,3 +65,14 @@ def slow(areas: list[tuple[int, int]]) -> Iterator[None]:
         yield
     finally:
         os.close(fd)  # whoever waits goes on
+
+
+def core_memory(driver: Driver) -> list[tuple[int, int]]:
+    """Where the core has this guest's memory; the test's own mapping is another."""
+    own = ctypes.addressof(ctypes.c_char.from_buffer(driver.memory.map))
+    return [area for area in mappings(driver.memory.fd) if area[0] != own]
+
+
+def untouched(driver: Driver) -> int:
+    """A page of its memory that nobody has touched."""
+    return driver.memory.reserve(2 * PAGE, PAGE) + PAGE

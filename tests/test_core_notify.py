@@ -1,6 +1,5 @@
 """Kicks and calls: who wakes whom, when, and how many of either are saved."""
 
-import ctypes
 import os
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from tests.driver import Driver
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only
 from tests.rings import EVENT_IDX, MODERN, PATIENCE_S, VERSION_1, eventually, fence, wait_readable
-from tests.slow import mappings, slow, userfaultfd
+from tests.slow import core_memory, slow, untouched, userfaultfd
 from xdpnet import core
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -270,17 +269,6 @@ def test_without_event_index_a_worker_that_found_work_while_arming_stops_asking_
         b.pair.fill()
     stats = a.stats(core.TX)
     assert stats.kicks <= a.pair.tx.kicks
-
-
-def core_memory(driver: Driver) -> list[tuple[int, int]]:
-    """Where the core has this guest's memory; the test's own mapping is another."""
-    own = ctypes.addressof(ctypes.c_char.from_buffer(driver.memory.map))
-    return [area for area in mappings(driver.memory.fd) if area[0] != own]
-
-
-def untouched(driver: Driver) -> int:
-    """A page of its memory that nobody has touched."""
-    return driver.memory.reserve(2 * 4096, 4096) + 4096
 
 
 @packed_only

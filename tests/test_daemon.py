@@ -341,7 +341,7 @@ def test_a_guests_socket_is_its_users(tmp_path: Path) -> None:
 
 def test_a_user_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with daemon(tmp_path, "--guest", guest(tmp_path, more=",user=no-such-user")) as running:
-        assert running.process.wait(timeout=20) == 1
+        assert running.process.wait(timeout=PATIENCE_S) == 1
     assert "guest web: getpwnam(): name not found: 'no-such-user'; name one of this machine, or a number" in running.log
 
 

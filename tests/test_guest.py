@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 from xdpnet.demo import initramfs, iperf, process, topology
 from xdpnet.demo.backend import Backend, balanced
 from xdpnet.demo.guest import Card, Guest, best_accelerator
@@ -257,7 +257,7 @@ def test_a_daemon_killed_under_load_leaves_the_host_alone_and_its_successor_serv
             print(f"\n    the restarted daemon serves the running guest after {took:.2f} s")
         until(lambda: pings(net, ADDRESSES["one"]))  # QEMU connects anew each second
         stage.two.check("killall iperf3; true")
-        host_ping.wait(30)
+        host_ping.wait(PATIENCE_S)
         assert loses_nothing(ping_log.read_text()), ping_log.read_text()
     finally:
         process.end(server)

@@ -173,17 +173,17 @@ def test_the_guest_waits_for_room_and_loses_nothing(bridge: core.Bridge, guests:
     with jumbo(bridge) as (pair, port), pair.wire() as wire:
         guest = guest_on(bridge, guests)
         sent = [frame(PEER, GUEST, 9000 if i % 3 else 60, mark=i.to_bytes(4, "big")) for i in range(200)]
-        got = 0
         wire.send(frame(GUEST, PEER))  # tells where it is: what is flooded does not wait
         assert guest.pair.frames() == [frame(GUEST, PEER)]
         for each in sent:
             guest.pair.queue(each)
         guest.pair.tx.kick()
         assert guest.pair.wait_sent()
-        while (each := wire.receive(timeout=0.3)) is not None:
-            got += each in sent
+        got = [wire.receive()]
+        while (each := wire.receive(timeout=0.1)) is not None:
+            got.append(each)
         assert bridge.queue_stats(port.port, 0, core.TX).packets == len(sent)
-        assert got > 0  # the far end's socket buffer is small
+        assert set(got) <= set(sent)  # not all: the far end's socket buffer is small
         all_is_well(bridge, guest, port)
         assert eventually(lambda: bridge.netdev_xsk_stats(port.port, 0).tx_invalid_descs == 0)
 

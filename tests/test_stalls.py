@@ -15,7 +15,7 @@ from tests.driver import Driver
 from tests.frontend import Frontend, GuestMemory
 from tests.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rings import VERSION_1, WRITE, eventually
-from tests.slow import mappings, slow, userfaultfd
+from tests.slow import core_memory, slow, untouched, userfaultfd
 from tests.test_daemon import Daemon, daemon, guest
 from xdpnet import core
 from xdpnet.metrics.snapshot import Worker
@@ -53,17 +53,6 @@ class Watched:
 @pytest.fixture
 def bridge(make_bridge: MakeBridge) -> core.Bridge:
     return make_bridge()
-
-
-def core_memory(driver: Driver) -> list[tuple[int, int]]:
-    """Where the core has this guest's memory; the test's own mapping is another."""
-    own = ctypes.addressof(ctypes.c_char.from_buffer(driver.memory.map))
-    return [area for area in mappings(driver.memory.fd) if area[0] != own]
-
-
-def untouched(driver: Driver) -> int:
-    """A page of its memory that nobody has touched."""
-    return driver.memory.reserve(2 * PAGE, PAGE) + PAGE
 
 
 @contextlib.contextmanager

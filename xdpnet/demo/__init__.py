@@ -138,7 +138,7 @@ def iperf(
 
 def iperf_client(guest: Guest, server: str, flags: str, seconds: int) -> dict[str, Any]:
     """iperf3's own report of a run, what it says of the end."""
-    status, said = guest.run(f"iperf3 -c {server} {flags} -J", timeout=seconds + 30)
+    status, said = guest.run(f"iperf3 -c {server} {flags} -J", timeout=seconds + 60)
     try:
         report = json.loads(said)
     except ValueError as error:

@@ -118,7 +118,7 @@ class Guest:
                 self._process = process.spawn(self.command(), self.log)
                 failed.callback(process.end, self._process)
                 deadline = time.monotonic() + patience
-                self._shell = self._accept(listener, min(deadline, time.monotonic() + 10))
+                self._shell = self._accept(listener, min(deadline, time.monotonic() + 30))
             failed.callback(self._shell.close)
             self._await_ready(deadline)
             failed.pop_all()

@@ -107,7 +107,7 @@ class Topology:
 
     def ping(self, address: str, count: int = 5) -> str:
         """Ping from the far end; busybox's, so that no package of its own is needed."""
-        return self.far.run("busybox", "ping", "-c", str(count), "-W", "2", address)
+        return self.far.run("busybox", "ping", "-c", str(count), "-W", "10", address)
 
 
 @contextmanager
