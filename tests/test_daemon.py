@@ -368,10 +368,11 @@ def test_strangers_who_connect_without_end_take_few_descriptors_and_none_of_a_gu
             before = descriptors_of(running)
             strangers = connect_many(socket.AF_INET, (url[1], int(url[2])), 300)
             strangers += connect_many(socket.AF_UNIX, running.control, 300)
-            running.until(lambda: descriptors_of(running) >= before + CONNECTIONS + CLIENTS, "all places taken")
+            most = before + CONNECTIONS + CLIENTS  # but for what was being closed when we looked
+            running.until(lambda: descriptors_of(running) >= most - 2, "all places taken")
             for _ in range(100):
                 assert frontend.set_event(Request.SET_VRING_CALL, 0, frontend.event()) == 0
-                assert descriptors_of(running) <= before + CONNECTIONS + CLIENTS + MAX_PENDING
+                assert descriptors_of(running) <= most + MAX_PENDING
             for sock in strangers:
                 sock.close()
         running.until(lambda: running.get("/healthz") == (200, "ok\n"), "served again")

@@ -288,8 +288,10 @@ with socket.socket(socket.AF_UNIX) as sock:
 @pytest.fixture
 def common(path):
     """A directory that everybody may use."""
-    for directory in list(Path(path).parents)[:3]:
-        directory.chmod(0o777)
+    own, *above = list(Path(path).parents)[:3]
+    own.chmod(0o777)
+    for directory in above:
+        directory.chmod(0o755)
     return path
 
 

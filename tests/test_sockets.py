@@ -134,6 +134,22 @@ def test_a_socket_is_given_to_who_may_use_it(tmp_path: Path, access: Access, own
 
 
 @needs_root
+def test_a_socket_that_cannot_be_given_away_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "shared" / "s"
+    path.parent.mkdir()
+    path.parent.chmod(0o777)
+    for directory in list(path.parents)[1:4]:
+        directory.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(SocketPathError, match=r"give it to user 0, group -1: .*; run with CAP_CHOWN"):
+            listen_unix(str(path), Access(uid=0))
+    finally:
+        os.seteuid(0)
+    assert list(path.parent.iterdir()) == []
+
+
+@needs_root
 def test_a_stale_socket_that_was_given_away_is_replaced(tmp_path: Path) -> None:
     leave_stale(tmp_path / "s")
     os.chown(tmp_path / "s", 65534, 65534)

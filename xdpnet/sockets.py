@@ -98,6 +98,7 @@ def listen_unix(path: str, access: Access) -> ListeningSocket:
     try:
         _clear(path, access.uid)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        made: ListeningSocket | socket.socket = sock
         try:
             # The umask, rather than a chmod afterwards: at no time may more people connect than mode says.
             umask = os.umask(0o777 & ~access.mode)
@@ -105,18 +106,22 @@ def listen_unix(path: str, access: Access) -> ListeningSocket:
                 sock.bind(path)
             finally:
                 os.umask(umask)
-            inode = _give(path, access)
+            made = listening = ListeningSocket(path, sock, _inode(os.lstat(path)))
+            _give(path, access)
             sock.listen(BACKLOG)  # from here on somebody can connect
+        except SocketPathError:
+            made.close()
+            raise
         except OSError as error:
-            sock.close()
+            made.close()
             raise SocketPathError(path, f"bind: {error.strerror}", _remedy(error)) from error
-        return ListeningSocket(path, sock, inode)
+        return listening
     finally:
         os.close(directory)
 
 
-def _give(path: str, access: Access) -> tuple[int, int]:
-    """Gives the socket its owner and group; its inode. Whatever a stranger puts into its place stays his own."""
+def _give(path: str, access: Access) -> None:
+    """Gives the socket its owner and group. Whatever a stranger puts into its place stays his own."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
@@ -130,7 +135,6 @@ def _give(path: str, access: Access) -> tuple[int, int]:
         ) from error
     finally:
         os.close(fd)
-    return _inode(found)
 
 
 def _lock_directory(path: str) -> int:
