@@ -20,12 +20,13 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from tests.clock import Clock
 from tests.snapshots import guest_port, netdev_port, ring, snapshot, traffic
 from tests.waiting import PATIENCE_S
 from xdpnet.errors import SetupError
 from xdpnet.metrics import table
 from xdpnet.metrics.collector import SnapshotCollector, registry
-from xdpnet.metrics.endpoint import CONNECTIONS, REQUEST_BYTES, MetricsEndpoint, faults
+from xdpnet.metrics.endpoint import CONNECTIONS, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
 from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Queue, Snapshot, Worker, total
 
 
@@ -200,9 +201,9 @@ async def current() -> Snapshot:
 
 @asynccontextmanager
 async def endpoint(
-    take: Callable[[], Awaitable[Snapshot]] = current, address: tuple[str, int] = ("127.0.0.1", 0)
+    take: Callable[[], Awaitable[Snapshot]] = current, address: tuple[str, int] = ("127.0.0.1", 0), **clocks: Clock
 ) -> AsyncIterator[tuple[str, int]]:
-    served = MetricsEndpoint(address, take)
+    served = MetricsEndpoint(address, take, **clocks)
     try:
         yield served.address
     finally:
@@ -358,6 +359,69 @@ def test_eight_connections_are_served_at_once_and_the_ninth_when_one_of_them_has
                     sock.close()
 
     assert asyncio.run(exchange()) == [200, 200]
+
+
+class Second(Clock):
+    """A second passes for whoever looks: a snapshot takes one, and so does a page."""
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def scrapes(count: int, clock: Clock, spent: Clock, pause_s: float, accept: Callable[[int], str]) -> tuple[int, int]:
+    """How many snapshots were taken and formats made for so many scrapes."""
+    taken, made = [], set()
+
+    async def take() -> Snapshot:
+        taken.append(1)
+        return snapshot(guest_port(messages=len(taken)))
+
+    async def scrape() -> None:
+        async with endpoint(take, clock=clock, spent=spent) as address:
+            for number in range(count):
+                headers = {"Accept": accept(number)}
+                status, answered, body = await asyncio.to_thread(get, address, "/metrics", "GET", headers)
+                assert status == 200
+                made.add((answered["Content-Type"], body))
+                clock.now += pause_s
+
+    asyncio.run(scrape())
+    return len(taken), len(made)
+
+
+def test_a_flood_of_scrapes_gets_the_same_page_for_a_while() -> None:
+    assert REUSE == 4
+    for pause_s, expected in ((0.0, (1, 1)), (3.9, (5, 5)), (4.0, (10, 10)), (60.0, (10, 10))):
+        assert scrapes(10, Clock(), Second(), pause_s, lambda _: "") == expected
+
+
+def test_nobody_can_have_more_formats_made_than_there_are() -> None:
+    def version(number: int) -> str:
+        return f"application/openmetrics-text; version=1.0.{number}"
+
+    assert scrapes(20, Clock(), Second(), 0.0, version) == (1, PAGES)
+
+
+def test_many_who_ask_at_once_are_told_of_one_snapshot() -> None:
+    async def ask_together() -> int:
+        asked, go_on = [], asyncio.Event()
+
+        async def take() -> Snapshot:
+            asked.append(1)
+            await go_on.wait()
+            return snapshot()
+
+        async with endpoint(take, clock=Clock(), spent=Second()) as address:
+            waiting = [asyncio.create_task(asyncio.to_thread(get, address, "/healthz")) for _ in range(CONNECTIONS)]
+            while not asked:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            go_on.set()
+            await asyncio.gather(*waiting)
+            return len(asked)
+
+    assert asyncio.run(ask_together()) == 1
 
 
 def test_a_client_that_dribbles_is_cut_off() -> None:

@@ -2,7 +2,7 @@
 
 Invariant: nothing that a client does, or omits, costs the daemon more than one of CONNECTIONS places for DEADLINE_S
 seconds: that is the limit for a whole exchange, not for each read. One exchange a connection. The snapshot is taken on
-the daemon's own loop, for it alone may call the core.
+the daemon's own loop, for it alone may call the core; who asks sooner than it was worth gets the last one.
 
 Reference: RFC 9112 as far as GET goes; OpenMetrics and the text format by prometheus-client's content negotiation.
 """
@@ -15,25 +15,31 @@ import io
 import logging
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from xdpnet.clients import serve_few
 from xdpnet.errors import SetupError
 from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.snapshot import Snapshot
-from xdpnet.ration import RationedLog
+from xdpnet.ration import Clock, RationedLog
 from xdpnet.stalls import Stall
 
 CONNECTIONS = 8  # a few scrapers; everybody else waits
 DEADLINE_S = 2.0  # a scrape takes milliseconds: whoever needs longer is not a scraper
+REUSE = 4  # what was made is good for so many times what it took: whoever asks, a fifth of the thread's time goes there
+PAGES = 2  # formats that are made of one snapshot: clients could think of any number of versions
 REQUEST_BYTES = 8192  # request line and header fields
 
 log = RationedLog(logging.getLogger(__name__), "metrics")  # clients provoke it
+
+Encoder = Callable[[Collector], bytes]
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,25 @@ class MetricsEndpoint:
         address: tuple[str, int],
         take: Callable[[], Awaitable[Snapshot]],
         stalls: Callable[[], Mapping[int, Stall]] = dict,
+        clock: Clock = time.monotonic,
+        spent: Clock = time.thread_time,
     ) -> None:
-        """take is called on the daemon's loop; stalls, which says what that loop may wait for, is called on ours."""
+        """take is called on the daemon's loop; stalls, which says what that loop may wait for, is called on ours.
+
+        spent: seconds of processor time of the thread that asks.
+        """
         self._take = take
         self._stalls = stalls
         self._daemon_loop = asyncio.get_running_loop()
         self._collector = SnapshotCollector()
         self._registry = registry(self._collector)
+        self._clock = clock
+        self._spent = spent
+        self._taking: asyncio.Future[tuple[Snapshot, float]] | None = None
+        self._taken: Snapshot | None = None
+        self._taken_until = 0.0
+        self._pages: dict[tuple[str, bool], Response] = {}  # by content type, and whether compressed
+        self._pages_until = 0.0
         self._socket = _listen(address)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -134,8 +152,7 @@ class MetricsEndpoint:
             return plain(HTTPStatus.NOT_FOUND, "only /metrics and /healthz are here")
         try:
             async with asyncio.timeout(DEADLINE_S / 2):
-                taken = asyncio.run_coroutine_threadsafe(self._snapshot(), self._daemon_loop)
-                snapshot = await asyncio.wrap_future(taken)
+                snapshot = await self._snapshot()
         except TimeoutError:
             stuck = [f"worker {worker} is at {stall.where}" for worker, stall in self._stalls().items()]
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, "\n".join(["the control thread does not answer", *stuck]))
@@ -145,15 +162,44 @@ class MetricsEndpoint:
         if path == "/healthz":
             ill = faults(snapshot)
             return plain(HTTPStatus.SERVICE_UNAVAILABLE if ill else HTTPStatus.OK, "\n".join(ill or ["ok"]))
-        self._collector.snapshot = snapshot
         encode, content_type = choose_encoder(headers.get("Accept", ""))
-        body = encode(self._registry)
-        if "gzip" in headers.get("Accept-Encoding", ""):
-            return Response(HTTPStatus.OK, gzip.compress(body, 1), content_type, "gzip")
-        return Response(HTTPStatus.OK, body, content_type)
+        return self._page(snapshot, encode, content_type, "gzip" in headers.get("Accept-Encoding", ""))
+
+    def _page(self, snapshot: Snapshot, encode: Encoder, content_type: str, zipped: bool) -> Response:
+        now = self._clock()
+        if now >= self._pages_until:
+            self._pages.clear()
+        fitting = [page for (_, compressed), page in self._pages.items() if compressed is zipped]
+        page = self._pages.get((content_type, zipped))
+        if page is None and len(fitting) == PAGES:
+            return fitting[0]
+        if page is None:
+            begin = self._spent()
+            self._collector.snapshot = snapshot
+            body = encode(self._registry)
+            page = Response(
+                HTTPStatus.OK, gzip.compress(body, 1) if zipped else body, content_type, "gzip" if zipped else ""
+            )
+            self._pages[content_type, zipped] = page
+            self._pages_until = max(self._pages_until, now) + REUSE * (self._spent() - begin)
+        return page
 
     async def _snapshot(self) -> Snapshot:
-        return await self._take()
+        """The daemon's; asked for once, however many wait for it."""
+        if self._taken is not None and self._clock() < self._taken_until:
+            return self._taken
+        if self._taking is None or self._taking.done():
+            taking = asyncio.run_coroutine_threadsafe(self._measured(), self._daemon_loop)
+            self._taking = asyncio.wrap_future(taking)
+            self._taking.add_done_callback(lambda done: done.cancelled() or done.exception())  # all may have given up
+        snapshot, spent = await asyncio.shield(self._taking)
+        self._taken, self._taken_until = snapshot, self._clock() + REUSE * spent
+        return snapshot
+
+    async def _measured(self) -> tuple[Snapshot, float]:
+        """On the daemon's loop: the snapshot, and what it took."""
+        begin = self._spent()
+        return await self._take(), self._spent() - begin
 
 
 def faults(snapshot: Snapshot) -> list[str]:
