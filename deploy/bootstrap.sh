@@ -15,7 +15,7 @@ readonly ROOT=$PWD VENV=$PWD/.venv
 readonly RUNTIME=(ca-certificates gcc iproute2 libc6-dev linux-headers-amd64 linux-libc-dev
 	python3 python3-bpfcc python3-dev python3-venv)
 readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
-readonly TEST=(bpftool dpdk-dev)
+readonly TEST=(bpftool dpdk-dev strace)
 readonly BENCH=(sockperf)
 readonly FUZZ=(clang llvm)
 readonly NEWER=trixie # and its backports: see newer_guest

@@ -32,7 +32,11 @@ class RemoteGuest:
         self.frontend = Frontend.connect(str(path))
         self.memory = GuestMemory(spans, memfd_flags)
         self.pairs = [QueuePair(self.memory, features, num) for _ in range(pairs)]
-        self.frontend.negotiate(features | PROTOCOL)
+        try:
+            self.frontend.negotiate(features | PROTOCOL)
+        except OSError:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

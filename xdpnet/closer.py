@@ -14,6 +14,8 @@ import os
 import queue
 import threading
 
+from xdpnet import threads
+
 MAX_PENDING = 128  # more than a frontend sends from start to end, with sixteen queue pairs
 IDLE_S = 1.0  # until the thread ends
 
@@ -41,11 +43,17 @@ class Closer:
                 return
             self._runs = True
         try:
-            threading.Thread(target=self._run, name="xdpnet-close", daemon=True).start()
+            threads.start(self._run)
         except RuntimeError:  # no thread to be had now: the next one that is handed over tries again
             self._runs = False
 
     def _run(self) -> None:
+        try:
+            self._close_all()
+        except MemoryError:  # nor is there room for one: the same
+            self._runs = False
+
+    def _close_all(self) -> None:
         while True:
             try:
                 number = self._queue.get(timeout=IDLE_S)

@@ -10,12 +10,10 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pyroute2.ethtool.ioctl import IoctlEthtool, NoSuchDevice, NotSupportedError
 from pyroute2.iproute.linux import IPRoute
@@ -23,6 +21,7 @@ from pyroute2.netlink import NLM_F_REQUEST, genlmsg
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.generic import GenericNetlinkSocket
 
+from xdpnet import threads
 from xdpnet.errors import SetupError
 
 IFF_UP = 1
@@ -34,8 +33,6 @@ NETDEV_CMD_DEV_GET = 1
 XDP_ACT_BASIC = 1  # enum netdev_xdp_act
 XDP_ACT_REDIRECT = 2
 XDP_ACT_RX_SG = 32
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,17 +64,12 @@ class _NetdevMessage(genlmsg):  # type: ignore[misc]  # pyroute2 is untyped
     )
 
 
-def _ask(question: Callable[[], T]) -> T:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(question).result()
-
-
 def _fetch(query: dict[str, object]) -> list[Any]:
     def question() -> list[Any]:
         with IPRoute() as netlink:
             return list(netlink.get_links(**query))
 
-    return _ask(question)
+    return threads.answer(question)
 
 
 def link_names() -> list[str]:
@@ -133,7 +125,7 @@ def host_addresses(link: Link) -> frozenset[bytes]:
             return found
 
     try:
-        answer = _ask(question)
+        answer = threads.answer(question)
     except NetlinkError as error:
         raise SetupError(f"interface {link.name}: the kernel did not tell its addresses: {error}") from error
     addresses = {bytes.fromhex((address or "").replace(":", "")) for address in answer} | {link.address}
@@ -237,6 +229,6 @@ def xdp_features(ifindex: int) -> int | None:
             return None if value is None else int(value)
 
     try:
-        return _ask(question)
+        return threads.answer(question)
     except NetlinkError:
         return None

@@ -136,6 +136,8 @@ class Connection:
                 if self._received:
                     self._start_timer("timeout", "half a message, and no more")
                 return False
+            except OSError as error:
+                raise ConnectionError(error.errno, error.strerror) from error  # whatever it is, it ends here
             self._keep_fds(ancillary, flags)
             if not data:
                 if self._received:
@@ -196,6 +198,8 @@ class Connection:
             return self.socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return 0
+        except OSError as error:
+            raise ConnectionError(error.errno, error.strerror) from error
 
     # ---- patience ----
 

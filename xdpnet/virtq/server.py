@@ -196,7 +196,12 @@ class GuestSocket:
         self._serve(sock)
 
     def _may_speak(self, sock: socket.socket) -> bool:
-        peer = peer_of(sock)
+        try:
+            peer = peer_of(sock)
+        except OSError as error:
+            self.device.log.warning("cannot tell who connects: %s", error)
+            self.counters.refused["resources"] += 1
+            return False
         if self._access.uid in (-1, peer.uid) or peer.uid == 0:
             return True
         self.counters.refused["peer"] += 1
@@ -215,17 +220,28 @@ class GuestSocket:
         self._turned_away.close(sock.detach())
 
     def _serve(self, sock: socket.socket) -> None:
-        self.device.log.info("frontend connected: %s", peer_of(sock))
+        try:
+            peer = peer_of(sock)
+            self._handshake_until = time.monotonic() + HANDSHAKE_S
+            session = Session(self.device, self.counters)
+            self._connection = Connection(sock, session, self.counters, self._on_close)
+        except OSError as error:  # out of memory, or of what may be watched
+            self.device.log.warning("cannot serve a frontend: %s", error)
+            self.counters.refused["resources"] += 1
+            self._turn_away(sock)
+            self._end_if_inherited()
+            return
+        self.device.log.info("frontend connected: %s", peer)
         self.counters.connects += 1
         self._free.clear()
-        self._handshake_until = time.monotonic() + HANDSHAKE_S
-        session = Session(self.device, self.counters)
-        self._connection = Connection(sock, session, self.counters, self._on_close)
 
     def _on_close(self) -> None:
         self.device.log.info("frontend disconnected")
         self._connection = None
         self._free.set()
+        self._end_if_inherited()
+
+    def _end_if_inherited(self) -> None:
         if self._fd is not None and self._acceptor is None:
             self.ended.set()
 
