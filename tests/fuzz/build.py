@@ -16,7 +16,7 @@ TARGETS = {"guests": ("guests.c", ()), "oracle": ("guests.c", ("-DORACLE",)), "o
 
 # What the core asks of the kernel that a target answers itself (kernel.c).
 KERNEL = ["bind", "close", "getrandom", "getsockopt", "mmap", "munmap"]
-KERNEL += ["recvfrom", "recvmmsg", "sendto", "setsockopt", "socket", "usleep"]
+KERNEL += ["recvfrom", "recvmmsg", "sendto", "setsockopt", "socket", "syscall", "usleep"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = ["-std=gnu11", "-g", "-O1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-DXN_ORACLE", f"-I{HERE}"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wshadow", *SANITIZE, "-fsanitize=fuzzer-no-link"]

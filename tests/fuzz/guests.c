@@ -96,6 +96,7 @@ static struct race races[4];
 static u32 races_n;
 static struct input *racing; /* where an oracle's bytes come from; NULL: loads are what they are */
 static u32 oracle_rate;
+static u32 chance;
 static u32 tick_us; /* that pass from turn to turn */
 static u64 delivered, runs, moving;
 
@@ -155,15 +156,13 @@ void oracle_loaded(const void *guest, void *loaded, size_t n)
 			run_race(r);
 	}
 #ifdef ORACLE
-	static u32 chance;
-
 	if (!racing || !oracle_rate || !n)
 		return;
 	chance = chance * 1664525 + 1013904223;
 	if (chance >> 24 < oracle_rate && racing->left && kernel_is_guest(guest))
 		change(loaded, n);
 #else
-	(void)loaded, (void)n, (void)racing, (void)oracle_rate;
+	(void)loaded, (void)n, (void)racing, (void)oracle_rate, (void)chance;
 #endif
 }
 
@@ -1179,6 +1178,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	races_n = 0;
 	racing = NULL;
+	chance = 0;
 	make_world(&in);
 	before = frames_delivered();
 	racing = &in;

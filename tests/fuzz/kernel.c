@@ -2,6 +2,7 @@
 #include "kernel.h"
 
 #include <errno.h>
+#include <linux/aio_abi.h>
 #include <linux/if_packet.h>
 #include <linux/if_xdp.h>
 #include <stdlib.h>
@@ -9,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "clock.h"
@@ -77,6 +79,8 @@ ssize_t __wrap_recvfrom(int fd, void *bytes, size_t n, int flags, struct sockadd
 int __wrap_recvmmsg(int fd, struct mmsghdr *messages, unsigned int n, int flags, struct timespec *timeout);
 int __wrap_usleep(useconds_t us);
 ssize_t __wrap_getrandom(void *to, size_t n, unsigned int flags);
+long __wrap_syscall(long number, long a, long b, long c);
+long __real_syscall(long number, long a, long b, long c);
 
 /* ---- sleep and chance ---- */
 
@@ -95,6 +99,23 @@ ssize_t __wrap_getrandom(void *to, size_t n, unsigned int flags)
 	(void)flags;
 	memset(to, 0x5a, n);
 	return (ssize_t)n;
+}
+
+/* A context takes tens of milliseconds to go away: it is kept for the next bridge. */
+long __wrap_syscall(long number, long a, long b, long c)
+{
+	static aio_context_t kept[XN_MAX_WORKERS];
+	static u32 kept_n;
+
+	if (number == SYS_io_setup && kept_n) {
+		*(aio_context_t *)b = kept[--kept_n];
+		return 0;
+	}
+	if (number == SYS_io_destroy && kept_n < XN_MAX_WORKERS) {
+		kept[kept_n++] = (aio_context_t)a;
+		return 0;
+	}
+	return __real_syscall(number, a, b, c);
 }
 
 void kernel_reset(void)
