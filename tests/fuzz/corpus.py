@@ -1,4 +1,7 @@
-"""The corpus in the repository: an archive for each target, of inputs that each reach something no other does."""
+"""The corpus in the repository: an archive for each target, of inputs that each reach something no other does.
+
+Beside it, by name, are inputs that have found something: they stay whatever they reach.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,19 @@ KEPT = HERE / "corpus"
 def unpack(target: str, into: Path) -> int:
     """Write the target's inputs into a directory; how many."""
     into.mkdir(parents=True, exist_ok=True)
+    found = [path for path in sorted(KEPT.glob(f"{target}/*")) if path.is_file()]
+    for path in found:
+        (into / path.name).write_bytes(path.read_bytes())
     archive = KEPT / f"{target}.tar.xz"
     if not archive.exists():
-        return 0
+        return len(found)
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
         for member in members:
             content = tar.extractfile(member)
             if content:
                 (into / member.name).write_bytes(content.read())
-    return len(members)
+    return len(members) + len(found)
 
 
 def pack(target: str, inputs: Path) -> int:
