@@ -323,7 +323,8 @@ def merge(file: Raw, flags: Raw) -> Raw:
         if not isinstance(tables, list):
             continue  # a fault that parse() reports
         tables = list(tables)
-        known = {table.get(identity): at for at, table in enumerate(tables) if isinstance(table, dict)}
+        names = [table.get(identity) if isinstance(table, dict) else None for table in tables]
+        known = {name: at for at, name in enumerate(names) if isinstance(name, str)}
         for table in flags[key]:
             at = known.get(table.get(identity))
             if at is None:

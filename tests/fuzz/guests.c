@@ -1165,6 +1165,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 		MUST(guests[i].fd >= 0 && !ftruncate(guests[i].fd, MEMORY));
 		guests[i].memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED, guests[i].fd, 0);
 		MUST(guests[i].memory != MAP_FAILED);
+		/* Nothing is lent from memory with holes. */
+		memset(guests[i].memory, 0, MEMORY);
 	}
 	atexit(report);
 	return 0;

@@ -1,0 +1,58 @@
+"""Target: vhost-user sessions against the control plane in this process, coverage-guided.
+
+Real sockets, the real core, the real control loop on its own thread; what must hold is that the backend ends the
+session without an internal error, has no descriptor more than before, and answers another frontend.
+"""
+
+import os
+import sys
+
+import atheris
+
+with atheris.instrument_imports(include=["xdpnet"]):
+    from tests.backend import Backend, ControlThread
+    from tests.fuzz.programs import play
+    from tests.waiting import until_equal
+    from xdpnet.core import Bridge
+    from xdpnet.virtq.message import Request
+
+
+class Sessions:
+    def __init__(self) -> None:
+        self.control = ControlThread()
+        self.bridge = self.control.call(lambda: Bridge(workers=1))
+        self.control.call(self.bridge.start)
+        self.victim = Backend(self.control, self.bridge, 2, 1500)
+        self.neighbour = Backend(self.control, self.bridge, 1, None)
+        self.good, _ = self.neighbour.connect()
+        self.good.negotiate()
+        self.one(b"")
+        self.fds = self._open_fds()
+
+    def _open_fds(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def one(self, data: bytes) -> None:
+        frontend, guest = self.victim.connect()
+        with frontend:
+            play(data, frontend)
+        self.control.run(guest.stop())
+        self.victim.frontends.clear()
+        self.victim.sockets.clear()
+        if guest.counters.errors["internal"]:
+            raise RuntimeError("an internal error, see the log")
+
+    def check(self, data: bytes) -> None:
+        self.one(data)
+        until_equal(self._open_fds, self.fds)
+        self.good.ask_u64(Request.GET_FEATURES)
+
+
+def main() -> None:
+    sessions = Sessions()
+    atheris.Setup(sys.argv, sessions.check)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
