@@ -6,6 +6,7 @@ writes to it. Each test reads the counter at its end, so that a core which did w
 
 import contextlib
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -180,3 +181,25 @@ def test_an_err_fd_is_raised_once_for_each_time_its_ring_breaks(bridge: core.Bri
         assert ring.is_in_error()
         assert value_of(ring.err_fd) == 1
         driver.restart(core.TX)
+
+
+def test_a_call_that_wakes_hundreds_of_watchers_keeps_no_other_guest_from_its_frames(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    """Each call of such a guest takes long; it gets them all, and the others theirs."""
+    watched, other, sink = guests(bridge), guests(bridge), guests(bridge, num=1024)
+    bridge.set_mac(sink.port, mac(5), False)
+    sink.pair.fill()
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(select.epoll()).register(watched.pair.tx.call_fd, select.EPOLLIN)
+        for number in range(64):
+            watched.pair.send(frame(mac(5), mac(6), mark=bytes([number])))
+            other.pair.send(frame(mac(5), mac(7), mark=bytes([number])))
+            assert other.pair.wait_sent()
+            assert watched.pair.wait_sent()
+    got = sink.pair.frames(128)
+    for number in 6, 7:
+        assert [each for each in got if each[6:12] == mac(number)] == [
+            frame(mac(5), mac(number), mark=bytes([i])) for i in range(64)
+        ]
