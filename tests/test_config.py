@@ -366,6 +366,13 @@ def test_a_flag_changes_the_guest_of_the_file_and_adds_an_unknown_one() -> None:
     assert [(g.name, g.socket, g.queues) for g in made.guests] == [("web", "/a", 4), ("db", "/b", 1)]
 
 
+def test_a_name_in_the_file_that_is_no_word_is_a_fault_with_flags_too() -> None:
+    file = {"guest": [{"name": {"a": 1}, "socket": "/a"}, {"name": ["web"], "socket": "/b"}]}
+    with pytest.raises(ConfigError) as caught:
+        config.parse(config.merge(file, {"guest": [{"name": "web", "socket": "/c"}]}))
+    assert [line.partition(" = ")[0] for line in caught.value.faults] == ["guest 1: name", "guest 2: name"]
+
+
 def test_a_flag_that_is_not_key_value_is_a_fault_beside_the_others() -> None:
     wrong: list[str] = []
     table = config.parse_flag("web,socket=/a,client,queues=99,queues=1", "name", wrong)

@@ -18,7 +18,7 @@ from . import corpus
 from .build import CORE, OUT, ROOT, TARGETS, build
 
 # Targets in Python, each a module here that runs by itself.
-SCRIPTS: tuple[str, ...] = ()
+SCRIPTS = ("sessions", "daemon", "settings")
 NAMES: tuple[str, ...] = (*TARGETS, *SCRIPTS)
 FOUND = OUT / "findings"
 MOST_BYTES = 512
@@ -48,16 +48,18 @@ def command(target: str, *, artifacts: Path, out: Path = OUT) -> list[str]:
     where = f"-artifact_prefix={artifacts}/{target}-"
     if target in TARGETS:
         return [str(out / target), f"-max_len={MOST_BYTES}", *COMMON, where]
-    return [sys.executable, "-m", f"tests.fuzz.{target}", *COMMON, where]
+    return [sys.executable, "-m", f"tests.fuzz.{target}", f"-max_len={MOST_BYTES}", *COMMON, where]
 
 
-def start(target: str, *arguments: str, log: Path, artifacts: Path = FOUND, out: Path = OUT) -> Running:
+def start(
+    target: str, *arguments: str, log: Path, artifacts: Path = FOUND, out: Path = OUT, where: Path = ROOT
+) -> Running:
     artifacts.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as to:
         process = subprocess.Popen(
             [*command(target, artifacts=artifacts, out=out), *arguments],
-            cwd=ROOT,
+            cwd=where,
             stdout=to,
             stderr=subprocess.STDOUT,
             env={**os.environ, "FUZZ_REPORT": "1"},

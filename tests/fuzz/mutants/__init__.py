@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import corpus, targets
-from ..build import CORE, OUT, TARGETS, build
+from ..build import CORE, OUT, ROOT, TARGETS, build
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,10 +55,15 @@ def every() -> list[Mutant]:
 
 def hunt(mutant: Mutant, seconds: float, scratch: Path) -> tuple[float | None, str]:
     """Seconds until it was found, None if it was not; and what was found."""
-    tree = scratch / "c"
-    shutil.copytree(CORE, tree)
-    mutant.apply(tree)
-    build(tree, scratch, (mutant.target,), unchanged=OUT)
+    if mutant.target in TARGETS:
+        shutil.copytree(CORE, scratch / "c")
+        mutant.apply(scratch / "c")
+        build(scratch / "c", scratch, (mutant.target,), unchanged=OUT)
+    else:
+        # Modules are looked for where a program is run first.
+        shutil.copytree(ROOT / "xdpnet", scratch / "xdpnet")
+        (scratch / "tests").symlink_to(ROOT / "tests")
+        mutant.apply(scratch)
     inputs = scratch / "corpus"
     corpus.unpack(mutant.target, inputs)
     started = time.monotonic()
@@ -70,6 +75,7 @@ def hunt(mutant: Mutant, seconds: float, scratch: Path) -> tuple[float | None, s
         log=scratch / "log",
         artifacts=scratch,
         out=scratch,
+        where=ROOT if mutant.target in TARGETS else scratch,
     )
     try:
         code = running.process.wait(seconds + 30)
