@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import corpus, mutants
-from tests.fuzz.build import CORE
+from tests.fuzz.build import CORE, ROOT, TARGETS
 
 MUTANTS = mutants.every()
 
@@ -18,10 +18,11 @@ def test_there_are_mutants_enough_and_each_is_named_once() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_takes_away_a_check_that_is_there(mutant: mutants.Mutant, tmp_path: Path) -> None:
+    source = (CORE if mutant.target in TARGETS else ROOT) / mutant.file
     (tmp_path / mutant.file).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(CORE / mutant.file, tmp_path / mutant.file)
+    shutil.copy(source, tmp_path / mutant.file)
     mutant.apply(tmp_path)
-    assert (tmp_path / mutant.file).read_text() != (CORE / mutant.file).read_text()
+    assert (tmp_path / mutant.file).read_text() != source.read_text()
 
 
 @pytest.mark.parametrize("fault", ["receive_chains_past_the_arrays", "more_loans_than_the_ring_has"])
