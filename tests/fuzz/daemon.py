@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import struct
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import atheris
 
 with atheris.instrument_imports(include=["tests.fuzz.programs"]):
     from tests.frontend import Frontend, GuestMemory
-    from tests.fuzz.programs import Input, play
+    from tests.fuzz.programs import Input, fuzz, play
 from tests.test_daemon import daemon
 from tests.waiting import until, until_equal
 
@@ -129,8 +128,7 @@ class Doors:
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="xdpnet-fuzz-") as scratch, contextlib.ExitStack() as stack:
         doors = Doors(Path(scratch), stack)
-        atheris.Setup(sys.argv, doors.check)
-        atheris.Fuzz()
+        fuzz(doors.check)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@
 #include "clock.h"
 #include "xsk.h"
 
-enum { SOCKETS = 8, MAPPED = 1024, PAGE = 4096, HEADROOM = 256, GROUP_FRAMES = 8, DESC_AT = 192 };
+enum { SOCKETS = 8, MAPPED = 1024, PAGE = 4096, GUARD = 1 << 21, HEADROOM = 256, GROUP_FRAMES = 8, DESC_AT = 192 };
 enum { FILL, COMPLETION, RX, TX, RINGS };
 
 /* The kernel's view of one ring. */
@@ -40,7 +40,10 @@ static struct xsk_socket {
 	u32 pieces; /* of the frame that is being sent */
 } sockets[SOCKETS];
 
-/* Files that are mapped; each has pages around it that nobody may touch, unless its place was given. */
+/*
+ * Files that are mapped; unless its place was given, each has pages around it that nobody may touch, and behind it as many
+ * as an index of 16 bits reaches.
+ */
 static struct mapped {
 	u8 *base;
 	size_t length;
@@ -155,7 +158,7 @@ static void forget(const u8 *addr, size_t length)
 		kernel_guard(m.base, whole, false);
 		if (m.guarded) {
 			__real_munmap(m.base - PAGE, PAGE);
-			__real_munmap(m.base + whole, PAGE);
+			__real_munmap(m.base + whole, GUARD);
 		}
 	}
 }
@@ -201,7 +204,7 @@ void *__wrap_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t 
 	bool guarded = !(flags & MAP_FIXED);
 
 	if (guarded) {
-		size_t whole = (length + PAGE - 1) / PAGE * PAGE + 2 * PAGE;
+		size_t whole = (length + PAGE - 1) / PAGE * PAGE + PAGE + GUARD;
 		u8 *at = __real_mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 		if (at == MAP_FAILED)

@@ -10,9 +10,12 @@ import os
 import select
 import socket
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+
+import atheris
 
 from tests.frontend import ACK_AND_ALL, MODERN, DisconnectedError, Frontend, GuestMemory
 from xdpnet.virtq.features import VirtioFeature, mask
@@ -31,6 +34,11 @@ from xdpnet.virtq.message import (
 MOST_MESSAGES = 40
 NUM = 256
 FULL_COUNTER = 2**64 - 2
+
+
+def fuzz(check: Callable[[bytes], None]) -> None:
+    atheris.Setup([os.environ.get("XDPNET_FUZZ_SELF", sys.argv[0]), *sys.argv[1:]], check)
+    atheris.Fuzz()
 
 
 class Input:

@@ -5,13 +5,12 @@ session without an internal error, has no descriptor more than before, and answe
 """
 
 import os
-import sys
 
 import atheris
 
 with atheris.instrument_imports(include=["xdpnet"]):
     from tests.backend import Backend, ControlThread
-    from tests.fuzz.programs import play
+    from tests.fuzz.programs import fuzz, play
     from tests.waiting import until_equal
     from xdpnet.core import Bridge
     from xdpnet.virtq.message import Request
@@ -50,8 +49,7 @@ class Sessions:
 
 def main() -> None:
     sessions = Sessions()
-    atheris.Setup(sys.argv, sessions.check)
-    atheris.Fuzz()
+    fuzz(sessions.check)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Target: the configuration. Of whatever a file or flags say there is a Config, or a ConfigError that can be shown."""
 
-import sys
 import tomllib
 
 import atheris
 
 with atheris.instrument_imports(include=["xdpnet"]):
-    from tests.fuzz.programs import Input
+    from tests.fuzz.programs import Input, fuzz
     from xdpnet.config import Config, GuestConfig, NetdevConfig, merge, parse, parse_flag
     from xdpnet.errors import ConfigError
 
@@ -64,5 +63,4 @@ def check(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, check)
-    atheris.Fuzz()
+    fuzz(check)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from . import corpus
 from .build import CORE, OUT, ROOT, TARGETS, build
+
+SELF = "XDPNET_FUZZ_SELF"  # for a module: what to start when it wants itself in another process
 
 # Targets in Python, each a module here that runs by itself.
 SCRIPTS = ("sessions", "daemon", "settings")
@@ -48,7 +51,16 @@ def command(target: str, *, artifacts: Path, out: Path = OUT) -> list[str]:
     where = f"-artifact_prefix={artifacts}/{target}-"
     if target in TARGETS:
         return [str(out / target), f"-max_len={MOST_BYTES}", *COMMON, where]
-    return [sys.executable, "-m", f"tests.fuzz.{target}", f"-max_len={MOST_BYTES}", *COMMON, where]
+    return [str(script(target, out)), f"-max_len={MOST_BYTES}", *COMMON, where]
+
+
+def script(target: str, out: Path) -> Path:
+    """A program that runs the module, wherever it is started: libFuzzer starts itself anew to merge."""
+    path = out / target
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\n{SELF}="$0" exec {shlex.quote(sys.executable)} -m tests.fuzz.{target} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def start(

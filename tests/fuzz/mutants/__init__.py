@@ -32,6 +32,11 @@ class Mutant:
     target: str = "guests"
     then: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def source(self) -> Path:
+        """The tree that its file is in."""
+        return CORE if self.target in TARGETS else ROOT
+
     def apply(self, tree: Path) -> None:
         """Make the change under `tree`. Raises ValueError if the check is no longer there."""
         path = tree / self.file
@@ -88,7 +93,9 @@ def hunt(mutant: Mutant, seconds: float, scratch: Path) -> tuple[float | None, s
 
 def run(names: Sequence[str], seconds: float) -> int:
     mutants = [mutant for mutant in every() if not names or mutant.name in names]
-    build(targets=(*TARGETS,))
+    mutants.sort(key=lambda mutant: mutant.file.endswith(".h"))  # those last for which the whole core is compiled
+    if any(mutant.target in TARGETS for mutant in mutants):
+        build(targets=(*TARGETS,))
     missed = 0
     for mutant in mutants:
         with tempfile.TemporaryDirectory(prefix="xdpnet-mutant-") as scratch:
