@@ -20,7 +20,7 @@ C = sorted(Path("c").glob("*.[ch]"))
 # What tells the time of day, which an administrator or NTP may set. The log's own lines have it from logging.
 CLOCKS_IN_PYTHON = {"time", "time_ns", "localtime", "gmtime", "now", "utcnow", "today", "CLOCK_REALTIME", "CLOCK_TAI"}
 CLOCKS_IN_C = re.compile(
-    r"CLOCK_(?!MONOTONIC\b)\w+|\b(gettimeofday|time|ftime|timespec_get|localtime\w*|\w+_timedwait|\w+_timedlock)\s*\("
+    r"\bCLOCK_(?!MONOTONIC\b)\w+|\b(gettimeofday|time|ftime|timespec_get|localtime\w*|\w+_timedwait|\w+_timedlock)\s*\("
 )
 WRAP = 1 << 32  # seconds, as the core counts them
 BEFORE_THE_WRAP_S = 8
