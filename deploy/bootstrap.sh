@@ -252,7 +252,6 @@ main() {
 		;;
 	fuzz)
 		fuzz_packages
-		packages "${TEST[@]}"
 		environment "[dev]"
 		[ $# = 0 ] && set -- 60
 		fuzz "$@"

@@ -16,12 +16,11 @@ import atheris
 
 with atheris.instrument_imports(include=["tests.fuzz.programs"]):
     from tests.frontend import Frontend, GuestMemory
-    from tests.fuzz.programs import Input, fuzz, play
+    from tests.fuzz.programs import PATIENCE_S, Input, fuzz, play, settled
 from tests.test_daemon import daemon
-from tests.waiting import until, until_equal
+from tests.waiting import until
 
 CHECK_EVERY = 16
-PATIENCE_S = 20.0
 TX, NUM = 1, 256
 COMMANDS = (b'{"command": "stats"}\n', b'{"command": "none"}\n', b"{}\n", b"[]\n", b"1\n", b'"stats"\n', b"\n", b"")
 LINES = (
@@ -72,7 +71,7 @@ class Doors:
         self.runs = 0
         for door in (b"\0", b"\2", b"\3"):
             self.one(door)
-        self.fds = self.open_fds()
+        self.fds = settled(self.open_fds)
 
     def open_fds(self) -> int:
         return len(os.listdir(f"/proc/{self.daemon.process.pid}/fd"))
@@ -110,7 +109,7 @@ class Doors:
                     raise RuntimeError(f"no answer: {answer[:80]!r}")
             case _:
                 with Frontend.connect(self.victim) as frontend:
-                    play(data[1:], frontend, PATIENCE_S)
+                    play(data[1:], frontend)
 
     def check(self, data: bytes) -> None:
         self.one(data)
@@ -121,7 +120,7 @@ class Doors:
             return
         if re.search("internal error|Traceback", self.daemon.log):
             raise RuntimeError(f"the daemon complains\n{self.daemon.log[-2000:]}")
-        until_equal(self.open_fds, self.fds)
+        until(lambda: self.open_fds() <= self.fds, PATIENCE_S)
         self.neighbour.send()
 
 

@@ -26,6 +26,7 @@ enum {
 	TABLES_END = 0x40000,
 	BUFFERS = TABLES_END,
 	MOST_NUM = 1024,
+	MOST_PIECES = 2048,
 	MOST_REGIONS = 16,
 	MOST_OPS = 32,
 	FRAMES = XN_MIN_FRAMES
@@ -40,6 +41,7 @@ struct segment {
 /* What a chain took of its ring. */
 struct posted {
 	u16 descs;
+	bool breaks; /* it must never be handed back */
 	struct cursor after;
 };
 
@@ -97,6 +99,8 @@ static u32 races_n;
 static struct input *racing; /* where an oracle's bytes come from; NULL: loads are what they are */
 static u32 oracle_rate;
 static u32 chance;
+/* Whether memory may no longer be what was posted. */
+static bool disturbed;
 static u32 tick_us; /* that pass from turn to turn */
 static u64 delivered, runs, moving;
 
@@ -302,6 +306,7 @@ static void take_used(const struct guest_of *g, struct ring *r)
 	while (r->head != r->tail && !cursor_is(r->done, q->used)) {
 		const struct posted *p = &r->posted[r->head++ % ARRAY_LEN(r->posted)];
 
+		MUST(!p->breaks || disturbed);
 		r->free = (u16)(r->free + p->descs);
 		r->done = p->after;
 	}
@@ -421,12 +426,10 @@ static u64 put_table(struct guest_of *g, const struct segment *segments, u32 n, 
 
 /* Makes a chain available; false: the ring has no room for it. */
 static bool post(struct guest_of *g, struct ring *r, const struct segment *segments, u32 n, bool writable, bool table,
-		 const struct wrong *wrong)
+		 const struct wrong *wrong, bool breaks)
 {
 	const u16 id = r->is_packed ? r->next.pos : r->at;
 	struct cursor at = r->next;
-	u8 *first = NULL;
-	u16 first_flags = 0;
 
 	if (!r->started || n > r->free || r->tail - r->head == ARRAY_LEN(r->posted))
 		return false;
@@ -447,8 +450,6 @@ static bool post(struct guest_of *g, struct ring *r, const struct segment *segme
 		}
 		if (wrong->kind && wrong->at % n == i)
 			spoil(g, wrong, d, r->is_packed, r->num);
-		if (!i)
-			first = d, memcpy(&first_flags, d + 14, 2);
 	}
 	if (!r->is_packed) {
 		u16 *ring = (u16 *)(g->memory + r->avail + 4), *index = (u16 *)(g->memory + r->avail + 2);
@@ -462,9 +463,8 @@ static bool post(struct guest_of *g, struct ring *r, const struct segment *segme
 		if (wrong->kind == 5 && wrong->value >> 32 & 1)
 			*index = (u16)(at.pos + (wrong->value >> 40));
 	}
-	(void)first, (void)first_flags;
 	r->free = (u16)(r->free - n);
-	r->posted[r->tail++ % ARRAY_LEN(r->posted)] = (struct posted){(u16)n, at};
+	r->posted[r->tail++ % ARRAY_LEN(r->posted)] = (struct posted){(u16)n, breaks, at};
 	r->next = at;
 	return true;
 }
@@ -482,7 +482,7 @@ struct shape {
 
 static struct shape take_shape(struct input *in)
 {
-	static const u16 pieces[] = {1, 1, 2, 1024, 3, 17, 64, 256};
+	static const u16 pieces[] = {1, 1, 2, 1024, 3, 17, 64, 2040};
 	u8 a = take8(in), b = a & 0x40 ? take8(in) : 0;
 
 	return (struct shape){.pieces = pieces[a & 7],
@@ -543,13 +543,36 @@ static u32 cut(const struct guest_of *g, const struct shape *s, u32 offset, u32 
 	return n;
 }
 
+/*
+ * What no device may take: a descriptor of the other direction, a chain of which a part is not available, an id or a next
+ * that is none.
+ */
+static bool breaks(const struct ring *r, const struct wrong *wrong, u32 n, bool writable, bool table)
+{
+	const u32 at = n ? wrong->at % n : 0;
+
+	/* Of more pieces than are gathered, the rest is not looked at. */
+	if (n > 256)
+		return false;
+	switch (wrong->kind) {
+	case 6:
+		return !table && (r->is_packed ? at == n - 1 : at < n - 1);
+	case 8:
+		return !(r->is_packed && table && !writable);
+	case 11:
+		return r->is_packed && !table && at;
+	default:
+		return false;
+	}
+}
+
 static u32 post_chain(struct guest_of *g, struct ring *r, const struct shape *s, u32 offset, u32 len, bool writable,
 		      const struct wrong *wrong, u32 count)
 {
-	static struct segment segments[MOST_NUM + 64];
+	static struct segment segments[MOST_PIECES + 64];
 	const struct wrong none = {0};
 	bool table = s->table && g->features >> VIRTIO_RING_F_INDIRECT_DESC & 1;
-	u32 most = table ? min_u32(MOST_NUM + 16, 16 * r->num) : r->free, n, done = 0;
+	u32 most = table ? min_u32(MOST_PIECES, 16 * r->num) : r->free, n, done = 0;
 
 	if (!most)
 		return 0;
@@ -559,11 +582,16 @@ static u32 post_chain(struct guest_of *g, struct ring *r, const struct shape *s,
 		struct segment one = {
 			put_table(g, segments, n, writable, r->is_packed, s->odd, in_ring ? &none : wrong), 16 * n};
 
-		while (done < count && post(g, r, &one, 1, writable, true, in_ring && !done ? wrong : &none))
+		bool is_wrong = !in_ring && breaks(r, wrong, n, writable, true);
+
+		while (done < count && post(g, r, &one, 1, writable, true, in_ring && !done ? wrong : &none, is_wrong))
 			done++;
 		return done;
 	}
-	while (done < count && post(g, r, segments, n, writable, false, done == count / 2 ? wrong : &none))
+	bool is_wrong = breaks(r, wrong, n, writable, false);
+
+	while (done < count && post(g, r, segments, n, writable, false, done == count / 2 ? wrong : &none,
+				    done == count / 2 && is_wrong))
 		done++;
 	return done;
 }
@@ -859,6 +887,7 @@ static void add_race(struct input *in, struct guest_of *g, struct ring *r)
 	u8 how = take8(in);
 	u32 slot = 0;
 
+	disturbed = true;
 	if (!q || !q->started || races_n == ARRAY_LEN(races))
 		return;
 	*race = (struct race){.times = 1, .repeats = how >> 6};
@@ -914,6 +943,7 @@ static void poke(struct input *in, struct guest_of *g, struct ring *r)
 		 : how & 2 ? r->avail + take16(in) % (2 * r->num + 4)
 			   : TABLES + take32(in) % (MEMORY - TABLES - 64);
 
+	disturbed = true;
 	for (u32 n = 1 + (how >> 5); n; n--)
 		g->memory[at++] = take8(in);
 }
@@ -925,6 +955,7 @@ static void control(struct input *in, u32 index)
 	u32 ring = (more & 3) % (2 * g->pairs), port = (u32)g->port, base;
 	struct xn_ring_state state;
 
+	disturbed = true;
 	switch (what % 16) {
 	case 0:
 		(void)xn_ring_stop(bridge, port, ring, &base);
@@ -1067,6 +1098,8 @@ static void step(struct input *in)
 		(void)eventfd_write(kick_fd, 1);
 		turn(1);
 		races_n = 0;
+		for (u32 i = 0; g->port >= 0 && i < 2 * g->pairs; i++)
+			take_used(g, &g->rings[i]);
 		revive(g);
 	}
 }
@@ -1181,6 +1214,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	races_n = 0;
 	racing = NULL;
 	chance = 0;
+#ifdef ORACLE
+	disturbed = true;
+#else
+	disturbed = false;
+#endif
 	make_world(&in);
 	before = frames_delivered();
 	racing = &in;

@@ -31,6 +31,7 @@ from xdpnet.virtq.message import (
     VringState,
 )
 
+PATIENCE_S = 20.0  # for what the other side has to do
 MOST_MESSAGES = 40
 NUM = 256
 FULL_COUNTER = 2**64 - 2
@@ -39,6 +40,15 @@ FULL_COUNTER = 2**64 - 2
 def fuzz(check: Callable[[bytes], None]) -> None:
     atheris.Setup([os.environ.get("XDPNET_FUZZ_SELF", sys.argv[0]), *sys.argv[1:]], check)
     atheris.Fuzz()
+
+
+def settled(count: Callable[[], int]) -> int:
+    """What it counts once that has not changed for a while: descriptors are closed by others, and later."""
+    seen = [count()]
+    while len(seen) < 5 or len(set(seen[-5:])) > 1:
+        time.sleep(0.1)
+        seen.append(count())
+    return seen[-1]
 
 
 class Input:
@@ -224,7 +234,7 @@ def _message(given: Input, frontend: Frontend, memory: GuestMemory) -> None:
             os.close(fd)
 
 
-def play(data: bytes, frontend: Frontend, patience_s: float = 20) -> None:
+def play(data: bytes, frontend: Frontend, patience_s: float = PATIENCE_S) -> None:
     """Speaks the session, and returns when the backend has ended it. TimeoutError: it does not."""
     given = Input(data)
     with GuestMemory(seal=False) as memory:

@@ -51,7 +51,7 @@ def command(target: str, *, artifacts: Path, out: Path = OUT) -> list[str]:
     where = f"-artifact_prefix={artifacts}/{target}-"
     if target in TARGETS:
         return [str(out / target), f"-max_len={MOST_BYTES}", *COMMON, where]
-    return [str(script(target, out)), f"-max_len={MOST_BYTES}", *COMMON, where]
+    return [str(script(target, out)), f"-max_len={MOST_BYTES}", *COMMON, "-timeout=60", where]
 
 
 def script(target: str, out: Path) -> Path:
