@@ -38,6 +38,7 @@ struct guest {
 
 struct netdev_queue {
 	struct xsk *xsk;
+	bool lost;		  /* its socket was closed here, not by whoever opened it */
 	struct xn_xsk_stats past; /* of sockets that this queue had before */
 	struct xn_queue_stats rx XN_ALIGNED;
 	struct xn_queue_stats tx XN_ALIGNED;

@@ -67,8 +67,11 @@ void netdev_recall(struct xsk *x, bool patient)
 		xsk_reap(x);
 		return;
 	}
+	struct netdev_queue *nq = &x->port->netdev.queue[x->queue];
+
 	bridge_event(x->port->bridge, XN_EVENT_UMEM);
-	close_queue(x->port, &x->port->netdev.queue[x->queue]);
+	close_queue(x->port, nq);
+	nq->lost = true;
 }
 
 static void drop_group(struct netdev *d)
@@ -118,8 +121,10 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 				    .bytes = {&nq->rx.bytes, &nq->tx.bytes}};
 	workers_park(b);
 	r = worker_add_source(b->workers[queue % b->config.workers], &x->source, port);
-	if (!r)
+	if (!r) {
 		nq->xsk = x;
+		nq->lost = false;
+	}
 	netdev_settle(x->port);
 	workers_resume(b);
 	if (r < 0)
@@ -136,7 +141,9 @@ int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy)
 	for (u32 i = 0; i < p->netdev.queues; i++) {
 		const struct xsk *x = p->netdev.queue[i].xsk;
 
-		if (!x || x->stuck || x->umem != arena_umem(&b->arena, zerocopy != XN_ZEROCOPY_OFF))
+		if (p->netdev.queue[i].lost)
+			return 1;
+		if (x && (x->stuck || x->umem != arena_umem(&b->arena, zerocopy != XN_ZEROCOPY_OFF)))
 			return 1;
 	}
 	return 0;
@@ -150,6 +157,7 @@ int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue)
 		return -ENOENT;
 	workers_park(b);
 	close_queue(&b->ports[port], nq);
+	nq->lost = false;
 	workers_resume(b);
 	return 0;
 }

@@ -332,7 +332,7 @@ enum xn_netdev_flag {
  */
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
 			 uint32_t zerocopy, uint32_t flags);
-/* 1: the sockets have not the guest memory that they would have if they were closed and opened again. */
+/* 1: open sockets have not the guest memory that they would have if opened again, or one had to be closed by the core. */
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy);
 int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue);
 int xn_netdev_queue_fd(struct xn_bridge *b, uint32_t port, uint32_t queue); /* still the core's */

@@ -42,7 +42,7 @@ def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
 
 
 def netdev_port(**fields: Any) -> Port:
-    netdev = Netdev("eth1", 7, True, "native", False, "auto", {"guest": 12_345_700, "group": 0, "host": 17}, 6)
+    netdev = Netdev("eth1", 7, True, "native", False, "auto", {"guest": 12_345_700, "group": 0, "host": 17}, 6, 2)
     xsk = Xsk(True, False, {name: at for at, name in enumerate(XDP_STATISTICS)}, 2048, 2040, 8, 3, 1 << 24)
     queue = Queue(0, traffic(12_345_700), traffic(995, kicks=40, kicks_saved=3), xsk=xsk)
     return Port("eth1", 1, (queue,), netdev=replace(netdev, **fields))

@@ -459,6 +459,27 @@ def test_an_interface_that_vanishes_is_ill_health_until_it_is_back(tmp_path: Pat
 
 @needs_root
 @pytest.mark.net
+@pytest.mark.parametrize("limit", ["", ",queues=1"], ids=["room for all", "room for one"])
+def test_d19_an_interface_gets_more_queues_than_room_and_that_shows(tmp_path: Path, limit: str) -> None:
+    with veth(queues=2) as pair:
+        pair.namespace.run("ethtool", "-L", pair.peer, "tx", "1")
+        command("ethtool", "-L", pair.ifname, "rx", "1")
+        words = ("--guest", guest(tmp_path), "--netdev", pair.ifname + limit, "--metrics", "127.0.0.1:0")
+        with daemon(tmp_path, *words) as running:
+            assert len(running.ready().port(pair.ifname).queues) == 1
+            command("ethtool", "-L", pair.ifname, "rx", "2")
+            if limit:
+                told = f'xdpnet_netdev_unserved_queues{{interface="{pair.ifname}"}} 1.0'
+                running.until(lambda: told in running.get("/metrics")[1], "told of")
+            else:
+                running.until(lambda: len(running.port(pair.ifname).queues) == 2, "both served")
+                running.until(lambda: all(queue.xsk for queue in running.port(pair.ifname).queues), "open")
+            running.until(lambda: running.get("/healthz") == (200, "ok\n"), "well")
+            assert running.end() == 0
+
+
+@needs_root
+@pytest.mark.net
 def test_the_guests_addresses_are_steered(tmp_path: Path, wire: Veth) -> None:
     words = ("--guest", guest(tmp_path, more=f",mac={MAC}"), "--netdev", wire.ifname)
     with daemon(tmp_path, *words) as running, wire.wire() as far:

@@ -152,6 +152,7 @@ def test_every_queue_has_its_packets_bytes_and_drops_by_reason() -> None:
         'xdpnet_xdp_info{interface="eth1",mode="native",policy="auto",zerocopy="false"} 1.0',
         'xdpnet_xdp_verdicts_total{interface="eth1",verdict="host"} 17.0',
         'xdpnet_netdev_group_frames_lost_total{interface="eth1"} 6.0',
+        'xdpnet_netdev_unserved_queues{interface="eth1"} 2.0',
         'xdpnet_queue_unlearned_total{direction="tx",port="web",queue="0"} 8.0',
         'xdpnet_guest_connected{port="web"} 1.0',
         'xdpnet_vhost_user_errors_total{port="web",reason="order"} 2.0',

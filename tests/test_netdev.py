@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -207,19 +208,19 @@ def test_fewer_queues_than_the_interface_has_are_warned_of(
     assert "ethtool -L" in caplog.text
 
 
-def test_more_queues_than_the_interface_has_are_refused(bridge: core.Bridge, pair: Veth) -> None:
-    with pytest.raises(SetupError, match="2 queues asked for, it has 1"):
+def test_more_queues_than_the_interface_can_have_are_refused(bridge: core.Bridge, pair: Veth) -> None:
+    with pytest.raises(SetupError, match="2 queues asked for, it can have 1"):
         Netdev(bridge, pair.ifname, queues=2).open()
 
 
 def test_more_queues_than_a_port_has_name_the_command(pair: Veth) -> None:
     link = require_link(pair.ifname)
     most = core.MAX_NETDEV_QUEUES
-    fit = Link(**{**vars(link), "rx_queues": most})
-    many = Link(**{**vars(link), "rx_queues": most + 1})
-    assert netdev.choose_queues(fit, 0) == most
+    fit = Link(**{**vars(link), "rx_queues": most, "max_rx_queues": most + 1})
+    many = Link(**{**vars(link), "rx_queues": most + 1, "max_rx_queues": most + 1})
+    assert netdev.reserve_queues(fit, 0) == most
     with pytest.raises(SetupError, match=f"at most {most}") as failure:
-        netdev.choose_queues(many, 0)
+        netdev.reserve_queues(many, 0)
     assert "ethtool -L" in failure.value.remedy
 
 
@@ -735,6 +736,272 @@ def test_the_hosts_address_is_followed(opened: Netdev, pair: Veth) -> None:
                 await asyncio.sleep(0.02)
 
     asyncio.run(story())
+
+
+# ---- queues that come and go ----
+
+FLOWS = 64
+TUNSETIFF, IFF_TAP, IFF_MULTI_QUEUE, IFF_NO_PI = 0x400454CA, 2, 0x100, 0x1000
+
+
+def set_channels(pair: Veth, now: int, wanted: int) -> None:
+    """At both ends: frames arrive on the queue that they were sent from, and never on one that there is not."""
+    words = "rx", str(wanted), "tx", str(wanted)
+    ours, theirs = ("ethtool", "-L", pair.ifname, *words), ("ethtool", "-L", pair.peer, *words)
+    if wanted > now:
+        command(*ours)
+        pair.namespace.run(*theirs)
+    else:
+        pair.namespace.run(*theirs)
+        command(*ours)
+
+
+@pytest.fixture
+def four() -> Iterator[Veth]:
+    """A pair that can have four queues, and has one."""
+    with veth(queues=4) as made:
+        set_channels(made, 4, 1)
+        yield made
+
+
+@pytest.fixture
+def guest(bridge: core.Bridge) -> Iterator[Driver]:
+    with contextlib.closing(Driver(bridge).start()) as made:
+        bridge.set_mac(made.port, GUEST, True)
+        yield made
+
+
+def flows() -> list[bytes]:
+    return [flow(GUEST, 1000 + number) for number in range(FLOWS)]
+
+
+def all_arrive(guest: Driver, send: Callable[[int, bytes], object]) -> bool:
+    """Every flow comes to the guest. Sent again until it does: while queues change, a veth is without carrier."""
+    missing = dict(enumerate(flows()))
+
+    def turn() -> bool:
+        for number, each in missing.items():
+            send(number, each)
+        got = {packet.frame for packet in guest.pair.receive(len(missing), timeout=0.1, refill=2048)}
+        for number in [number for number, each in missing.items() if each in got]:
+            del missing[number]
+        return not missing
+
+    return eventually(turn)
+
+
+def all_cross(guest: Driver, pair: Veth) -> bool:
+    with pair.wire() as wire:
+        return all_arrive(guest, lambda _, each: wire.send(each))
+
+
+def sockets(port: Netdev) -> list[int]:
+    return [queue for queue in range(port.room) if core.Bridge.netdev_xsk_stats(port._bridge, port.port, queue).open]
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_d19_queues_that_come_under_traffic_get_sockets_and_every_flow_its_guest(
+    bridge: core.Bridge, four: Veth, guest: Driver, mode: netdev.Mode
+) -> None:
+    with contextlib.closing(Netdev(bridge, four.ifname, mode=mode)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+        first = bridge.netdev_queue_fd(port.port, 0)
+        assert (port.room, port.queues, port.unserved, port.state) == (4, 1, 0, "up")
+        assert all_cross(guest, four)
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                with four.wire() as wire:
+                    for each in flows():
+                        wire.send(each)
+                    set_channels(four, 1, 4)
+                    for each in flows():
+                        wire.send(each)
+                await watch.until(lambda: port.queues == 4)
+                await watch.until(lambda: port.state == "up")
+
+        asyncio.run(story())
+        assert sockets(port) == [0, 1, 2, 3]
+        assert bridge.netdev_queue_fd(port.port, 0) == first  # guests have sent meanwhile
+        assert all_cross(guest, four)
+        if mode == "native":  # else veth does not say where a frame came from
+            assert all(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(4))
+
+
+def test_d19_the_kernel_takes_away_no_queue_that_has_a_socket(bridge: core.Bridge, guest: Driver) -> None:
+    with veth(queues=4) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+        pair.namespace.run("ethtool", "-L", pair.peer, "tx", "1")
+        with pytest.raises(RuntimeError, match="too low for existing"):
+            command("ethtool", "-L", pair.ifname, "rx", "1", "tx", "1")
+        pair.namespace.run("ethtool", "-L", pair.peer, "tx", "4")
+        assert sockets(port) == [0, 1, 2, 3]
+        assert all_cross(guest, pair)
+
+
+class Tap:
+    """A tap with several queues: it has one for each descriptor, whoever has a socket on it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.queues: list[int] = []
+
+    def grow(self, count: int) -> None:
+        while len(self.queues) < count:
+            fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+            self.queues.append(fd)
+            flags = IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI
+            fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
+
+    def shrink(self, count: int) -> None:
+        while len(self.queues) > count:
+            os.close(self.queues.pop())
+
+    def send(self, number: int, frame: bytes) -> None:
+        os.write(self.queues[number % len(self.queues)], frame)
+
+
+@pytest.fixture
+def tap() -> Iterator[Tap]:
+    made = Tap(f"xdpn{os.getpid()}v998")
+    made.grow(4)
+    Path(f"/proc/sys/net/ipv6/conf/{made.name}/disable_ipv6").write_text("1")
+    command("ip", "link", "set", made.name, "up")
+    yield made
+    made.shrink(0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="/dev/net/tun: not there (modprobe tun)")
+def test_d19_sockets_of_vanished_queues_are_closed_and_come_again_with_them(
+    bridge: core.Bridge, tap: Tap, guest: Driver
+) -> None:
+    with contextlib.closing(Netdev(bridge, tap.name, queues=4)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+        assert sockets(port) == [0, 1, 2, 3]
+        assert all_arrive(guest, tap.send)
+        sums = received_frames(bridge, port)
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                tap.shrink(1)
+                await watch.until(lambda: port.queues == 1)
+                assert sockets(port) == [0]
+                assert (port.state, port.unserved, port.queues_had) == ("up", 0, 4)
+                assert not bridge.netdev_is_stale(port.port, port.zerocopy)
+                assert all_arrive(guest, tap.send)
+                # The books keep what the others had.
+                assert sum(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(4)) > sums
+                tap.grow(4)
+                await watch.until(lambda: port.queues == 4)
+
+        asyncio.run(story())
+        assert sockets(port) == [0, 1, 2, 3]
+        assert all_arrive(guest, tap.send)
+
+
+def test_d19_an_interface_that_comes_back_with_other_queues_has_as_many_sockets(
+    bridge: core.Bridge, guest: Driver
+) -> None:
+    with veth(queues=4) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                for queues in (1, 4):
+                    remove(pair.ifname)
+                    await watch.until(lambda: port.state == "gone")
+                    add_veth(pair.ifname, pair.namespace, queues)
+                    await watch.until(lambda: port.alive and port.state == "up")
+                    assert sockets(port) == list(range(queues))
+                    assert all_cross(guest, pair)
+
+        asyncio.run(story())
+
+
+def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_counted(
+    bridge: core.Bridge, four: Veth, guest: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Netdev(bridge, four.ifname, queues=2)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+        assert "2 queues asked for, it has 1" in caplog.text
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                set_channels(four, 1, 2)
+                await watch.until(lambda: port.queues == 2)
+                assert (port.state, port.unserved) == ("up", 0)
+                set_channels(four, 2, 3)
+                await watch.reach("partial")
+                assert (port.queues, port.unserved) == (2, 1)
+                with four.wire() as wire:
+                    await watch.until(lambda: [wire.send(each) for each in flows()] and port.verdicts()["no_socket"])
+                # It is said once, with what can be done, and memory of guests is not followed for it.
+                for _ in range(3):
+                    port.poke()
+                    await asyncio.sleep(2 * netdev.SETTLE_S)
+                told = "3 receive queues and 2 AF_XDP sockets"
+                assert [told in message for message in caplog.messages].count(True) == 1
+                assert "or queues=3 and a restart" in caplog.text
+                assert not bridge.netdev_is_stale(port.port, port.zerocopy)
+                set_channels(four, 3, 2)
+                await watch.reach("partial", "up")
+
+        asyncio.run(story())
+        assert port.unserved == 0
+        assert all_cross(guest, four)
+
+
+def test_d19_a_queue_that_somebody_else_has_is_told_of_and_taken_once_it_is_free(
+    bridge: core.Bridge, four: Veth, guest: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(netdev, "PROBE_S", 0.2)
+    set_channels(four, 1, 2)
+    other = core.Bridge(netdev_queues=1, frames_per_queue=256)
+    other.netdev_open_queue(other.add_netdev(2), 1, socket.if_nametoindex(four.ifname), 1518)
+    # The kernel lets nobody take away the queue of a socket: the interface begins with both.
+    link = require_link
+    monkeypatch.setattr(netdev, "require_link", lambda name: Link(**{**vars(link(name)), "rx_queues": 1}))
+    with contextlib.closing(Netdev(bridge, four.ifname)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                await watch.reach("partial")
+                assert (port.queues, port.unserved) == (1, 1)
+                assert "queue 1: in use" in caplog.text
+                assert "guests' frames on 1 queues go to the host" in caplog.text
+                other.close()
+                await watch.reach("partial", "up")
+
+        asyncio.run(story())
+        assert sockets(port) == [0, 1]
+        assert [("queue 1: in use" in message) for message in caplog.messages].count(True) == 1
+        assert all_cross(guest, four)
+
+
+def test_d19_queues_that_are_as_they_were_change_nothing(bridge: core.Bridge, caplog: pytest.LogCaptureFixture) -> None:
+    with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        port.open()
+        before = port._link_fd, [bridge.netdev_queue_fd(port.port, queue) for queue in (0, 1)]
+        said = len(caplog.messages)
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                pair.namespace.run("ethtool", "-L", pair.peer, "tx", "1")
+                for _ in range(3):
+                    port.poke()
+                    await asyncio.sleep(2 * netdev.SETTLE_S)
+                assert watch.states == []
+
+        asyncio.run(story())
+        assert (port._link_fd, [bridge.netdev_queue_fd(port.port, queue) for queue in (0, 1)]) == before
+        assert len(caplog.messages) == said
 
 
 # ---- the host's other addresses on the interface ----

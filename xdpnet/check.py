@@ -178,7 +178,8 @@ def _interface(ifname: str) -> Iterator[Check]:
         return f"up, MTU {link.mtu}, no XDP program"
 
     def queues() -> str:
-        count = netdev.choose_queues(link, 0)
+        netdev.reserve_queues(link, 0)
+        count = link.rx_queues
         return f"{count} receive queue{'s' * (count != 1)}"
 
     yield _check(f"{ifname} state", fit)
@@ -187,7 +188,7 @@ def _interface(ifname: str) -> Iterator[Check]:
     strips, fixed = netdev.stripping(ifname), fixed_features(ifname)
     if link.kind not in netdev.STRIPPED_BY_PEER and set(strips) - fixed:
         yield Check(f"{ifname} VLAN tags", True, "left in frames while xdpnet runs", required=False)
-    for advice in netdev.advise(link, link.rx_queues, "native", [name for name in strips if name in fixed]):
+    for advice in netdev.advise(link, "native", [name for name in strips if name in fixed]):
         detail, _, remedy = advice.partition("; ")
         yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
 

@@ -241,7 +241,7 @@ class GuestConfig(BaseModel):
 
 
 class NetdevConfig(BaseModel):
-    """One network interface; without a number, all its queues are taken."""
+    """One network interface; without a number, all queues that it has or gets are taken."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

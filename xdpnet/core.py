@@ -488,7 +488,7 @@ class Bridge:
         _check(lib.xn_netdev_open_queue(self._bridge, port, queue, ifindex, max_frame, policy, flags), what)
 
     def netdev_is_stale(self, port: int, zerocopy: ZeroCopy) -> bool:
-        """Whether the port's sockets would have other guest memory if they were closed and opened again."""
+        """Whether the open sockets would have other guest memory if opened again, or the core had to close one."""
         what = f"compare guest memory of port {port}"
         return bool(_check(lib.xn_netdev_is_stale(self._bridge, port, ZEROCOPY[zerocopy]), what))
 

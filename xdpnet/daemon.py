@@ -175,7 +175,7 @@ class Daemon:
         if config.netdevs:
             from xdpnet import link, netdev  # they bring bcc and pyroute2, which guests among themselves do not need
 
-            queues = sum(netdev.choose_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
+            queues = sum(netdev.reserve_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
         try:
             return core.Bridge(
                 workers=config.worker_count,
@@ -275,7 +275,7 @@ class Daemon:
                 return f"guest {guest.config.name}'s {'tx' if place.queue % 2 else 'rx'} ring {place.queue // 2}"
         for netdev in self.netdevs.values():
             if netdev.port == place.port:
-                group = place.queue == netdev.queues
+                group = place.queue == netdev.room
                 return f"interface {netdev.name}'s {'group socket' if group else f'queue {place.queue}'}"
         return f"port {place.port}"
 

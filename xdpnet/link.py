@@ -46,7 +46,8 @@ class Link:
     up: bool
     running: bool  # up and with a carrier
     kind: str  # "veth", "tun"...; empty for hardware
-    rx_queues: int
+    rx_queues: int  # in use now
+    max_rx_queues: int  # ethtool -L can make it so many
     peer: str  # of a veth, the other end if it is in this network namespace; else empty
     master: int  # index of the bridge or bond that it is a port of; 0: none
     xdp_mode: str  # "", "xdp", "xdpgeneric", "xdpoffload", "xdpmulti"
@@ -95,6 +96,8 @@ def find_link(ifname: str) -> Link | None:
     xdp = message.get("xdp")
     info = message.get("linkinfo")
     name = message.get("ifname")
+    queues, most = _rx_queues(name)
+    queues = queues or message.get("num_rx_queues") or 1
     return Link(
         name=name,
         index=message["index"],
@@ -103,7 +106,8 @@ def find_link(ifname: str) -> Link | None:
         up=bool(message["flags"] & IFF_UP),
         running=bool(message["flags"] & IFF_RUNNING),
         kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
-        rx_queues=_rx_queues(name) or message.get("num_rx_queues") or 1,
+        rx_queues=queues,
+        max_rx_queues=max(queues, most or message.get("num_rx_queues") or 1),
         peer=_peer(message),
         master=message.get("master") or 0,
         xdp_mode=(xdp.get_attr("IFLA_XDP_ATTACHED") if xdp else None) or "",
@@ -171,14 +175,15 @@ def _peer(message: Any) -> str:
         return ""
 
 
-def _rx_queues(ifname: str) -> int:
-    """Queues in use now; 0 if the driver does not say."""
+def _rx_queues(ifname: str) -> tuple[int, int]:
+    """Queues in use now, and the most that there can be; 0 if the driver does not say."""
     try:
         with closing(IoctlEthtool(ifname)) as ethtool:
             channels = ethtool.get_channels()
-            return int(channels["combined_count"]) + int(channels["rx_count"])
+            now = int(channels["combined_count"]) + int(channels["rx_count"])
+            return now, max(int(channels["max_combined"]), int(channels["max_rx"]))
     except (NotSupportedError, NoSuchDevice):
-        return len(list(Path("/sys/class/net", ifname, "queues").glob("rx-*")))
+        return len(list(Path("/sys/class/net", ifname, "queues").glob("rx-*"))), 0
 
 
 def features(ifname: str) -> dict[str, bool]:

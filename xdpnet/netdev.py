@@ -6,7 +6,7 @@ process, so the host always gets its frames back. Never replaces another's progr
 the interface is steered to a guest. Reference: kernel Documentation/networking/af_xdp.rst.
 
     open() --> attached <--> detached --> close()
-               watch(): the interface went, came, changed its MTU or its addresses
+               watch(): the interface went, came, changed its MTU, its queues or its addresses
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,7 @@ from xdpnet.ration import RationedLog
 log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "native", "generic"]
-State = Literal["up", "down", "gone"]
+State = Literal["up", "partial", "down", "gone"]  # partial: up, but some of its queues have no socket
 
 XDP_FLAGS: dict[str, int] = {"native": 4, "generic": 2}  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
 ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
@@ -54,11 +54,15 @@ COPYING = frozenset({"veth"})
 # The same make the checksums that AF_XDP leaves to them, if they have this feature on; with the pages themselves older
 # kernels do not look at what is asked.
 MAKES_CSUM = "tx-checksum-ip-generic"
+# Queues that come later do not run a native program that is attached already.
+FORGETFUL = frozenset({"veth"})
 # AF_XDP loses a VLAN tag that comes beside the frame: an interface with these features takes it out of the frame ...
 VLAN_STRIPPING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 # ... but one of these has it as the peer has sent it, whatever its own features say.
 STRIPPED_BY_PEER = frozenset({"veth"})
 RTMGRP_LINK = 1
+NETLINK_KOBJECT_UEVENT = 15
+UEVENTS = 1  # of the kernel, not those that udev passes on
 
 MAX_MACS = 8192
 PATIENCE_S = 2.0  # the kernel frees queues and programs of a process that ended some 10-300 ms later
@@ -101,12 +105,18 @@ class Netdev:
         self.name = ifname
         self._log = RationedLog(log, ifname)  # for what guests can provoke
         self.port = -1
-        self.queues = queues or 0  # 0: all that the interface has
+        self.room = 0  # sockets that there may be, whatever becomes of the interface
+        self.queues = 0  # of the interface, from the first, those that have a socket while attached
+        self.queues_had = 0  # the most that these have been
         self.mode = ""  # as obtained: "native" or "generic"
         self.zerocopy = zerocopy  # the policy; what became of it is in the counters
         self.ifindex = 0
         self.state: State = "gone"
         self._bridge = bridge
+        self._wanted_queues = queues or 0  # 0: all that the interface has
+        self._rx_queues = 0  # that the interface has, as found last
+        self._said_of_queues = ""
+        self._closed_at = 0.0  # a socket, by ourselves: the kernel frees its queue a moment later
         self._wanted_mode = mode
         self._native_refused = 0, 0  # index and MTU of the interface then
         self._program: loader.Program | None = None
@@ -135,12 +145,12 @@ class Netdev:
         """All or nothing; SetupError names what is missing and the remedy."""
         # 1. The interface and its queues.
         link = require_link(self.name)
-        self.queues = choose_queues(link, self.queues)
+        self.room = reserve_queues(link, self._wanted_queues)
         with ExitStack() as undo:
             undo.callback(self.close)
             # 2. The port and the program; both outlive the interface.
-            self.port = self._bridge.add_netdev(self.queues)
-            self._program = loader.load(self.queues, MAX_MACS)
+            self.port = self._bridge.add_netdev(self.room)
+            self._program = loader.load(self.room, MAX_MACS)
             # 3. The sockets and the link.
             deadline = time.monotonic() + PATIENCE_S
             while True:
@@ -154,8 +164,8 @@ class Netdev:
                         raise
                     time.sleep(RETRY_S)
             undo.pop_all()
-        self.state = "up" if link.running else "down"
-        for advice in advise(link, self.queues, self.mode, stripping(link.name)):
+        self.state = self._state_of(link)
+        for advice in advise(link, self.mode, stripping(link.name)):
             log.warning("%s", advice)
 
     def close(self) -> None:
@@ -199,8 +209,9 @@ class Netdev:
     def _attach_in(self, mode: Mode, link: Link, program: loader.Program) -> None:
         with ExitStack() as undo:
             # 2. An AF_XDP socket a queue, known to the program.
+            undo.callback(self._close_queues, range(self.room))
+            self.queues = min(link.rx_queues, self.room)
             for queue in range(self.queues):
-                undo.callback(self._bridge.netdev_close_queue, self.port, queue)
                 self._open_queue(link, queue, mode)
             # 3. The AF_PACKET socket for group-addressed frames, and the receive filters.
             group = self._open_group(link)
@@ -210,15 +221,21 @@ class Netdev:
             self._bridge.netdev_set_group_fd(self.port, group.fileno())
             undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
             # 4. From here on frames flow.
-            link_fd = self._attach_program(link, program, mode)
-            undo.callback(os.close, link_fd)
+            self._link_fd = self._attach_program(link, program, mode)
+            undo.callback(self._unlink)
             self._attached = undo.pop_all()
-        self._group, self._link_fd, self.mode = group, link_fd, mode
-        self.ifindex, self._mtu = link.index, link.mtu
+        self._group, self.mode = group, mode
+        self.ifindex, self._mtu, self._rx_queues = link.index, link.mtu, link.rx_queues
+        self.queues_had = max(self.queues_had, self.queues)
         log.info("%s: attached, %s XDP, queues: %d, ifindex %d", self.name, mode, self.queues, link.index)
+        self._say_of_queues(self._advise_queues(link))
+
+    def _unlink(self) -> None:
+        link_fd, self._link_fd = self._link_fd, -1
+        if link_fd >= 0:
+            os.close(link_fd)
 
     def _detach(self) -> None:
-        self._link_fd = -1
         self._group_lost = self.group_lost
         self._group = None
         self.ifindex = 0
@@ -280,8 +297,7 @@ class Netdev:
         """Close and open the sockets, which then have guest memory as it is now; the link stays."""
         if not self._bridge.netdev_is_stale(self.port, self.zerocopy):
             return
-        for queue in range(self.queues):
-            self._bridge.netdev_close_queue(self.port, queue)
+        self._close_queues(range(self.queues))
         try:
             for queue in range(self.queues):
                 await self._reopen_queue(link, queue)
@@ -291,15 +307,79 @@ class Netdev:
             self._detach()
         self._renewed_at = time.monotonic()
 
+    def _close_queues(self, queues: Iterable[int]) -> None:
+        for queue in queues:
+            self._bridge.netdev_close_queue(self.port, queue)
+        self._closed_at = time.monotonic()
+
     async def _reopen_queue(self, link: Link, queue: int) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = self._closed_at + PATIENCE_S
         while True:
             try:
                 return self._open_queue(link, queue, self.mode)
-            except BusyError:  # by what we just closed
+            except BusyError:  # by what we closed
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(RENEW_RETRY_S)
+
+    async def _follow_queues(self, link: Link) -> None:
+        """Sockets for queues that have come, none for those that have gone; the others stay."""
+        outgrown = link.rx_queues > self._rx_queues and link.kind in FORGETFUL and self.mode == "native"
+        if link.rx_queues != self._rx_queues:
+            log.info("%s: receive queues changed from %d to %d", self.name, self._rx_queues, link.rx_queues)
+            self._rx_queues = link.rx_queues
+        wanted = min(link.rx_queues, self.room)
+        if wanted < self.queues:
+            self._close_queues(range(wanted, self.queues))
+            self.queues = wanted
+        said = self._advise_queues(link)
+        try:
+            while self.queues < wanted:
+                await self._reopen_queue(link, self.queues)
+                self.queues += 1
+                self.queues_had = max(self.queues_had, self.queues)
+                said = self._advise_queues(link)
+        except (SetupError, OSError) as error:  # tried again at the next look
+            said = f"{error}; until then guests' frames on {self.unserved} queues go to the host"
+        self._say_of_queues(said)
+        if outgrown:
+            await self._relink(link)
+
+    async def _relink(self, link: Link) -> None:
+        """The program anew; until it is back, a moment later, guests' frames from the wire go to the host."""
+        self._unlink()
+        deadline = time.monotonic() + PATIENCE_S
+        while self._program and self._link_fd < 0:
+            try:
+                self._link_fd = self._attach_program(link, self._program, self.mode)
+            except (SetupError, OSError) as error:
+                if not isinstance(error, BusyError) or time.monotonic() > deadline:  # busy with ours, for a moment
+                    log.warning("%s: %s", self.name, error)
+                    self._detach()
+                    return
+                await asyncio.sleep(RENEW_RETRY_S)
+
+    def _advise_queues(self, link: Link) -> str:
+        """What is not as somebody may expect, with the remedy; empty: nothing."""
+        name, queues, sockets = link.name, link.rx_queues, self.queues
+        if queues > sockets:
+            more = f", or queues={queues} and a restart" if queues <= core.MAX_NETDEV_QUEUES else ""
+            return (
+                f"interface {name}: {queues} receive queues and {sockets} AF_XDP sockets, guests' frames on the other "
+                f"queues go to the host; ethtool -L {name} combined {sockets} (veth: rx {sockets}), "
+                f"or ethtool -X {name} equal {sockets}{more}"
+            )
+        if queues < self._wanted_queues:
+            return (
+                f"interface {name}: {self._wanted_queues} queues asked for, it has {queues}, and that many sockets; "
+                f"ethtool -L {name} combined {self._wanted_queues} (veth: rx {self._wanted_queues})"
+            )
+        return ""
+
+    def _say_of_queues(self, said: str) -> None:
+        if said and said != self._said_of_queues:
+            log.warning("%s", said)
+        self._said_of_queues = said
 
     def _open_group(self, link: Link) -> GroupSocket:
         try:
@@ -307,7 +387,7 @@ class Netdev:
         except OSError as error:
             raise setup_error(f"interface {self.name}: AF_PACKET socket", error) from error
 
-    def _attach_program(self, link: Link, program: loader.Program, mode: Mode) -> int:
+    def _attach_program(self, link: Link, program: loader.Program, mode: str) -> int:
         try:
             return self._link_program(link, program, mode)
         except OSError as error:
@@ -413,6 +493,11 @@ class Netdev:
         return self._group_lost + (self._group.lost() if self._group else 0)
 
     @property
+    def unserved(self) -> int:
+        """Queues of the interface that have no socket while others have: guests' frames on them go to the host."""
+        return max(0, self._rx_queues - self.queues) if self._link_fd >= 0 else 0
+
+    @property
     def alive(self) -> bool:
         """Attached to an interface that is still there, in this network namespace."""
         return self._link_fd >= 0 and core.bpf_link_ifindex(self._link_fd) == self.ifindex
@@ -440,26 +525,34 @@ class Netdev:
 
         on_change is called whenever .state has changed. rtnetlink only says when to look; what counts is what is found.
         """
+        with (
+            self._events(socket.NETLINK_ROUTE, RTMGRP_LINK, self._drain),
+            self._events(NETLINK_KOBJECT_UEVENT, UEVENTS, self._drain_uevents),
+        ):
+            await self._follow(on_change)
+
+    @contextmanager
+    def _events(self, family: int, group: int, drain: Callable[[socket.socket], None]) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE) as events:
-            events.bind((0, RTMGRP_LINK))
-            loop.add_reader(events, self._drain, events)
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, family) as events:
+            events.bind((0, group))
+            loop.add_reader(events, drain, events)
             try:
-                await self._follow(on_change)
+                yield
             finally:
                 loop.remove_reader(events)
 
     def _drain(self, events: socket.socket) -> None:
         self._wake.set()
-        while True:
-            try:
-                self._stacked |= concerns(events.recv(65536), self.ifindex)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:  # events were lost: all the more reason to look
-                    raise
-                self._stacked = True
+        for message in received(events):
+            self._stacked |= message is None or concerns(message, self.ifindex)
+
+    def _drain_uevents(self, events: socket.socket) -> None:
+        """rtnetlink does not tell of queues."""
+        ours = f"/net/{self.name}/queues/".encode()
+        for message in received(events):
+            if message is None or ours in message:
+                self._wake.set()
 
     async def _follow(self, on_change: Callable[["Netdev"], None]) -> None:
         pause = BACKOFF_S[0]
@@ -483,6 +576,8 @@ class Netdev:
                 quiet_until = time.monotonic() + PATIENCE_S
                 await asyncio.sleep(RETRY_S)
                 continue  # the answer above still has our own program
+            if self._link_fd >= 0 and link:
+                await self._follow_queues(link)
             if self._renew_due and self._link_fd >= 0 and link:
                 await self._renew(link)
             self._renew_due = False
@@ -501,7 +596,7 @@ class Netdev:
                         log.warning("%s: not attached: %s", self.name, error)
                         said = str(error)
             seen = link
-            state: State = "gone" if link is None else "up" if self._link_fd >= 0 and link.running else "down"
+            state = self._state_of(link)
             if state != self.state:
                 log.info("%s: %s", self.name, state)
                 self.state = state
@@ -511,6 +606,13 @@ class Netdev:
             else:  # our own attempts make events too: here time alone counts
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, BACKOFF_S[1])
+
+    def _state_of(self, link: Link | None) -> State:
+        if link is None:
+            return "gone"
+        if self._link_fd < 0 or not link.running:
+            return "down"
+        return "partial" if self.unserved else "up"
 
     def _follow_addresses(self, link: Link) -> None:
         try:
@@ -529,20 +631,32 @@ class Netdev:
         self._wake.clear()
 
 
-def choose_queues(link: Link, wanted: int) -> int:
-    """How many AF_XDP sockets to open: a socket gets the frames of its own queue only."""
-    if wanted > link.rx_queues:
+def received(events: socket.socket) -> Iterator[bytes | None]:
+    """The messages that have come; None stands for those that were lost: all the more reason to look."""
+    while True:
+        try:
+            yield events.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield None
+
+
+def reserve_queues(link: Link, wanted: int) -> int:
+    """How many AF_XDP sockets to have room for: a socket gets the frames of its own queue only, and queues may come."""
+    if wanted > link.max_rx_queues:
         raise SetupError(
-            f"interface {link.name}: {wanted} queues asked for, it has {link.rx_queues}",
-            f"queues={link.rx_queues}, or ethtool -L {link.name} combined {wanted} (veth: rx {wanted})",
+            f"interface {link.name}: {wanted} queues asked for, it can have {link.max_rx_queues}",
+            f"queues={link.max_rx_queues} (or less)",
         )
-    queues = wanted or link.rx_queues
-    if queues > core.MAX_NETDEV_QUEUES:
+    if (wanted or link.rx_queues) > core.MAX_NETDEV_QUEUES:
         raise SetupError(
-            f"interface {link.name}: {queues} queues, at most {core.MAX_NETDEV_QUEUES} are possible",
+            f"interface {link.name}: {wanted or link.rx_queues} queues, at most {core.MAX_NETDEV_QUEUES} are possible",
             f"ethtool -L {link.name} combined {core.MAX_NETDEV_QUEUES} (veth: rx {core.MAX_NETDEV_QUEUES})",
         )
-    return queues
+    return wanted or min(link.max_rx_queues, core.MAX_NETDEV_QUEUES)
 
 
 def check_link(link: Link) -> None:
@@ -560,15 +674,9 @@ def check_link(link: Link) -> None:
         )
 
 
-def advise(link: Link, queues: int, mode: str, strips: Collection[str]) -> list[str]:
+def advise(link: Link, mode: str, strips: Collection[str]) -> list[str]:
     """What works, but not as somebody may expect; with the remedy. strips: of VLAN_STRIPPING, what stays on."""
     name, advice = link.name, []
-    if link.rx_queues > queues:
-        advice.append(
-            f"interface {name}: {link.rx_queues} receive queues and {queues} AF_XDP sockets, guests' frames on the "
-            f"other queues go to the host; ethtool -L {name} combined {queues} (veth: rx {queues}), "
-            f"or ethtool -X {name} equal {queues}"
-        )
     if link.kind in STRIPPED_BY_PEER:
         if not link.peer or features(link.peer).get("tx-vlan-hw-insert"):
             advice.append(

@@ -203,6 +203,11 @@ def _netdevs(snapshot: Snapshot) -> Iterator[Metric]:
         "Broadcast and multicast frames that found the buffer of the AF_PACKET socket full.",
         labels=["interface"],
     )
+    unserved = GaugeMetricFamily(
+        "xdpnet_netdev_unserved_queues",
+        "Receive queues of the interface without an AF_XDP socket: guests' frames on them go to the host.",
+        labels=["interface"],
+    )
     for port in snapshot.ports:
         if port.netdev is None:
             continue
@@ -212,7 +217,8 @@ def _netdevs(snapshot: Snapshot) -> Iterator[Metric]:
         for verdict, count in port.netdev.verdicts.items():
             verdicts.add_metric([port.name, verdict], count)
         lost.add_metric([port.name], netdev.group_lost)
-    yield from (up, info, verdicts, lost)
+        unserved.add_metric([port.name], netdev.unserved)
+    yield from (up, info, verdicts, lost, unserved)
 
 
 def _guests(snapshot: Snapshot) -> Iterator[Metric]:

@@ -115,6 +115,7 @@ class Netdev:
 
     zerocopy: the driver reads and writes frames where they lie. policy: whether they may lie in guest memory.
     group_lost: group-addressed frames that found the buffer of the AF_PACKET socket full.
+    unserved: its receive queues that have no AF_XDP socket. Queues that it had once stay in the books.
     """
 
     interface: str
@@ -125,6 +126,7 @@ class Netdev:
     policy: str
     verdicts: dict[str, int]
     group_lost: int
+    unserved: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,7 @@ def _port_line(port: Port) -> Text:
         text.append("" if netdev.alive else "  interface gone", style="bold red")
         _append_counts(text, "verdicts", netdev.verdicts, "")
         _append_counts(text, "lost", {"group": netdev.group_lost})
+        _append_counts(text, "without a socket", {"queues": netdev.unserved}, "bold red")
     return text
 
 

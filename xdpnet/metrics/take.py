@@ -45,6 +45,10 @@ class NetdevSource(Protocol):
     @property
     def queues(self) -> int: ...
     @property
+    def queues_had(self) -> int: ...
+    @property
+    def unserved(self) -> int: ...
+    @property
     def ifindex(self) -> int: ...
     @property
     def mode(self) -> str: ...
@@ -101,9 +105,9 @@ def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
             number=queue,
             rx=_traffic(bridge.queue_stats(source.port, queue, core.RX)),
             tx=_traffic(bridge.queue_stats(source.port, queue, core.TX)),
-            xsk=_xsk(bridge.netdev_xsk_stats(source.port, queue)),
+            xsk=_xsk(bridge.netdev_xsk_stats(source.port, queue)) if queue < source.queues else None,
         )
-        for queue in range(source.queues)
+        for queue in range(source.queues_had)
     )
     netdev = Netdev(
         interface=name,
@@ -114,6 +118,7 @@ def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
         policy=source.zerocopy,
         verdicts=dict(source.verdicts()),
         group_lost=source.group_lost,
+        unserved=source.unserved,
     )
     return Port(name, source.port, queues, netdev=netdev)
 
