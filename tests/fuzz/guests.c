@@ -777,13 +777,14 @@ static UNSEEN void check_ring(const struct virtqueue *q)
 	if (q->is_packed)
 		MUST(q->next.pos < q->num && q->used.pos < q->num && q->next.wrap < 2 && q->used.wrap < 2);
 	else
-		MUST((u16)(q->avail_idx - q->next.pos) <= q->num);
+		MUST((u16)(q->avail_idx - q->next.pos) <= q->num && !(q->num & (q->num - 1)));
 	if (q->loans)
 		MUST(q->loans_tail - q->loans_head <= q->loans_mask + 1 &&
 		     (q->is_packed || q->loans_tail - q->loans_head <= q->num));
 	/* A frame of the wire is no longer than 64 KiB, nor cut into more than a guest may ask for. */
 	MUST(q->stats.segments <= (GSO_MAX_SEGMENTS - 1) * q->stats.cut);
 	MUST(q->stats.bytes <= q->stats.packets * XN_MAX_FRAME);
+	MUST(q->index % 2 == XN_TX || q->stats.bytes >= q->stats.packets * ETH_HLEN);
 }
 
 static UNSEEN void check_netdev(const struct xsk *x)
@@ -823,12 +824,15 @@ static UNSEEN void check_all(void)
 	}
 }
 
-/* Of a guest whose source address is checked, nothing else was learned. */
+/* A guest's own address is nobody else's; of one whose source address is checked, nothing else was learned. */
 static UNSEEN void check_addresses(void)
 {
 	static struct xn_fdb_entry entries[256];
 	int n = xn_fdb_dump(bridge, entries, ARRAY_LEN(entries));
 
+	for (u32 i = 0; i < bridge->ports_n; i++)
+		if (bridge->ports[i].kind != PORT_NONE && bridge->ports[i].mac)
+			MUST(fdb_lookup(bridge->fdb, bridge->ports[i].mac, 1, bridge->workers[0]->now) == i);
 	for (int i = 0; i < n && i < (int)ARRAY_LEN(entries); i++)
 		for (u32 k = 0; k < guests_n; k++)
 			if (guests[k].port == (int)entries[i].port && guests[k].checked)
@@ -1007,7 +1011,7 @@ static void control(struct input *in, u32 index)
 		break;
 	case 12: {
 		/* A ring of whatever size and place. */
-		struct xn_ring_config c = {.num = take16(in),
+		struct xn_ring_config c = {.num = take16(in) % (2 * MOST_NUM),
 					   .base = take32(in),
 					   .kick_fd = more & 8 ? kick_fd : -1,
 					   .call_fd = call_fd,
