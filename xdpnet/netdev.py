@@ -578,9 +578,9 @@ class Netdev:
                 continue  # the answer above still has our own program
             if self._link_fd >= 0 and link:
                 await self._follow_queues(link)
-            if self._renew_due and self._link_fd >= 0 and link:
+            due, self._renew_due = self._renew_due, False  # before: it may be due again while that goes on
+            if due and self._link_fd >= 0 and link:
                 await self._renew(link)
-            self._renew_due = False
             if self._link_fd >= 0 and link:
                 self._follow_addresses(link)
             if self._link_fd < 0 and link and link.up:
