@@ -58,6 +58,7 @@ def live(guests: tuple[Guest, Guest], ifname: str, group_fd: int) -> None:
         bridge.netdev_set_group_fd(wire, group_fd)
         bridge.start()
         bridge.guest_set_ips(ports[0], [IPv4Address("10.0.0.1")])
+        bridge.guest_set_ips(ports[0], [])  # what it sends below is no IP
         for port, guest in zip(ports, guests, strict=True):
             bridge.guest_set_memory(port, guest.memory.regions())
             bridge.guest_set_features(port, MODERN)
