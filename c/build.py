@@ -19,7 +19,7 @@ MODULE = "xdpnet._core"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wpointer-arith"]
 # cffi's own generated code passes function pointers around in ways that these two warn of.
 GENERATED = ["-Wno-unused-parameter", "-Wno-missing-field-initializers"]
-COVERAGE = ["--coverage", "-fprofile-update=atomic"]
+COVERAGE = ["--coverage", "-fprofile-update=atomic", "-DXN_COUNTED"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
@@ -29,7 +29,7 @@ def build(out_dir: Path, sanitize: bool = False, coverage: bool = False) -> Path
     ffi.cdef((HERE / "xdpnet.h").read_text())
     extra = SANITIZE if sanitize else COVERAGE if coverage else []
     flags = ["-std=gnu11", "-g", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS, *GENERATED, *extra]
-    flags += ["-O1"] if extra else ["-O2"]
+    flags += ["-O0"] if coverage else ["-O1"] if sanitize else ["-O2"]
     ffi.set_source(
         MODULE,
         '#include "base.h"',

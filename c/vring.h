@@ -35,7 +35,12 @@ enum {
 	STEPS_UNALIGNED = 8
 };
 
+/* Where gcov counts, each line is there once: not once for split and once for packed, wherever it is used. */
+#ifdef XN_COUNTED
+#define always_inline inline
+#else
 #define always_inline inline __attribute__((always_inline))
+#endif
 
 /* A place in a ring. Split: a free-running index. Packed: below the ring's size, with the wrap counter (0 or 1). */
 struct cursor {
