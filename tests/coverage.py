@@ -2,7 +2,7 @@
 
 python -m tests.coverage [--report] [--missing] [PYTEST ARGUMENT...]; by default what is marked core or net.
 
---report runs nothing and prints what has been counted so far; --missing adds which lines and branches nobody took. Needs
+--report runs nothing and prints what has been counted so far; --missing adds what nobody took, line by line. Needs
 gcov, which comes with gcc. The core in xdpnet/ is the counting one meanwhile, since processes that tests start load
 that; in the end the plain one is built again. A process that is killed leaves no counts.
 """
