@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,10 @@ def main() -> int:
         shutil.rmtree(COUNTS, ignore_errors=True)
         build("--coverage", str(ROOT))
         try:
-            code = subprocess.run([sys.executable, "-m", "pytest", "-q", *(arguments or DEFAULT)], cwd=ROOT).returncode
+            code = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", *(arguments or DEFAULT)],
+                cwd=ROOT, env={**os.environ, "XDPNET_COUNTS": str(COUNTS)},
+            ).returncode  # fmt: skip
         finally:
             build()
     if not (sources := read()):

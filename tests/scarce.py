@@ -33,7 +33,7 @@ class Guest:
     """What the driver has: it is there before the bridge, and outlives it."""
 
     def __init__(self) -> None:
-        self.memory = GuestMemory()
+        self.memory = GuestMemory(prealloc=True)  # whole: it is lent
         self.pair = QueuePair(self.memory, MODERN, num=64)
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 """The parts of the core that join and cut frames, called directly: bursts of a test's choice, without workers."""
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ class Joined:
 
 class Offload:
     def __init__(self, into: Path) -> None:
-        """Compiled with sanitizers where they are part of the process already."""
+        """Compiled with sanitizers where they are part of the process already, and counting for tests.coverage."""
         sanitized = hasattr(ctypes.CDLL(None), "__asan_init")
+        counts = os.environ.get("XDPNET_COUNTS")
         library = into / "offload.so"
         subprocess.run(
             ["gcc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
             + (SANITIZE if sanitized else [])
+            + (["--coverage", "-O0", "-DXN_COUNTED", "-dumpdir", f"{counts}/"] if counts else [])
             + [f"-I{CORE}", "-o", str(library), str(SOURCES / "offload.c")]
             + [str(CORE / f"{name}.c") for name in PARTS],
             check=True,
