@@ -23,6 +23,7 @@ from tests.driver import QueuePair, ledger
 from tests.guests import BROADCAST, frame, mac
 from tests.rings import MIB, MODERN, PATIENCE_S, GuestMemory, Span, eventually
 from xdpnet import core
+from xdpnet.errors import SetupError
 
 WIRE = mac(9)
 MORE = Span(0x8000_0000, MIB, 0x7F13_0000_0000, 0)
@@ -151,7 +152,7 @@ def outcome(ifname: str, group_fd: int, limit: str = "") -> str:
             set_limit(limit)
         try:
             live((one, two), ifname, group_fd)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, SetupError) as error:
             return f"{type(error).__name__}: {error}"
         return "well"
 

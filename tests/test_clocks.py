@@ -71,8 +71,9 @@ def test_d29_seconds_that_wrap_make_no_address_old(tmp_path: Path) -> None:
             pytest.skip("needs a time namespace")
         guests = [RemoteGuest(tmp_path / f"{name}.sock", MODERN).start() for name in ("web", "db", "dns")]
         try:
-            for number, one in enumerate(guests):
+            for one in guests:
                 one.pair.fill()
+            for number, one in enumerate(guests):
                 one.pair.send(frame(BROADCAST, mac(number)))
                 assert one.pair.wait_sent()
             until(lambda: running.snapshot().time > WRAP + 1)

@@ -1,5 +1,5 @@
 /*
- * Preloaded: makes one request of the C core for memory, a mapping, a descriptor, a socket or a thread fail.
+ * Preloaded: makes one request of the C core for memory, a mapping, a descriptor, a socket, a thread or chance fail.
  *
  * Only requests that come from one loaded object count, the one that scarcity_watch() was given an address in. The
  * interpreter's own go through. Also counts what of memory that object holds.
@@ -16,8 +16,11 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 enum { MOST_HELD = 4096 };
@@ -203,6 +206,27 @@ int fcntl(int fd, int what, ...)
 	return fails(CALLER, EMFILE) ? -1 : (int)syscall(SYS_fcntl, fd, what, argument);
 }
 
+int open(const char *path, int flags, ...)
+{
+	va_list list;
+
+	va_start(list, flags);
+	mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0;
+
+	va_end(list);
+	return fails(CALLER, EMFILE) ? -1 : (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+
+int fstat(int fd, struct stat *into)
+{
+	return fails(CALLER, ENOMEM) ? -1 : (int)syscall(SYS_fstat, fd, into);
+}
+
+int fstatfs(int fd, struct statfs *into)
+{
+	return fails(CALLER, ENOMEM) ? -1 : (int)syscall(SYS_fstatfs, fd, into);
+}
+
 int socket(int domain, int type, int protocol)
 {
 	return fails(CALLER, EMFILE) ? -1 : (int)syscall(SYS_socket, domain, type, protocol);
@@ -221,6 +245,13 @@ int getsockopt(int fd, int level, int option, void *restrict value, socklen_t *r
 int bind(int fd, const struct sockaddr *address, socklen_t length)
 {
 	return fails(CALLER, ENOMEM) ? -1 : (int)syscall(SYS_bind, fd, address, length);
+}
+
+/* ---- chance ---- */
+
+ssize_t getrandom(void *into, size_t length, unsigned int flags)
+{
+	return fails(CALLER, EINTR) ? -1 : syscall(SYS_getrandom, into, length, flags);
 }
 
 /* ---- threads ---- */
