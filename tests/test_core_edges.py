@@ -8,7 +8,7 @@ import pytest
 
 from tests.driver import Driver
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
-from tests.rings import INDIRECT, INDIRECT_DESC, MIB, NEXT, VERSION_1, Span, eventually
+from tests.rings import INDIRECT, INDIRECT_DESC, MIB, NEXT, VERSION_1, GuestMemory, Span, eventually
 from tests.test_core_bounds import write_table
 from xdpnet import core
 
@@ -114,6 +114,29 @@ def test_a_chain_of_empty_descriptors_in_the_ring_has_2048_at_most(
     assert guest.drops(core.TX) == ({"pieces": 1} if more else {})
     assert guest.state(core.TX).broken == ""
     assert more or sink.pair.frames() == [sent]
+
+
+def test_as_many_regions_as_there_may_be_lie_where_frames_are_sent_from(
+    make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """In any order, and not all at once: the gaps between them are found again."""
+    bridge = make_bridge(netdev_queues=1, frames_per_queue=256, zerocopy="on")
+    a, b = guests(bridge), guests(bridge)
+    with GuestMemory([Span(i << 32, 64 << 10, i << 32, i << 16) for i in range(1, 64)], prealloc=True) as more:
+        bridge.events()
+        for turn in range(2):
+            for region in more.regions():
+                bridge.guest_add_region(a.port, region)
+            with pytest.raises(OSError, match="No space"):
+                bridge.guest_add_region(a.port, more.regions()[0])
+            assert bridge.events() & core.EVENT_UMEM
+            b.pair.fill()
+            a.pair.send(frame(BROADCAST, mac(1), 1000))
+            assert b.pair.frames() == [frame(BROADCAST, mac(1), 1000)]
+            for region in more.regions()[turn::2]:
+                bridge.guest_remove_region(a.port, region)
+            for region in more.regions()[1 - turn :: 2]:
+                bridge.guest_remove_region(a.port, region)
 
 
 # ---- group sockets, as the kernel would not have them ----
