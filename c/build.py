@@ -2,7 +2,7 @@
 
 `c/xdpnet.h` is the one text of the API: cffi's cdef reads it whole, the C sources include it. Every `c/*.c` is compiled
 into one extension module, `xdpnet._core`; warnings are errors. `--sanitize` builds it with ASan and UBSan, `--coverage`
-counts lines and branches for gcov, in OUT_DIR/coverage.
+counts lines and branches for gcov, in OUT_DIR/coverage: python -m tests.coverage does, and prints them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def build(out_dir: Path, sanitize: bool = False, coverage: bool = False) -> Path
     ffi.cdef((HERE / "xdpnet.h").read_text())
     extra = SANITIZE if sanitize else COVERAGE if coverage else []
     flags = ["-std=gnu11", "-g", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS, *GENERATED, *extra]
+    # Optimised, lines and branches are not those of the source.
     flags += ["-O0"] if coverage else ["-O1"] if sanitize else ["-O2"]
     ffi.set_source(
         MODULE,

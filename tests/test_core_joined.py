@@ -1,4 +1,4 @@
-"""TCP that the kernel has joined, as generic XDP hands it over: of either version of IP, and with the end of congestion."""
+"""TCP that the kernel has joined, as generic XDP hands it over: of either version of IP, and with CWR."""
 
 import os
 import socket
