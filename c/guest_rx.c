@@ -29,14 +29,12 @@ static always_inline bool has_plain_header(const u8 *to, u32 len)
 	u64 first;
 	u32 rest;
 
-	g_copy_from(&first, to, sizeof(first));
+	memcpy(&first, to, sizeof(first));
 	if (likely(len == sizeof(struct virtio_net_hdr_mrg_rxbuf))) {
-		g_copy_from(&rest, to + sizeof(first), sizeof(rest));
+		memcpy(&rest, to + sizeof(first), sizeof(rest));
 		return !first && le32toh(rest) == 1u << 16;
 	}
-	rest = 0;
-	g_copy_from(&rest, to + sizeof(first), len - sizeof(first));
-	return !first && !rest;
+	return !first && !to[8] && !to[9];
 }
 
 /* The header of a frame in one buffer. */

@@ -90,6 +90,8 @@ struct virtqueue {
 	bool signalled_valid;
 	u8 broken;	    /* enum xn_broken */
 	u32 hint;	    /* memory region of the last translation */
+	s32 steps_left;	    /* receive: that chains may take to walk before frames are dropped instead */
+	u32 flood_next;	    /* transmit: the port at which the flooding of the next chain's frame goes on */
 	u32 dirty;	    /* workers that owe a notification check, one bit each */
 	u64 call_due;	    /* cycles, when the guest is to be told of what it has back ... */
 	struct cursor owed; /* ... up to here; where `used` stood when that was set */
@@ -102,9 +104,6 @@ struct virtqueue {
 	u32 loans_tail;
 	u64 loans_since; /* cycles, when the oldest became the oldest */
 	bool waits;	 /* its worker looks for the end of loans */
-
-	u32 flood_next; /* transmit: the port at which the flooding of the next chain's frame goes on */
-	s32 steps_left; /* receive: that chains may take to walk before frames are dropped instead */
 
 	struct xn_queue_stats stats XN_ALIGNED;
 };

@@ -234,14 +234,15 @@ static u32 poll_those_with_credit(struct worker *w, u64 now, s64 *most)
 
 static u32 poll_sources(struct worker *w, u64 now)
 {
-	s64 most = INT64_MIN;
-	u32 moved = poll_those_with_credit(w, now, &most);
+	for (bool again = true;; again = false) {
+		s64 most = INT64_MIN;
+		u32 moved = poll_those_with_credit(w, now, &most);
 
-	if (moved || most == INT64_MIN)
-		return moved;
-	/* Whoever may go on has nothing to do: so many rounds later the next one may. Once, for that may be in vain too. */
-	w->round += 1 + (u64)(-most / w->quantum);
-	return poll_those_with_credit(w, now, &most);
+		if (moved || most == INT64_MIN || !again)
+			return moved;
+		/* Whoever may go on has nothing to do: so many rounds later the next one may, or has nothing either. */
+		w->round += 1 + (u64)(-most / w->quantum);
+	}
 }
 
 /* What a frame costs the kernel, slowly following what it did. */

@@ -89,7 +89,7 @@ struct worker {
 	struct xn_worker_stats stats XN_ALIGNED;
 
 	/* Scratch of one burst. Source pieces and delivery pieces are apart: both live at once. */
-	struct view views[XN_BURST];
+	struct view views[XN_BURST] XN_ALIGNED; /* a line each */
 	u8 gap_views[XN_GAP];
 	struct piece pieces[WORKER_PIECES];
 	u8 gap_pieces[XN_GAP];
@@ -98,7 +98,7 @@ struct worker {
 	struct gro_room joined;
 	u8 gap_joined[XN_GAP];
 	/* Delivery: a burst of plain frames has room behind what the others take. */
-	struct piece to_pieces[WORKER_PIECES + XN_BURST];
+	struct piece to_pieces[WORKER_PIECES + XN_BURST] XN_ALIGNED;
 	u8 gap_to_pieces[XN_GAP];
 	struct {
 		chain_t chain;
