@@ -23,6 +23,12 @@ enum {
 	/* A debt is not forgiven, but for what is more: a worker may have lost its processor while it was at this port. */
 	DEBT_US = 10000,
 	/*
+	 * More than this no honest work leaves, whose debt is gone as soon as the others have nothing to do: theirs may only be
+	 * on its way. Such a debt is paid in time, for as long as others have come to turn within the last millisecond.
+	 */
+	DEEP_DEBT_US = 150,
+	CONTENDED_US = 1000,
+	/*
 	 * Prices in ns, of the order that the benchmark of neighbours shows (tests/bench): a frame, a step of
 	 * a chain's walk, a segment that a frame is cut into, and the bytes that one nanosecond copies, or sums up.
 	 */

@@ -56,7 +56,7 @@ static bool is_link_local(const struct view *v, u64 dst)
 /* What there is to be thought of before a burst is delivered. */
 struct ways {
 	bool to_netdev; /* a frame goes to an interface */
-	bool costly;	/* a frame goes to several ports, or is several */
+	bool costly;	/* a frame goes to several ports, or is several, or is to be summed */
 };
 
 /* Gives each frame its way. */
@@ -100,7 +100,7 @@ static struct ways classify(struct worker *w, const struct port *from, struct vi
 		last_dst = dst;
 		last_vlan = vlan;
 		v->port = last_port;
-		ways.costly |= v->needs & NEED_CUT;
+		ways.costly |= v->needs;
 		/* Back where it came from; or from one interface to another, which would close loops of the networks outside. */
 		if (unlikely(v->port == from->id || (v->port < VIEW_FLOOD && from->kind == PORT_NETDEV &&
 						     b->ports[v->port].kind == PORT_NETDEV)))
@@ -312,9 +312,9 @@ static u64 price_of(const struct view *v)
 {
 	u64 price = PRICE_FRAME + v->len / BYTES_PER_NS;
 
-	/* Cut, it is summed as well. */
-	if (v->needs & NEED_CUT)
-		price += vnet_segments(v) * PRICE_SEGMENT + v->len / BYTES_PER_NS;
+	/* Whole, it may be summed, and cut: who does not take it as it is decides. */
+	if (v->needs)
+		price += v->len / BYTES_PER_NS + (v->needs & NEED_CUT ? vnet_segments(v) * PRICE_SEGMENT : 0);
 	return price;
 }
 
@@ -331,10 +331,11 @@ static u32 flooded_ports(const struct worker *w, const struct port *from)
 static __attribute__((noinline)) u32 affordable(struct worker *w, const struct port *from, const struct view *views,
 						u32 n, u64 *price)
 {
-	const u32 ports = flooded_ports(w, from);
-	u32 i = 0;
+	u32 ports = 0, i = 0;
 
 	do {
+		if (views[i].port == VIEW_FLOOD && !ports)
+			ports = flooded_ports(w, from);
 		if (views[i].port != VIEW_DROPPED)
 			*price += price_of(&views[i]) * (views[i].port == VIEW_FLOOD ? ports : 1);
 		i++;

@@ -215,6 +215,10 @@ static u32 poll_those_with_credit(struct worker *w, u64 now, s64 *most)
 
 		moved += n;
 		if (n) {
+			if (s->account != w->mover) {
+				w->mover = s->account;
+				w->mover_since = now;
+			}
 			s->last_work = now;
 			weigh(w, s);
 			i++;
@@ -232,6 +236,24 @@ static u32 poll_those_with_credit(struct worker *w, u64 now, s64 *most)
 	return moved;
 }
 
+/* Whether more than one port has had something to do lately. */
+static bool is_contended(const struct worker *w)
+{
+	return w->turn - w->mover_since < CONTENDED_US * w->bridge->cycles_per_us;
+}
+
+/* A round for each quantum of time that has gone by. */
+static void pay_by_time(struct worker *w)
+{
+	u64 rounds = (w->turn - w->paid) / (u64)w->quantum;
+
+	/* Since long ago: it begins now. */
+	if (rounds > DEBT_US / QUANTUM_US)
+		rounds = 0, w->paid = w->turn;
+	w->round += rounds;
+	w->paid += rounds * (u64)w->quantum;
+}
+
 static u32 poll_sources(struct worker *w, u64 now)
 {
 	for (bool again = true;; again = false) {
@@ -241,7 +263,10 @@ static u32 poll_sources(struct worker *w, u64 now)
 		if (moved || most == INT64_MIN || !again)
 			return moved;
 		/* Whoever may go on has nothing to do: so many rounds later the next one may, or has nothing either. */
-		w->round += 1 + (u64)(-most / w->quantum);
+		if (likely(most > -w->quantum * (DEEP_DEBT_US / QUANTUM_US) || !is_contended(w)))
+			w->round += 1 + (u64)(-most / w->quantum);
+		else
+			pay_by_time(w);
 	}
 }
 
@@ -390,10 +415,11 @@ static void look_at_all(struct worker *w)
 
 		if (s->active)
 			continue;
-		worker_is_at(w, s->place);
+		/* Once, if it brings nothing: what it was like before stays. */
+		u64 before = s->last_work;
+
 		activate(w, s);
-		/* Once, if it brings nothing. */
-		s->last_work = 0;
+		s->last_work = before;
 	}
 }
 
