@@ -5,8 +5,8 @@
  * port's sources are polled for as long as its account is above zero, and what a poll took is charged to it, below zero if
  * it must be. The next round begins when no port that may go on has anything to do: alone, a port never waits.
  *
- * What a poll costs is known afterwards, by the clock. How much it takes on is decided before, by the prices below; and no
- * poll is charged less than they say. Shreedhar and Varghese, "Efficient Fair Queueing Using Deficit Round Robin", 1995.
+ * What a poll costs is known afterwards, by the clock, and that is charged. How much it takes on is decided before, by the
+ * prices below. Shreedhar and Varghese, "Efficient Fair Queueing Using Deficit Round Robin", 1995.
  */
 #ifndef XN_ACCOUNT_H
 #define XN_ACCOUNT_H
@@ -24,10 +24,12 @@ enum {
 	DEBT_US = 10000,
 	/*
 	 * More than this no honest work leaves, whose debt is gone as soon as the others have nothing to do: theirs may only be
-	 * on its way. Such a debt is paid in time, for as long as others have come to turn within the last millisecond.
+	 * on its way. Such a debt is paid in time, for as long as others have come to turn lately.
 	 */
 	DEEP_DEBT_US = 150,
-	CONTENDED_US = 1000,
+	CONTENDED_US = 2 * DEBT_US,
+	/* So much more than its price a poll is charged at most: beyond that it was not the port that took the time. */
+	MOST_POLL_US = 300,
 	/*
 	 * Prices in ns, of the order that the benchmark of neighbours shows (tests/bench): a frame, a step of
 	 * a chain's walk, a segment that a frame is cut into, and the bytes that one nanosecond copies, or sums up.

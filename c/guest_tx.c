@@ -130,7 +130,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 		if (packed)
 			packed_prefetch_ahead(q, at.pos);
 		/* Every chain may have as many pieces as the core gathers: what does not fit now waits for the next turn. */
-		if (unlikely(used + VRING_MAX_PIECES + 1 > WORKER_PIECES || steps > POLL_STEPS || bytes > POLL_BYTES))
+		if (unlikely(used + VRING_MAX_PIECES + 1 > WORKER_PIECES || steps >= POLL_STEPS || bytes >= POLL_BYTES))
 			break;
 		/* In front of them is room for the snapshot of a frame's headers. */
 		struct piece *to = &w->pieces[used + 1];

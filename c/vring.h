@@ -95,6 +95,7 @@ struct virtqueue {
 	u32 dirty;	    /* workers that owe a notification check, one bit each */
 	u64 call_due;	    /* cycles, when the guest is to be told of what it has back ... */
 	struct cursor owed; /* ... up to here; where `used` stood when that was set */
+	bool slow_call;	    /* the last interrupt took longer than one should */
 	struct source source;
 
 	/* A transmit ring's chains between pop and push, oldest first, if one of them is lent; free-running indices. */

@@ -190,9 +190,11 @@ static u32 poll_source(struct worker *w, struct source *s)
 	w->price = 0;
 	worker_is_at(w, s->place);
 	u32 n = s->ops->poll(w, s);
-	u64 now = cycles(), price = w->price * w->bridge->cycles_per_us / 1000;
+	u64 now = cycles(), took = now - w->clock, price = w->price * w->bridge->cycles_per_us / 1000;
+	u64 most = price + MOST_POLL_US * w->bridge->cycles_per_us;
 
-	account_charge(s->account, now - w->clock > price ? now - w->clock : price, w->quantum);
+	/* While time is held, what it would have taken. */
+	account_charge(s->account, clock_is_held() ? price : took < most ? took : most, w->quantum);
 	w->clock = now;
 	return n;
 }
@@ -363,10 +365,11 @@ static bool notify(struct worker *w, struct virtqueue *q, struct account *payer)
 		caller_flush(&w->caller);
 		u64 now = cycles(), took = now - w->clock;
 
-		/* Whoever watches a guest's eventfd makes its interrupts slow. */
+		/* Whoever watches a guest's eventfd makes its interrupts slow; once, it may have been another's doing. */
 		account_charge(payer, took < fair ? took : fair, w->quantum);
-		if (unlikely(took > fair))
+		if (unlikely(took > fair && q->slow_call))
 			account_charge(account_of(w, q), took - fair, w->quantum);
+		q->slow_call = took > fair;
 		w->clock = now;
 	}
 	return more;
