@@ -43,7 +43,7 @@ enum {
 	/* What one poll takes on: of prices, of steps, of bytes. One frame may be more than all of that. */
 	POLL_NS = QUANTUM_US * 1000,
 	POLL_STEPS = 4096,
-	POLL_BYTES = 1 << 19
+	POLL_BYTES = 640 << 10
 };
 
 /* Brings it to this round. */

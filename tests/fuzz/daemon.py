@@ -64,7 +64,9 @@ class Doors:
     def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
         self.victim, good = str(directory / "victim.sock"), str(directory / "good.sock")
         words = ("--guest", f"victim,socket={self.victim},queues=2,poll=true", "--guest", f"good,socket={good}")
-        self.daemon = stack.enter_context(daemon(directory, *words, "--metrics", "127.0.0.1:0")).ready()
+        # The fuzzer ends this process without a word to us; its daemon goes with it.
+        ends = ("setpriv", "--pdeathsig", "KILL")
+        self.daemon = stack.enter_context(daemon(directory, *words, "--metrics", "127.0.0.1:0", prefix=ends)).ready()
         found = self.daemon.until(lambda: re.search(r"metrics: http://([^:]+):(\d+)/", self.daemon.log))
         self.metrics = (found[1], int(found[2]))
         self.neighbour = Neighbour(good)
