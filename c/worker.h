@@ -58,11 +58,10 @@ struct worker {
 
 	struct account accounts[XN_MAX_PORTS];
 	u64 round;
-	s64 quantum; /* cycles */
-	struct account
-		*mover; /* whose work was done last; cycles, when that was last another's, and when time paid a debt */
-	u64 mover_since;
-	u64 paid;
+	s64 quantum;	       /* cycles */
+	struct account *mover; /* whose work was done last */
+	u64 mover_since;       /* cycles, when it was another's before */
+	u64 paid;	       /* cycles, up to when time has paid debts */
 	struct account *payer; /* for whom it works now */
 	u64 price;	       /* ns, of what was taken on in this poll */
 	u64 clock;	       /* cycles, when they were last read in this turn */
