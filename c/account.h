@@ -31,8 +31,9 @@ enum {
 	/* So much more than its price a poll is charged at most: beyond that it was not the port that took the time. */
 	MOST_POLL_US = 300,
 	/*
-	 * Prices in ns, of the order that the benchmark of neighbours shows (tests/bench): a frame, a step of
-	 * a chain's walk, a segment that a frame is cut into, and the bytes that one nanosecond copies, or sums up.
+	 * Prices in ns, of a frame, a step of a chain's walk, a segment that a frame is cut into; and the bytes that one
+	 * nanosecond copies, or sums up. Estimates: they say where a poll ends, not what it is charged. On a Xeon a frame of 64
+	 * bytes in a whole burst took 27 ns, and a step 4.2; segments and bytes were not measured.
 	 */
 	PRICE_FRAME = 50,
 	PRICE_STEP = 3,
