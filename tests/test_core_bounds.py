@@ -163,6 +163,15 @@ def test_a_chain_has_so_many_descriptors_at_most_be_they_empty(
 # ---- a turn is bounded by what it costs: where time is held, by its price alone ----
 
 
+def audience(bridge: core.Bridge, guests: MakeGuest, count: int, num: int) -> list[Driver]:
+    """Guests that have room for `num` frames of any size."""
+    spans = (Span(0x4000_0000, (num // 8) * MIB, 0x7F12_0000_0000, 0),)
+    made = [guests(bridge, num=num, spans=spans) for _ in range(count)]
+    for guest in made:
+        guest.pair.fill(65000)
+    return made
+
+
 def queue_all(sender: Driver, frames: Sequence[bytes]) -> None:
     for each in frames:
         sender.pair.queue(each)
@@ -222,9 +231,7 @@ def test_a_frame_to_many_ports_reaches_each_once_and_the_books_balance(
 ) -> None:
     """The large ones are flooded in parts, and what is sent by others passes in between."""
     bridge = make_bridge()
-    receivers = [guests(bridge, num=16, spans=(Span(0x4000_0000, 2 * MIB, 0x7F12_0000_0000, 0),)) for _ in range(24)]
-    for receiver in receivers:
-        receiver.pair.fill(65000)
+    receivers = audience(bridge, guests, 24, num=16)
     flood = guests(bridge, spans=ROOM)
     sent = [frame(BROADCAST, mac(6), size, mark=bytes([i])) for i in range(8)]
     flood.pair.send_all(sent)
@@ -240,9 +247,7 @@ def test_a_large_frame_to_many_ports_lets_others_pass_before_it_has_reached_the_
     held_time: None, make_bridge: MakeBridge, guests: MakeGuest
 ) -> None:
     bridge = make_bridge()
-    receivers = [guests(bridge, num=64, spans=(Span(0x4000_0000, 8 * MIB, 0x7F12_0000_0000, 0),)) for _ in range(32)]
-    for receiver in receivers:
-        receiver.pair.fill(65000)
+    receivers = audience(bridge, guests, 32, num=64)
     flood, other = guests(bridge, spans=ROOM), guests(bridge)
     bridge.set_mac(receivers[-1].port, mac(5), False)
     bridge.stop()
@@ -258,9 +263,7 @@ def test_a_frame_that_changes_while_it_is_flooded_is_another_one_from_there_on(
 ) -> None:
     """A driver that rewrites its frame hurts itself alone: the books balance whatever it does."""
     bridge = make_bridge()
-    receivers = [guests(bridge, num=64, spans=(Span(0x4000_0000, 8 * MIB, 0x7F12_0000_0000, 0),)) for _ in range(32)]
-    for receiver in receivers:
-        receiver.pair.fill(65000)
+    receivers = audience(bridge, guests, 32, num=64)
     bridge.set_mac(receivers[0].port, mac(5), False)
     flood = guests(bridge, spans=ROOM)
     addr = flood.memory.reserve(65536, 64)
