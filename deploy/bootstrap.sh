@@ -18,6 +18,7 @@ readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
 readonly TEST=(bpftool dpdk-dev strace)
 readonly BENCH=(sockperf)
 readonly FUZZ=(clang llvm)
+readonly JOBS=4 # tests of the core at once: they wait more than they work
 readonly NEWER=trixie # and its backports: see newer_guest
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
@@ -202,7 +203,12 @@ sanitized_tests() {
 	preload=$(gcc -print-file-name=libasan.so)
 	# SIGBUS is the core's own business; the interpreter's leaks are not ours.
 	ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:allow_user_segv_handler=1 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core --core=build/asan/xdpnet/_core.abi3.so </dev/null
+		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core -n "$JOBS" \
+		--core=build/asan/xdpnet/_core.abi3.so </dev/null
+}
+
+every_test() { # arguments of pytest
+	"$VENV/bin/python" -m pytest -rs --expected-skips=tests/expected-skips.txt --nothing-left "$@" </dev/null
 }
 
 fuzz() { # minutes, [targets]
@@ -248,7 +254,8 @@ main() {
 		sanitized_tests
 		fuzz 2
 		say "every test"
-		"$VENV/bin/python" -m pytest -rs --expected-skips=tests/expected-skips.txt --nothing-left </dev/null
+		every_test -m core -n "$JOBS"
+		every_test -m "not core"
 		;;
 	fuzz)
 		fuzz_packages

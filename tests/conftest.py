@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         load_core(path)
     if path := config.getoption("--expected-skips"):
         config.pluginmanager.register(SkipPolice(path))
+    if config.getoption("--nothing-left") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(NothingLeft())
 
 
 def load_core(path: Path) -> None:
@@ -90,17 +92,21 @@ class SkipPolice:
             terminalreporter.write_line(f"UNEXPECTED SKIP {line}", red=True)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the machine had before the first test is what it has after the last."""
-    if not request.config.getoption("--nothing-left"):
-        yield
-        return
-    before = traces.take()
-    yield
-    left = traces.settle(before)
-    if left:
-        pytest.fail("left behind: " + ", ".join(left), pytrace=False)
+class NothingLeft:
+    """What the machine had before the first test is what it has after the last, or the run has failed."""
+
+    def __init__(self) -> None:
+        self._before = traces.take()
+        self._left: list[str] = []
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._left = traces.settle(self._before)
+        if self._left and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for line in self._left:
+            terminalreporter.write_line(f"LEFT BEHIND {line}", red=True)
 
 
 def _open_fds() -> dict[str, str]:

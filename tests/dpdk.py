@@ -4,6 +4,7 @@ With huge pages it is fast, as the benchmark wants it; without, its memory is on
 runtime files go to a directory of ours.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -40,7 +41,16 @@ def frames(length: int) -> list[str]:
 
 @contextmanager
 def huge_pages(mib: int, directory: Path) -> Iterator[Path]:
-    """A hugetlbfs mount of our own with `mib` MiB behind it; afterwards the pool is as it was."""
+    """A hugetlbfs mount of our own with `mib` MiB behind it; afterwards the pool is as it was.
+
+    One at a time on the machine: tests that run side by side count the pool's pages.
+    """
+    with NR_HUGE_PAGES.open() as pool:
+        fcntl.flock(pool, fcntl.LOCK_EX)
+        yield from _huge_pages(mib, directory)
+
+
+def _huge_pages(mib: int, directory: Path) -> Iterator[Path]:
     before = int(NR_HUGE_PAGES.read_text())
     free = int(re.findall(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
     wanted = mib * (1 << 20) // HUGE_PAGE_BYTES

@@ -7,8 +7,8 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -286,13 +286,11 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 @pytest.fixture
-def common(path):
-    """A directory that everybody may use."""
-    own, *above = list(Path(path).parents)[:3]
-    own.chmod(0o777)
-    for directory in above:
-        directory.chmod(0o755)
-    return path
+def common():
+    """A path in a directory that everybody may use."""
+    with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
+        os.chmod(directory, 0o777)
+        yield f"{directory}/guest.sock"
 
 
 def nobody(path, how="connect"):
