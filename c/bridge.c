@@ -198,6 +198,11 @@ int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats
 	if (worker >= b->config.workers)
 		return -ENOENT;
 	*out = b->workers[worker]->stats;
+	/* One that has been let go, and does not go, is not parked. */
+	if (out->at == XN_PARKED && !__atomic_load_n(&b->parking.wanted, __ATOMIC_ACQUIRE))
+		out->at = XN_AT_REST;
+	if (!__atomic_load_n(&b->running, __ATOMIC_ACQUIRE))
+		out->at = XN_PARKED;
 	return 0;
 }
 

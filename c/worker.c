@@ -470,7 +470,7 @@ static void park(struct worker *w)
 {
 	struct parking *p = &w->bridge->parking;
 
-	worker_is_at(w, XN_AT_REST);
+	worker_is_at(w, XN_PARKED);
 	pthread_mutex_lock(&p->mutex);
 	while (p->wanted) {
 		p->parked++;
@@ -479,6 +479,7 @@ static void park(struct worker *w)
 		p->parked--;
 	}
 	pthread_mutex_unlock(&p->mutex);
+	worker_is_at(w, XN_AT_REST);
 }
 
 /* The kernel does not tell when a loan ends: it is looked at, seldomer as time goes by. */

@@ -200,12 +200,15 @@ struct xn_worker_stats {
 	uint64_t packets;     /* frames taken from any port */
 	int32_t cpu;
 	int32_t tid;
-	/* Where it is: port << 8 | ring or queue; a netdev's group socket is behind its queues. XN_AT_REST: asleep, or parked. */
+	/*
+	 * Where it is: port << 8 | ring or queue; a netdev's group socket is behind its queues. XN_AT_REST: asleep, from
+	 * which it wakes ten times a second. XN_PARKED: it stands still for the control thread, or was not started.
+	 */
 	uint32_t at;
 	uint32_t to; /* ... and delivers to; XN_AT_REST: to none */
 };
 
-enum { XN_AT_REST = 0xffff };
+enum { XN_AT_REST = 0xffff, XN_PARKED = 0xfffe };
 
 struct xn_ip {
 	uint8_t version; /* 4 or 6 */

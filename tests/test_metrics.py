@@ -268,7 +268,7 @@ def test_a_thread_that_is_not_ours_is_no_running_worker() -> None:
 
 
 def test_a_worker_that_does_not_go_on_is_an_illness_and_the_page_says_where_it_is() -> None:
-    stuck = Worker(0, -1, os.getpid(), 5_000, 100, 7, 999, 2.04, "guest web's rx ring 0")
+    stuck = Worker(0, -1, os.getpid(), 5_000, 100, 7, 999, 2.04, "at guest web's rx ring 0")
     assert faults(snapshot(workers=(stuck,))) == ["worker 0 has been at guest web's rx ring 0 for 2.0 s"]
     assert "worker 0 has been at guest web's rx ring 0 for 2.0 s" in page(snapshot(workers=(stuck,)))
     assert "has been at" not in page(snapshot())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.clock import Clock
 from tests.driver import Driver
 from tests.frontend import Frontend, GuestMemory
 from tests.guests import MakeBridge, MakeGuest, frame, mac
@@ -19,21 +20,14 @@ from tests.slow import core_memory, slow, untouched, userfaultfd
 from tests.test_daemon import Daemon, daemon, guest
 from xdpnet import core
 from xdpnet.metrics.snapshot import Worker
-from xdpnet.stalls import LOOKS, STALLED_S, StallWatch
+from xdpnet.stalls import LOOKS, STALLED_S, Stall, StallWatch
 from xdpnet.virtq.message import Request, VringState
+from xdpnet.watchdog import Watchdog
 
 pytest_plugins = ["tests.guest_fixtures"]
 
 PAGE = 4096
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, WALL = 0x4206, 0x4207, 17, 0x4000_0000
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Watched:
@@ -47,7 +41,7 @@ class Watched:
         for _ in range(times):
             self.clock.now += after_s
             self.watch.look()
-        return {worker: stall.where for worker, stall in self.watch.stalls.items()}
+        return {worker: stall.where.removeprefix("at ") for worker, stall in self.watch.stalls.items()}
 
 
 @pytest.fixture
@@ -68,20 +62,14 @@ def stuck(bridge: core.Bridge, driver: Driver) -> Iterator[None]:
 def is_stuck(bridge: core.Bridge) -> bool:
     """Its thread waits, and not for events."""
     stats = bridge.worker_stats(0)
-    waits = Path(f"/proc/self/task/{stats.tid}/stat").read_text().rpartition(") ")[2][0] in "SD"
-    return waits and stats.at is not None and stats.loops == bridge.worker_stats(0).loops
+    return state_of(stats.tid) in "SD" and stats.at is not None and stats.loops == bridge.worker_stats(0).loops
 
 
 def let_move(bridge: core.Bridge) -> None:
-    """Until every worker has ended a turn, or is known to sleep."""
+    """Until every worker has ended a turn, as one that sleeps does ten times a second."""
     for worker in range(bridge.workers):
         before = bridge.worker_stats(worker).loops
-
-        def moved(worker: int = worker, before: int = before) -> bool:
-            stats = bridge.worker_stats(worker)
-            return stats.at is None or stats.loops != before
-
-        assert eventually(moved)
+        assert eventually(lambda worker=worker, before=before: bridge.worker_stats(worker).loops != before)  # type: ignore[misc]
 
 
 @pytest.mark.core
@@ -91,7 +79,9 @@ def test_d14_a_worker_that_waits_for_memory_is_named_with_its_guest_until_it_goe
 ) -> None:
     other, driver = guests(bridge), guests(bridge, features=VERSION_1)
     watched = Watched(bridge)
-    assert watched.look(5) == {}
+    for _ in range(5):
+        assert watched.look() == {}
+        let_move(bridge)
     with stuck(bridge, driver):
         assert watched.look(LOOKS) == {}
         assert watched.look() == {0: f"{driver.port}/1"}
@@ -185,6 +175,64 @@ def test_d14_userfaults_of_the_frontend_are_the_frontends_alone(
     assert os.pread(driver.memory.fd, 2, driver.memory.offset(addr)) == bytes(2)
 
 
+# ---- the watchdog ----
+
+
+class Manager:
+    """Of services: systemd's part."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+
+    def fed(self) -> int:
+        """How often the watchdog was, since this was last asked."""
+        times = 0
+        with contextlib.suppress(BlockingIOError):
+            while said := self._listening.recv(100, socket.MSG_DONTWAIT):
+                times += said == b"WATCHDOG=1"
+        return times
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield Manager(listening)
+
+
+def test_the_watchdog_starves_when_somebody_has_stood_still_for_a_whole_period(manager: Manager) -> None:
+    clock, stalls = Clock(), dict[int, Stall]()
+    watchdog = Watchdog(30, lambda: stalls, clock)
+    clock.now += 29.9
+    assert watchdog.feed()
+    clock.now += 0.2
+    assert not watchdog.feed()
+    watchdog.beat()
+    assert watchdog.feed()
+    stalls[1] = Stall("asleep", clock.now)
+    for still, fed in (29.9, True), (0.2, False), (3600, False):
+        clock.now += still
+        watchdog.beat()
+        assert watchdog.feed() is fed
+    stalls.clear()
+    assert watchdog.feed()
+    assert manager.fed() == 4
+
+
+def test_e11_a_guest_that_holds_up_workers_again_and_again_does_not_starve_the_watchdog(manager: Manager) -> None:
+    """Nor does the control thread, which waits for them."""
+    clock, stalls = Clock(), dict[int, Stall]()
+    watchdog = Watchdog(30, lambda: stalls, clock)
+    for _ in range(100):
+        stalls[0] = Stall("at guest web's tx ring 0", clock.now)
+        clock.now += 29.9
+        assert watchdog.feed()
+        assert manager.fed() == 1
+        stalls.clear()
+        watchdog.beat()
+
+
 # ---- the daemon ----
 
 
@@ -218,45 +266,46 @@ def served(directory: Path, env: dict[str, str] | None = None) -> Iterator[tuple
         yield running, frontend, kick
 
 
+def state_of(tid: int) -> str:
+    """Of a thread; proc(5), stat."""
+    return Path(f"/proc/{tid}/stat").read_text().rpartition(") ")[2][0]
+
+
 def worker_of(running: Daemon) -> Worker:
     return running.snapshot().workers[0]
 
 
 @needs.root
-def test_a_worker_that_does_not_go_on_makes_the_daemon_ill_until_it_does(tmp_path: Path) -> None:
-    env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(env["NOTIFY_SOCKET"])
-
-        def fed() -> int:
-            """How often the watchdog was, since it was last asked."""
-            times = 0
-            with contextlib.suppress(BlockingIOError):
-                while manager.recv(100, socket.MSG_DONTWAIT):
-                    times += 1
-            return times
-
-        with served(tmp_path, env) as (running, _, kick):
-            assert running.get("/healthz") == (200, "ok\n")
-            tid = worker_of(running).tid
+@pytest.mark.parametrize(("busy", "where"), [(True, "at guest web's tx ring 0"), (False, "asleep")])
+def test_a_worker_that_does_not_go_on_makes_the_daemon_ill_until_it_does(
+    tmp_path: Path, manager: Manager, busy: bool, where: str
+) -> None:
+    with served(tmp_path, {"WATCHDOG_USEC": "300000"}) as (running, _, kick):
+        assert running.get("/healthz") == (200, "ok\n")
+        tid = worker_of(running).tid
+        if busy:
             os.eventfd_write(kick, 1)
-            with stopped(tid):
-                running.until(lambda: worker_of(running).stalled_at, "stalled")
-                fed()
-                status, text = running.get("/healthz")
-                assert status == 503
-                assert "worker 0 has been at guest web's tx ring 0 for " in text
-                assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' not in running.get("/metrics")[1]
-                assert running.log.count("worker 0: at guest web's tx ring 0 for ") == 1
-                then = worker_of(running).stalled_s
-                running.until(lambda: worker_of(running).stalled_s > then + 1, "more than a tick")
-                assert fed() == 0
-            running.until(lambda: not worker_of(running).stalled_at, "it goes on")
-            assert running.get("/healthz") == (200, "ok\n")
-            assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' in running.get("/metrics")[1]
-            assert running.log.count("worker 0: goes on after ") == 1
-            running.until(fed, "the watchdog is fed")
-            assert running.end() == 0
+        else:
+            running.until(lambda: state_of(tid) == "S", "asleep")
+        with stopped(tid):
+            running.until(lambda: worker_of(running).stalled_at, "stalled")
+            manager.fed()
+            status, text = running.get("/healthz")
+            assert status == 503
+            assert f"worker 0 has been {where} for " in text
+            assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' not in running.get("/metrics")[1]
+            assert running.log.count(f"worker 0: {where} for ") == 1
+            assert "a debugger has stopped it" in running.log
+            then = worker_of(running).stalled_s
+            running.until(lambda: worker_of(running).stalled_s > then + 1, "more than a tick")
+            assert manager.fed() == 0
+            assert running.log.count("the service manager's watchdog is not fed any more") == 1
+        running.until(lambda: not worker_of(running).stalled_at, "it goes on")
+        assert running.get("/healthz") == (200, "ok\n")
+        assert 'xdpnet_worker_stalled_seconds{worker="0"} 0.0' in running.get("/metrics")[1]
+        assert running.log.count("worker 0: goes on after ") == 1
+        running.until(manager.fed, "the watchdog is fed")
+        assert running.end() == 0
 
 
 @needs.root

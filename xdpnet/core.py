@@ -165,7 +165,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """Counters of one worker, where it is (None: asleep) and delivers to; `cpu` is -1 when it is not pinned."""
+    """Counters of one worker, where it is (None: asleep, or parked) and delivers to; `cpu` is -1 when it is not pinned.
+
+    parked: it stands still for the control thread, or does not run. Asleep it ends a turn ten times a second.
+    """
 
     loops: int
     sleeps: int
@@ -175,6 +178,7 @@ class WorkerStats:
     tid: int
     at: Place | None
     to: Place | None
+    parked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,10 @@ def _region_fields(region: Region) -> dict[str, int]:
         "offset": region.offset,
         "fd": region.fd,
     }
+
+
+def _place(word: int) -> Place:
+    return Place(word >> 8, word & 0xFF)
 
 
 def check_calls() -> None:
@@ -362,8 +370,10 @@ class Bridge:
         """Counters of one worker."""
         out = ffi.new("struct xn_worker_stats *")
         _check(lib.xn_worker_stats(self._bridge, worker, out), f"read worker {worker}")
-        at, to = (None if at == lib.XN_AT_REST else Place(at >> 8, at & 0xFF) for at in (out.at, out.to))
-        return WorkerStats(out.loops, out.sleeps, out.busy_cycles, out.packets, out.cpu, out.tid, at, to)
+        parked = out.at == lib.XN_PARKED
+        at = None if parked or out.at == lib.XN_AT_REST else _place(out.at)
+        to = None if out.to == lib.XN_AT_REST else _place(out.to)
+        return WorkerStats(out.loops, out.sleeps, out.busy_cycles, out.packets, out.cpu, out.tid, at, to, parked)
 
     # ---- addresses ----
 

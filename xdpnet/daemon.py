@@ -32,6 +32,7 @@ from xdpnet.stalls import StallWatch
 from xdpnet.virtq import features
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
+from xdpnet.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xdpnet.netdev import Netdev
@@ -64,6 +65,7 @@ class Daemon:
         self.guests: list[GuestPort] = []
         self.netdevs: dict[str, Netdev] = {}
         self._started = time.monotonic()
+        self._watchdog: Watchdog | None = None
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -93,6 +95,8 @@ class Daemon:
             self._watch_workers = StallWatch(self.bridge, self._describe)
             self._watch_workers.start()
             stack.callback(self._watch_workers.close)
+            if period_s := systemd.watchdog_s():
+                self._watchdog = Watchdog(period_s, lambda: self._watch_workers.stalls)
 
             # 7. What the core reports; what becomes of the interfaces.
             names = {guest.device.port: guest.config.name for guest in self.guests}
@@ -120,6 +124,9 @@ class Daemon:
 
             # 11. Ready, until we are told to end.
             systemd.notify("READY=1")
+            if self._watchdog:
+                self._watchdog.start()
+                stack.callback(self._watchdog.close)
             log.info(
                 "ready: guests %d, interfaces %d, workers %d", len(names), len(self.netdevs), self.config.worker_count
             )
@@ -240,16 +247,16 @@ class Daemon:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tick(self) -> None:
-        """Addresses age without an event; the service manager wants to hear that this loop and the workers' turn."""
+        """Addresses age without an event; the service manager wants to hear that this loop turns."""
         watchdog = systemd.watchdog_s()
         while True:
             await asyncio.sleep(min(TICK_S, watchdog / 3) if watchdog else TICK_S)
+            if self._watchdog:
+                self._watchdog.beat()
             try:
                 self.reports.sync_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
-            if watchdog and not self._watch_workers.stalls:
-                systemd.notify("WATCHDOG=1")
 
     async def _watch(self, netdev: "Netdev") -> None:
         while True:

@@ -1,9 +1,10 @@
 """Whether the workers go on, seen from a thread of its own: the control thread itself may wait for one that does not.
 
-A worker publishes its turns and where it is (c/worker.h, worker_is_at). One that has neither ended its turn nor moved
-between looks is stalled: by memory that does not answer, or for want of a processor. It is named once, with whom it was
-at, and once more when it goes on. Nothing is done about it here: a thread that waits for memory can be ended with its
-process alone, which is the service manager's affair: its watchdog is not fed meanwhile.
+A worker publishes its turns and where it is (c/worker.h, worker_is_at); asleep, it ends a turn ten times a second. One
+that has neither ended its turn nor moved between looks is stalled: by memory that does not answer, for want of a
+processor, or because somebody stopped it. It is named once, with whom it was at, and once more when it goes on.
+Nothing is done about it here: a thread that waits for memory can be ended with its process alone, which is the service
+manager's affair (watchdog.py).
 """
 
 import logging
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stall:
-    """Where a worker is stuck, and since when, in seconds of the monotonic clock."""
+    """Where a worker is stuck ("at guest web's tx ring 0", "asleep") and since when, in monotonic seconds."""
 
     where: str
     since: float
@@ -82,7 +83,7 @@ class StallWatch:
             stats = self._bridge.worker_stats(worker)
             what = (stats.loops, stats.at, stats.to)
             seen = self._seen.get(worker)
-            if stats.at is None or seen is None or seen.what != what:
+            if stats.parked or seen is None or seen.what != what:
                 self._seen[worker] = _Seen(what, now)
                 continue
             seen.looks += 1
@@ -90,22 +91,23 @@ class StallWatch:
                 continue
             stalls[worker] = self._stalls.get(worker) or Stall(self._where(stats.at, stats.to), seen.since)
             if worker not in self._stalls:
-                self._logs[worker].warning(
-                    "at %s for %.1f s: %s", stalls[worker].where, now - seen.since, _why(stats.tid)
-                )
+                self._logs[worker].warning("%s for %.1f s: %s", stalls[worker].where, now - seen.since, _why(stats))
         for worker, stall in self._stalls.items():
             if worker not in stalls:
-                self._logs[worker].warning("goes on after %.1f s at %s", now - stall.since, stall.where)
+                self._logs[worker].warning("goes on after %.1f s %s", now - stall.since, stall.where)
         self._stalls = stalls
 
-    def _where(self, at: core.Place, to: core.Place | None) -> str:
-        return self._describe(at) + (f", delivering to {self._describe(to)}" if to and to != at else "")
+    def _where(self, at: core.Place | None, to: core.Place | None) -> str:
+        if at is None:
+            return "asleep"
+        return f"at {self._describe(at)}" + (f", delivering to {self._describe(to)}" if to and to != at else "")
 
 
-def _why(tid: int) -> str:
+def _why(stats: core.WorkerStats) -> str:
     """By the state of the thread; proc(5), /proc/tid/stat."""
     try:
-        state = Path(f"/proc/self/task/{tid}/stat").read_text().rpartition(") ")[2][:1]
+        state = Path(f"/proc/self/task/{stats.tid}/stat").read_text().rpartition(") ")[2][:1]
     except OSError:
         return "it does not run"
-    return "others have its processor" if state == "R" else "the memory there does not answer"
+    reasons = {"R": "others have its processor", "T": "somebody has stopped it", "t": "a debugger has stopped it"}
+    return reasons.get(state, "the memory there does not answer" if stats.at else "it does not wake")

@@ -154,7 +154,7 @@ class MetricsEndpoint:
             async with asyncio.timeout(DEADLINE_S / 2):
                 snapshot = await self._snapshot()
         except TimeoutError:
-            stuck = [f"worker {worker} is at {stall.where}" for worker, stall in self._stalls().items()]
+            stuck = [f"worker {worker} is {stall.where}" for worker, stall in self._stalls().items()]
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, "\n".join(["the control thread does not answer", *stuck]))
         except Exception as error:  # told to the client and to the log: a scrape must not end the thread
             log.exception("no snapshot")
@@ -210,7 +210,7 @@ def faults(snapshot: Snapshot) -> list[str]:
         if not worker.tid or not Path(f"/proc/self/task/{worker.tid}").exists()
     ]
     workers += [
-        f"worker {worker.number} has been at {worker.stalled_at} for {worker.stalled_s:.1f} s"
+        f"worker {worker.number} has been {worker.stalled_at} for {worker.stalled_s:.1f} s"
         for worker in snapshot.workers
         if worker.stalled_at
     ]

@@ -142,7 +142,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """stalled_at: where it has been for stalled_s seconds without going on; empty and 0 while it does."""
+    """stalled_at: where it has been for stalled_s seconds without going on, as in Stall; empty and 0 while it does."""
 
     number: int
     cpu: int

@@ -24,7 +24,7 @@ def render(now: Snapshot, before: Snapshot | None = None) -> RenderableType:
     # The books first: a live page in a small terminal shows its top.
     parts: list[RenderableType] = [_heading(now), _totals(now), *(_port_line(port) for port in now.ports)]
     parts += [
-        Text(f"  worker {worker.number} has been at {worker.stalled_at} for {worker.stalled_s:.1f} s", style="bold red")
+        Text(f"  worker {worker.number} has been {worker.stalled_at} for {worker.stalled_s:.1f} s", style="bold red")
         for worker in now.workers
         if worker.stalled_at
     ]
