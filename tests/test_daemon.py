@@ -3,8 +3,10 @@
 import http.client
 import json
 import os
+import pty
 import pwd
 import re
+import select
 import signal
 import socket
 import struct
@@ -25,6 +27,7 @@ from xdpnet.closer import MAX_PENDING
 from xdpnet.control import CLIENTS, ask
 from xdpnet.metrics.endpoint import CONNECTIONS
 from xdpnet.metrics.snapshot import Port, Snapshot
+from xdpnet.orders import OTHERS
 from xdpnet.virtq.message import Request
 
 MAC = "52:54:00:00:00:01"
@@ -113,14 +116,174 @@ def guest(directory: Path, name: str = "web", more: str = "") -> str:
 # ---- start and end ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_ends_it_in_order_and_no_socket_is_left(tmp_path: Path, number: int) -> None:
     with daemon(tmp_path, "--guest", guest(tmp_path), "--guest", guest(tmp_path, "db")) as running:
         running.ready()
         assert sorted(path.name for path in tmp_path.glob("*.sock")) == ["control.sock", "db.sock", "web.sock"]
         assert running.end(number) == 0
-    assert running.log.splitlines()[-2:] == ["xdpnet: INFO: stopping", "xdpnet: INFO: stopped"]
+    name = signal.Signals(number).name
+    assert running.log.splitlines()[-2:] == [f"xdpnet: INFO: {name}: stopping", "xdpnet: INFO: stopped"]
     assert list(tmp_path.glob("*.sock")) == []
+
+
+def test_no_signal_that_others_ignore_ends_it_and_each_is_named(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path)) as running:
+        running.ready()
+        for number in OTHERS:
+            running.process.send_signal(number)
+            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+            running.until(lambda name=name: f"WARNING: {name} means nothing here" in running.log, name)
+        assert running.snapshot()
+        assert running.end() == 0
+
+
+# ---- a new configuration ----
+
+
+CONFIG = """
+control = "{directory}/control.sock"
+[[guest]]
+name = "web"
+socket = "{directory}/web.sock"
+"""
+
+
+@contextmanager
+def configured(directory: Path, env: dict[str, str] | None = None) -> Iterator[tuple[Daemon, Path]]:
+    """A daemon with a file, and that file."""
+    file = directory / "xdpnet.toml"
+    file.write_text(CONFIG.format(directory=directory))
+    with daemon(directory, "--config", str(file), env=env) as running:
+        yield running.ready(), file
+
+
+def guests_of(running: Daemon) -> list[str]:
+    return [port.name for port in running.snapshot().ports]
+
+
+def test_sighup_has_it_serve_the_configuration_as_it_is_then(tmp_path: Path) -> None:
+    with configured(tmp_path) as (running, file):
+        before = descriptors_of(running)
+        for count in range(1, 4):
+            file.write_text(file.read_text() + f'[[guest]]\nname = "db{count}"\nsocket = "{tmp_path}/db{count}.sock"\n')
+            running.process.send_signal(signal.SIGHUP)
+            running.until(lambda count=count: running.log.count("ready: ") == count + 1, "ready again")
+            assert guests_of(running) == ["web", *(f"db{n}" for n in range(1, count + 1))]
+        file.write_text(CONFIG.format(directory=tmp_path))
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: running.log.count("ready: ") == 5, "ready again")
+        assert sorted(path.name for path in tmp_path.glob("*.sock")) == ["control.sock", "web.sock"]
+        running.until(lambda: descriptors_of(running) == before, "nothing left open")
+        assert running.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("name =", "nam ="), 'guest 1: nam = "web": unknown key'),
+        (("[[guest]]", "[[guest"), "not TOML"),
+        (("[[guest]]", "cpus = '4095'\n[[guest]]"), "CPU 4095 not usable here"),
+        (("[[guest]]", "[[netdev]]\ninterface = 'xdpn-none'\n[[guest]]"), "interface xdpn-none: "),
+        (("[[guest]]", "[[guest]]\nuser = 'no-such-user'"), "name not found: 'no-such-user'"),
+        # What shows only when it is tried: the configuration that was served before is served again.
+        (("[[guest]]", "metrics = '192.0.2.1:9100'\n[[guest]]"), "metrics 192.0.2.1:9100: "),
+        (("/web.sock", "/no/such/web.sock"), "socket"),
+        (("[[guest]]", ""), "guest: none given"),
+    ],
+)
+def test_a_mistake_in_the_configuration_never_ends_a_running_daemon(
+    tmp_path: Path, change: tuple[str, str], told: str
+) -> None:
+    with configured(tmp_path) as (running, file):
+        right = file.read_text()
+        file.write_text(right.replace(*change))
+        assert file.read_text() != right
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: "going on with the configuration as it was" in running.log, "told")
+        assert re.search(f"ERROR: .*{re.escape(told)}", running.log), running.log
+        running.until(lambda: (tmp_path / "control.sock").exists(), "served")
+        running.until(lambda: running.log.count("ready: ") == 1 + running.log.count("starting anew"), "ready")
+        assert guests_of(running) == ["web"]
+        file.write_text(right)
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: "SIGHUP: the configuration is as it was" in running.log, "unchanged")
+        assert running.end() == 0
+
+
+def test_a_mistake_that_shows_only_when_it_is_tried_twice_is_told_twice(tmp_path: Path) -> None:
+    with configured(tmp_path) as (running, file):
+        file.write_text("metrics = '192.0.2.1:9100'\n" + file.read_text())
+        for count in 1, 2:
+            running.process.send_signal(signal.SIGHUP)
+            running.until(lambda count=count: running.log.count("going on with") == count, "told")
+            running.until(lambda count=count: running.log.count("ready: ") == count + 1, "ready")
+        assert running.end() == 0
+
+
+def test_a_daemon_that_serves_an_inherited_connection_cannot_start_anew(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    file = tmp_path / "xdpnet.toml"
+    file.write_text("spin_us = 1\n")
+    words = "--fd", str(theirs.fileno()), "--config", str(file)
+    with ours, theirs, daemon(tmp_path, *words, fds=(theirs.fileno(),)) as running:
+        running.ready()
+        file.write_text("spin_us = 2\n")
+        running.process.send_signal(signal.SIGHUP)
+        running.until(lambda: "an inherited connection cannot be taken up again" in running.log, "told")
+        assert running.end() == 0
+
+
+def test_without_a_file_there_is_nothing_new_to_read(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path)) as running:
+        running.ready().process.send_signal(signal.SIGHUP)
+        running.until(lambda: "SIGHUP: the configuration is as it was" in running.log, "told")
+        assert running.end() == 0
+
+
+def said_until(terminal: int, words: bytes) -> str:
+    said = b""
+    while words not in said:
+        assert select.select([terminal], [], [], PATIENCE_S)[0], said
+        said += os.read(terminal, 1000)
+    return said.decode()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "told"),
+    [((), "SIGHUP: stopping"), (("sh", "-c", 'trap "" HUP; exec "$@"', "sh"), "SIGTERM: stopping")],
+    ids=["terminal", "nohup"],
+)
+def test_a_terminal_that_is_closed_ends_it_in_order_but_not_under_nohup(
+    tmp_path: Path, prefix: tuple[str, ...], told: str
+) -> None:
+    ours, theirs = pty.openpty()
+    words = [*prefix, sys.executable, "-m", "xdpnet", "run", "--control", "", "--guest", guest(tmp_path)]
+    with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs) as running:
+        os.close(theirs)
+        try:
+            said_until(ours, b"ready: ")
+            for number in signal.SIGHUP, signal.SIGTERM:
+                running.send_signal(number)
+            assert told in said_until(ours, b"stopped")
+            assert running.wait(PATIENCE_S) == 0
+        finally:
+            running.kill()
+            os.close(ours)
+
+
+def test_the_service_manager_hears_that_it_starts_anew(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_S)
+        with configured(tmp_path, {"NOTIFY_SOCKET": str(tmp_path / "notify")}) as (running, file):
+            assert manager.recv(100) == b"READY=1"
+            file.write_text("spin_us = 1\n" + file.read_text())
+            running.process.send_signal(signal.SIGHUP)
+            assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", manager.recv(100))
+            assert manager.recv(100) == b"READY=1"
+            assert running.end() == 0
+            assert manager.recv(100) == b"STOPPING=1"
 
 
 def test_a_later_step_that_fails_undoes_the_earlier_ones(tmp_path: Path) -> None:

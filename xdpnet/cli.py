@@ -113,13 +113,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Serves guests until SIGTERM, from a file, from flags, or from both."""
+    """Serves guests until SIGTERM, from a file, from flags, or from both; SIGHUP has it read the file again."""
     from xdpnet import daemon
 
     config = _configure(options)
     _set_up_logging(logging.DEBUG if options.verbose else logging.INFO)
     try:
-        asyncio.run(daemon.run(config))
+        asyncio.run(daemon.run(config, lambda: _configure(options)))
     except OSError as error:  # of the core, whose text names verb and object
         log.debug("where it happened", exc_info=error)
         raise SetupError(str(error)) from error

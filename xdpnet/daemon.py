@@ -6,16 +6,14 @@ happens after SIGTERM, the process is gone within END_S.
 """
 
 import asyncio
-import contextlib
 import faulthandler
 import grp
 import logging
 import os
 import pwd
-import signal
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,9 +21,10 @@ from typing import TYPE_CHECKING
 from xdpnet import cgroup, core, descriptors, systemd
 from xdpnet.config import Config, GuestConfig, NetdevConfig
 from xdpnet.control import ControlServer, directory_of
-from xdpnet.errors import SetupError
+from xdpnet.errors import SetupError, XdpnetError
 from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
+from xdpnet.orders import Orders
 from xdpnet.reports import Reports
 from xdpnet.sockets import Access
 from xdpnet.stalls import StallWatch
@@ -52,44 +51,70 @@ class GuestPort:
     socket: GuestSocket
 
 
-async def run(config: Config) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    await Daemon(config).run()
+async def run(config: Config, reread: Callable[[], Config]) -> None:
+    """Serves until it is told to end; orders.py. A new configuration that cannot be served is no reason to end."""
+    orders = Orders(reread, vet)
+    before: Config | None = None
+    with orders.by_signals():
+        while True:
+            orders.serve(config)
+            daemon = Daemon(config, orders)
+            try:
+                await daemon.run()
+            except (XdpnetError, OSError) as error:
+                if before is None or daemon.was_ready:
+                    raise
+                log.error("%s", error)
+                log.error("going on with the configuration as it was")
+                orders.following = orders.following or before
+            if orders.following is None or orders.ending:
+                return
+            config, before = orders.following, config if daemon.was_ready else None
+
+
+def vet(config: Config) -> None:
+    """What can be told without ending anything; SetupError names what this machine has not."""
+    _require_cpus(config.cpus)
+    for guest in config.guests:
+        _access(guest)
+    if config.netdevs:
+        from xdpnet import link, netdev
+
+        for wanted in config.netdevs:
+            netdev.reserve_queues(link.require_link(wanted.interface), wanted.queues or 0)
 
 
 class Daemon:
     """The parts of a running daemon."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, orders: Orders | None = None) -> None:
         self.config = config
+        self.was_ready = False
         self.guests: list[GuestPort] = []
         self.netdevs: dict[str, Netdev] = {}
         self._started = time.monotonic()
         self._watchdog: Watchdog | None = None
-        self._stop = asyncio.Event()
+        self._orders = orders or Orders()
 
     async def run(self) -> None:
         async with AsyncExitStack() as stack:
-            # 1. From here on SIGTERM and SIGINT mean an orderly end.
-            stack.enter_context(self._signals())
-
-            # 2. Room for all descriptors that guests may need; a word on that for their memory.
+            # 1. Room for all descriptors that guests may need; a word on that for their memory.
             descriptors.reserve(descriptors.needed(self.config))
             self._advise()
 
-            # 3. The bridge: its arena and forwarding table; no worker runs yet.
+            # 2. The bridge: its arena and forwarding table; no worker runs yet.
             self.bridge = self._make_bridge()
             stack.callback(self.bridge.close)
 
-            # 4. The interfaces: sockets bound, XDP attached.
+            # 3. The interfaces: sockets bound, XDP attached.
             for wanted in self.config.netdevs:
                 self._open_netdev(stack, wanted)
 
-            # 5. A port for each guest.
+            # 4. A port for each guest.
             for guest in self.config.guests:
                 self.guests.append(self._add_guest(guest))
 
-            # 6. The workers.
+            # 5. The workers.
             self.bridge.start()
             stack.callback(self.bridge.stop)
             self._watch_workers = StallWatch(self.bridge, self._describe)
@@ -98,23 +123,23 @@ class Daemon:
             if period_s := systemd.watchdog_s():
                 self._watchdog = Watchdog(period_s, lambda: self._watch_workers.stalls)
 
-            # 7. What the core reports; what becomes of the interfaces.
+            # 6. What the core reports; what becomes of the interfaces.
             names = {guest.device.port: guest.config.name for guest in self.guests}
             self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
             await stack.enter_async_context(self._tasks())
 
-            # 8. The control socket's directory, where guests' sockets may be too.
+            # 7. The control socket's directory, where guests' sockets may be too.
             if self.config.control:
                 stack.enter_context(directory_of(self.config.control))
 
-            # 9. The guests: from here on frontends are served.
+            # 8. The guests: from here on frontends are served.
             for port in self.guests:
                 await port.socket.start()
                 stack.push_async_callback(port.socket.stop)
 
-            # 10. The control socket and the metrics.
+            # 9. The control socket and the metrics.
             if self.config.control:
                 control = ControlServer(self.config.control, {"stats": lambda: self.snapshot().to_json()})
                 await control.start()
@@ -122,7 +147,7 @@ class Daemon:
             if self.config.metrics:
                 stack.callback(self._open_metrics(self.config.metrics))
 
-            # 11. Ready, until we are told to end.
+            # 10. Ready, until we are told to end.
             systemd.notify("READY=1")
             if self._watchdog:
                 self._watchdog.start()
@@ -130,11 +155,11 @@ class Daemon:
             log.info(
                 "ready: guests %d, interfaces %d, workers %d", len(names), len(self.netdevs), self.config.worker_count
             )
-            await self._stop.wait()
+            self.was_ready = True
+            await self._orders.given.wait()
 
-            # 12. The end: everything above, backwards.
-            systemd.notify("STOPPING=1")
-            log.info("stopping")
+            # 11. The end: everything above, backwards.
+            systemd.notify(systemd.reloading() if self._orders.following else "STOPPING=1")
             faulthandler.dump_traceback_later(END_S, exit=True)
         faulthandler.cancel_dump_traceback_later()
         log.info("stopped")
@@ -151,17 +176,6 @@ class Daemon:
 
     # ---- the steps ----
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
     def _advise(self) -> None:
         """What works, but not as somebody may expect."""
         limit = cgroup.memory_limit()
@@ -175,9 +189,7 @@ class Daemon:
 
     def _make_bridge(self) -> core.Bridge:
         config = self.config
-        usable = os.sched_getaffinity(0)
-        if absent := sorted(set(config.cpus) - usable):
-            raise SetupError(f"cpus: {_list(absent)} not usable here", f"choose of {_list(sorted(usable))}")
+        _require_cpus(config.cpus)
         queues = 0
         if config.netdevs:
             from xdpnet import link, netdev  # they bring bcc and pyroute2, which guests among themselves do not need
@@ -273,8 +285,8 @@ class Daemon:
         """A process that serves inherited connections only has nothing left to do once they are over."""
         if all(guest.config.fd is not None for guest in self.guests):
             await asyncio.gather(*(guest.socket.ended.wait() for guest in self.guests))
-            log.info("every inherited connection is over")
-            self._stop.set()
+            log.info("every inherited connection is over: stopping")
+            self._orders.end()
 
     def _describe(self, place: core.Place) -> str:
         for guest in self.guests:
@@ -328,6 +340,12 @@ def _is_socket(fd: int) -> bool:
         return stat.S_ISSOCK(os.fstat(fd).st_mode)
     except OSError:
         return False
+
+
+def _require_cpus(cpus: Collection[int]) -> None:
+    usable = os.sched_getaffinity(0)
+    if absent := sorted(set(cpus) - usable):
+        raise SetupError(f"cpus: {_list(absent)} not usable here", f"choose of {_list(sorted(usable))}")
 
 
 def _list(cpus: Sequence[int]) -> str:

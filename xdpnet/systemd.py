@@ -6,6 +6,7 @@ Reference: sd_notify(3), systemd.service(5) WatchdogSec=.
 import logging
 import os
 import socket
+import time
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,11 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
     except OSError as error:
         log.warning("service manager at %s: %s", path, error.strerror or error)
+
+
+def reloading() -> str:
+    """The state of one that starts anew in the same process; the next READY=1 ends it."""
+    return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
 
 
 def watchdog_s() -> float | None:
