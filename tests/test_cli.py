@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 from tests.snapshots import snapshot
 from xdpnet import __version__, cli, config
 from xdpnet.control import ControlServer
+from xdpnet.systemd import JournalFormatter
 
 
 def xdpnet(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -148,6 +151,46 @@ def test_the_version_is_told() -> None:
 
 def test_the_default_control_socket_is_one_place() -> None:
     assert cli.DEFAULT_CONTROL == config.DEFAULT_CONTROL
+
+
+# ---- the journal ----
+
+
+def said_on_a_socket(*words: str, journal: bool) -> list[str]:
+    """Lines of a run whose stderr is a socket: the journal's, or another while the journal has its own."""
+    ours, theirs = socket.socketpair()
+    status = os.fstat((theirs if journal else ours).fileno())
+    with ours, theirs:
+        subprocess.run(
+            ["prlimit", "--nofile=512:512", sys.executable, "-m", "xdpnet", "run", *words],
+            stderr=theirs, check=False, timeout=60,
+            env=os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+        )  # fmt: skip
+        theirs.close()
+        with ours.makefile() as file:
+            return file.read().splitlines()
+
+
+def test_the_journal_gets_each_line_with_its_priority_and_others_do_not() -> None:
+    words = "--control", "/no/such/directory/c", "--guest", "web,socket=/no/such/directory/s"
+    warning, error = said_on_a_socket(*words, journal=True)
+    assert warning.startswith("<4>at most 512 descriptors may be open")
+    assert error.startswith("<3>socket /no/such/directory/c: ")
+    assert said_on_a_socket(*words, journal=False) == [f"xdpnet: WARNING: {warning[3:]}", f"xdpnet: {error[3:]}"]
+    assert said_on_a_socket("--workers", "0", "--guest", "web,socket=/x", journal=True) == [
+        '<3>workers = "0": must be 1..16'
+    ]
+
+
+def test_every_line_of_a_traceback_has_the_priority_of_its_record() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("x", logging.CRITICAL, "", 0, "what %s", ("happened",), sys.exc_info())
+    lines = JournalFormatter().format(record).splitlines()
+    assert lines[0] == "<2>what happened"
+    assert lines[-2:] == ["<2>ValueError: two", "<2>lines"]
+    assert all(line.startswith("<2>") for line in lines)
 
 
 # ---- stats ----

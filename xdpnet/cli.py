@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from xdpnet import __version__
+from xdpnet import __version__, systemd
 from xdpnet.errors import ConfigError, ControlError, SetupError, XdpnetError
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(faults: Sequence[str], status: int) -> int:
     for fault in faults:
-        print(f"xdpnet: {fault}", file=sys.stderr)
+        line = systemd.prioritized(fault, logging.ERROR) if systemd.is_journal(2) else f"xdpnet: {fault}"
+        print(line, file=sys.stderr)
     return status
 
 
@@ -123,6 +124,11 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:  # of the core, whose text names verb and object
         log.debug("where it happened", exc_info=error)
         raise SetupError(str(error)) from error
+    except XdpnetError:
+        raise
+    except Exception:  # as a line of the log, with the priority that it deserves
+        log.critical("internal error", exc_info=True)
+        return 1
     return 0
 
 
@@ -150,7 +156,12 @@ def _configure(options: argparse.Namespace) -> "Config":
 
 def _set_up_logging(level: int) -> None:
     logging.raiseExceptions = False  # a closed stderr is no reason to stop serving
-    logging.basicConfig(stream=sys.stderr, level=level, format="xdpnet: %(levelname)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    if systemd.is_journal(2):
+        handler.setFormatter(systemd.JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("xdpnet: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 # ---- check ----

@@ -1,12 +1,14 @@
-"""sd_notify: tells the service manager how far we are. Without one, nothing happens.
+"""The service manager: how far we are (sd_notify), and lines in its journal. Without one, nothing happens.
 
-Reference: sd_notify(3), systemd.service(5) WatchdogSec=.
+Reference: sd_notify(3), systemd.service(5) WatchdogSec=; priorities: sd-daemon(3), systemd.exec(5) on JOURNAL_STREAM.
 """
 
 import logging
 import os
 import socket
 import time
+
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 log = logging.getLogger(__name__)
 
@@ -34,3 +36,23 @@ def watchdog_s() -> float | None:
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return int(usec) / 1e6 if usec.isascii() and usec.isdigit() and int(usec) else None
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written there goes to the journal; a service may have been given another stderr."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class JournalFormatter(logging.Formatter):
+    """Each line, of a traceback too, begins with its priority, which the journal takes off again. It knows the rest."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return prioritized(super().format(record), record.levelno)
+
+
+def prioritized(text: str, level: int) -> str:
+    return "\n".join(f"<{PRIORITIES.get(level, 6)}>{line}" for line in text.splitlines())
