@@ -2,17 +2,23 @@
 
 import errno
 import os
+import re
 import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.netns import Veth, command, needs_root, veth
 from tests.refuse import IO_SETUP
-from xdpnet import check, netdev
+from tests.test_daemon import daemon, guest
+from tests.waiting import until
+from xdpnet import check, core, netdev
+from xdpnet.bpf import loader
 from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
 from xdpnet.link import xdp_features
@@ -196,6 +202,64 @@ def test_vlan_tags_that_hardware_always_takes_out_are_an_obstacle(pair: Veth, mo
     lines = interface(pair)
     assert "VLAN tags" not in lines
     assert "rx-vlan-hw-parse off" in lines["offloads"].remedy
+
+
+@needs_root
+@pytest.mark.net
+def test_the_interface_of_a_running_daemon_is_in_good_hands(pair: Veth, tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--netdev", pair.ifname) as running:
+        running.ready()
+        lines = interface(pair)
+        assert [line for line in lines.values() if line.required and not line.ok] == []
+        assert f"in the hands of xdpnet, process {running.process.pid} (" in lines["state"].detail
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_in_other_hands_is_named_with_what_frees_it(pair: Veth, tmp_path: Path) -> None:
+    program = loader.load(1, 1)
+    link = core.bpf_xdp_link(program.prog_fd, socket.if_nametoindex(pair.ifname), netdev.XDP_FLAGS["native"])
+    state = interface(pair)["state"]
+    assert not state.ok
+    assert state.remedy.startswith(f"end process {os.getpid()} (")
+    os.close(link)
+    until(lambda: interface(pair)["state"].ok)
+    program.close()
+
+
+@needs_root
+@needs.program("clang", "clang")
+@pytest.mark.net
+@pytest.mark.parametrize("mode", ["xdp", "xdpgeneric"])
+def test_a_program_that_ip_attached_goes_by_the_command_that_is_proposed(pair: Veth, tmp_path: Path, mode: str) -> None:
+    source = tmp_path / "pass.c"
+    source.write_text('__attribute__((section("xdp"), used)) int pass(void *ctx) { return 2; }')
+    subprocess.run(["clang", "-O2", "-target", "bpf", "-c", source, "-o", tmp_path / "pass.o"], check=True)
+    command("ip", "link", "set", "dev", pair.ifname, mode, "obj", str(tmp_path / "pass.o"), "sec", "xdp")
+    state = interface(pair)["state"]
+    assert not state.ok
+    found = re.search(r"ip link set dev \S+ \S+ off", state.remedy)
+    assert found is not None
+    command(*found[0].split())
+    assert interface(pair)["state"].ok
+
+
+@needs_root
+@pytest.mark.net
+def test_a_bridge_has_the_advice_that_run_gives(pair: Veth) -> None:
+    bridge = f"xdpn{os.getpid()}br"
+    command("ip", "link", "add", bridge, "up", "type", "bridge")
+    try:
+        command("ip", "link", "set", pair.ifname, "master", bridge)
+        lines = by_name(run_checks([bridge]))
+        assert lines[f"{bridge} state"].ok
+        if lines[f"{bridge} native XDP"].ok:
+            pytest.skip("this kernel does not tell that a bridge has no native XDP: netdev-genl came with Linux 6.3")
+        assert "gro off" in lines[f"{bridge} offloads"].remedy
+        command("ethtool", "-K", bridge, "gro", "off")
+        assert f"{bridge} offloads" not in by_name(run_checks([bridge]))
+    finally:
+        command("ip", "link", "del", bridge)
 
 
 def test_a_driver_without_native_xdp_is_told_before_it_is_tried() -> None:

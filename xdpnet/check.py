@@ -16,6 +16,7 @@ from xdpnet import core, netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.errors import SetupError
+from xdpnet.holder import find_holder
 from xdpnet.link import (
     XDP_ACT_BASIC,
     XDP_ACT_REDIRECT,
@@ -172,6 +173,11 @@ def _interface(ifname: str) -> Iterator[Check]:
     link = require_link(ifname)
 
     def fit() -> str:
+        holder = find_holder(link.xdp_id) if link.xdp_id else None
+        if holder and holder.is_xdpnet:
+            return f"up, MTU {link.mtu}, in the hands of xdpnet, {holder}"
+        if holder:
+            raise SetupError(f"interface {ifname}: another's XDP program is attached", f"end {holder}")
         netdev.check_link(link)
         if link.mtu > netdev.PLAIN_MTU and not netdev.has_frags():
             raise netdev.needs_frags(link)
@@ -184,11 +190,13 @@ def _interface(ifname: str) -> Iterator[Check]:
 
     yield _check(f"{ifname} state", fit)
     yield _check(f"{ifname} queues", queues)
-    yield _check(f"{ifname} native XDP", lambda: _native(link.index, link.mtu), required=False)
+    native = _check(f"{ifname} native XDP", lambda: _native(link.index, link.mtu), required=False)
+    yield native
     strips, fixed = netdev.stripping(ifname), fixed_features(ifname)
     if link.kind not in netdev.STRIPPED_BY_PEER and set(strips) - fixed:
         yield Check(f"{ifname} VLAN tags", True, "left in frames while xdpnet runs", required=False)
-    for advice in netdev.advise(link, "native", [name for name in strips if name in fixed]):
+    mode = "native" if native.ok else "generic"  # as mode=auto will have it
+    for advice in netdev.advise(link, mode, [name for name in strips if name in fixed]):
         detail, _, remedy = advice.partition("; ")
         yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
 

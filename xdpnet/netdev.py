@@ -720,8 +720,8 @@ def needs_frags(link: Link) -> SetupError:
 def occupied(link: Link) -> BusyError:
     return BusyError(
         f"interface {link.name}: XDP program {link.xdp_id} ({link.xdp_mode or 'just gone'}) is attached already",
-        f"look at it with bpftool net show dev {link.name}; remove it, if nobody needs it, by ending its owner or with "
-        f"ip link set dev {link.name} xdp off",
+        f"if nobody needs it, end its owner (bpftool link show names it), or, where it was attached by ip, "
+        f"ip link set dev {link.name} {link.xdp_mode or 'xdp'} off",
     )
 
 
