@@ -40,8 +40,8 @@ void csum_copy_large(u8 *const *to, const struct view *v);
 void csum_complete(struct view *v);
 /*
  * Looks at a frame from the wire, in memory of ours, in one piece or the first with all headers: a virtual interface may
- * have left its checksum partial. Then v needs it. The innermost: the outer one of a tunnel was made for an inner one that
- * is complete.
+ * have left its checksum partial. Then v needs it. In tunnels it is the innermost: the kernel has made those around it
+ * as if that were complete. Any other that cannot wait, one that is partial as well or SCTP's, is completed.
  */
 void csum_find_partial(struct view *v);
 /* Whether TCP's or UDP's checksum is there and right. */

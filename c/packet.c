@@ -71,6 +71,40 @@ static bool parse_ipv6(const u8 *p, u32 have, u32 len, struct packet *out)
 	return true;
 }
 
+static bool parse_transport(const u8 *p, u32 have, struct packet *out)
+{
+	u32 end = min_u32(have, out->end), size;
+
+	out->payload = out->l4;
+	if (out->fragment)
+		return true;
+	if (out->protocol == IPPROTO_TCP) {
+		if (out->l4 + (u32)TCP_HDR > end)
+			return fault(out, XN_DROP_L4);
+		size = (p[out->l4 + 12] >> 4) * 4u;
+		if (size < TCP_HDR || out->l4 + size > end)
+			return fault(out, XN_DROP_L4);
+		out->payload = (u16)(out->l4 + size);
+	} else if (out->protocol == IPPROTO_UDP) {
+		if (out->l4 + (u32)UDP_HDR > end)
+			return fault(out, XN_DROP_L4);
+		size = load_be16(p + out->l4 + 4);
+		if (size < UDP_HDR || size > out->end - out->l4)
+			return fault(out, XN_DROP_L4);
+		out->payload = (u16)(out->l4 + UDP_HDR);
+	}
+	return true;
+}
+
+bool packet_parse_at(const u8 *p, u32 have, u32 len, u16 type, u32 l3, struct packet *out)
+{
+	*out = (struct packet){.type = type, .l3 = (u16)l3};
+	if (type != ETH_P_IP && type != ETH_P_IPV6)
+		return fault(out, XN_DROP_L3);
+	return (type == ETH_P_IP ? parse_ipv4(p, have, len, out) : parse_ipv6(p, have, len, out)) &&
+	       parse_transport(p, have, out);
+}
+
 bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out)
 {
 	u32 at = ETH_HLEN;
@@ -88,31 +122,5 @@ bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out)
 		at += VLAN_HDR;
 		out->l3 = (u16)at;
 	}
-	out->type = type;
-	if (type != ETH_P_IP && type != ETH_P_IPV6)
-		return fault(out, XN_DROP_L3);
-	if (!(type == ETH_P_IP ? parse_ipv4(p, have, len, out) : parse_ipv6(p, have, len, out)))
-		return false;
-	out->payload = out->l4;
-	if (out->fragment)
-		return true;
-
-	u32 end = min_u32(have, out->end), size;
-
-	if (out->protocol == IPPROTO_TCP) {
-		if (out->l4 + (u32)TCP_HDR > end)
-			return fault(out, XN_DROP_L4);
-		size = (p[out->l4 + 12] >> 4) * 4u;
-		if (size < TCP_HDR || out->l4 + size > end)
-			return fault(out, XN_DROP_L4);
-		out->payload = (u16)(out->l4 + size);
-	} else if (out->protocol == IPPROTO_UDP) {
-		if (out->l4 + (u32)UDP_HDR > end)
-			return fault(out, XN_DROP_L4);
-		size = load_be16(p + out->l4 + 4);
-		if (size < UDP_HDR || size > out->end - out->l4)
-			return fault(out, XN_DROP_L4);
-		out->payload = (u16)(out->l4 + UDP_HDR);
-	}
-	return true;
+	return packet_parse_at(p, have, len, type, at, out);
 }

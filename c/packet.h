@@ -12,8 +12,8 @@
 enum { PACKET_HEADERS = 256, PACKET_TAGS = 2 };
 
 enum { IPV4_HDR = 20, IPV6_HDR = 40, IPV6_FRAGMENT_HDR = 8, TCP_HDR = 20, UDP_HDR = 8, VLAN_HDR = 4 };
-/* Where the checksums are, behind the start of the TCP or UDP header. */
-enum { TCP_CSUM = 16, UDP_CSUM = 6 };
+/* Where the checksums are, behind the start of the TCP, UDP or SCTP header. */
+enum { TCP_CSUM = 16, UDP_CSUM = 6, SCTP_CSUM = 8 };
 /* Likewise, and one of the flags. */
 enum { TCP_FLAGS = 13, TCP_CWR = 0x80 };
 
@@ -54,5 +54,7 @@ static inline void store_be32(u8 *p, u32 v)
 
 /* Reads the headers of a frame of `len` bytes, of which the first `have` are at p. False: out->fault says why not. */
 bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out);
+/* The same of the IP packet of this EtherType that begins at l3, `have` and l3 below 2^16; it ends before `len`. */
+bool packet_parse_at(const u8 *p, u32 have, u32 len, u16 type, u32 l3, struct packet *out);
 
 #endif

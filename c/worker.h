@@ -27,7 +27,7 @@ enum {
 	WORKER_PIECES = 4 * VRING_MAX_PIECES,
 	WORKER_CHAINS = 2 * VRING_MAX_PIECES,
 	GROUP_BATCH = 16,
-	GROUP_FRAME = XN_MAX_MTU + XN_CACHELINE /* for the header and VLAN tags */
+	GROUP_FRAME = XN_MAX_FRAME + XN_CACHELINE /* several in one, and a VLAN tag */
 };
 
 struct parking {

@@ -339,7 +339,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy);
 int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue);
 int xn_netdev_queue_fd(struct xn_bridge *b, uint32_t port, uint32_t queue); /* still the core's */
-/* An AF_PACKET socket bound to the interface, filtered to group-addressed frames; -1 takes it away. */
+/* An AF_PACKET socket bound to the interface, with PACKET_VNET_HDR, filtered to group-addressed frames; -1 takes it away. */
 int xn_netdev_set_group_fd(struct xn_bridge *b, uint32_t port, int fd);
 int xn_netdev_xsk_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, struct xn_xsk_stats *out);
 

@@ -4,6 +4,7 @@ Frames are sent raw at the far end of a veth pair, steered to a guest, and compa
 """
 
 import ipaddress
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import closing
@@ -230,8 +231,31 @@ def test_another_protocol_is_left_alone(port: tuple[Netdev, Driver], wire: Wire)
     assert through(port, wire, sent) == (sent, 0)
 
 
+def told(pair: Veth, sent: bytes, start: int) -> None:
+    """From the far end: the kernel knows that the checksum of UDP at `start` is partial, and so does who asks it."""
+
+    def inside() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as raw:
+            raw.setsockopt(263, 15, 1)  # PACKET_VNET_HDR
+            raw.bind((pair.peer, 3))
+            raw.send(struct.pack("=BBHHHH", 1, 0, 0, 0, start, 6) + sent)
+
+    pair.namespace.call(inside)
+
+
 @each_ip
-def test_group_addressed_frames_as_well(port: tuple[Netdev, Driver], wire: Wire, version: int) -> None:
-    """They come by another way, through an AF_PACKET socket."""
-    sent, wanted = (over(version, UDP, b"to all", which, to=BROADCAST) for which in (PARTIAL, RIGHT))
-    assert through(port, wire, sent) == (wanted, 1)
+@pytest.mark.parametrize("tags", [b"", b"\x81\0\0\5"], ids=["no tag", "a tag"])
+def test_group_addressed_frames_as_well(pair: Veth, port: tuple[Netdev, Driver], version: int, tags: bytes) -> None:
+    """They come by another way, through an AF_PACKET socket, which is told."""
+    netdev, driver = port
+    before = driver.bridge.queue_stats(netdev.port, 0, core.RX).csum_completed
+    sent, wanted = (over(version, UDP, b"to all", which, to=BROADCAST, tags=tags) for which in (PARTIAL, RIGHT))
+    driver.pair.fill()
+    told(pair, sent, len(sent) - 14)
+    assert driver.pair.frames() == [wanted]
+    assert driver.bridge.queue_stats(netdev.port, 0, core.RX).csum_completed == before + 1
+
+
+def test_a_group_addressed_frame_that_only_looks_partial_is_left_alone(port: tuple[Netdev, Driver], wire: Wire) -> None:
+    sent = over(4, UDP, b"to all", PARTIAL, to=BROADCAST)
+    assert through(port, wire, sent) == (sent, 0)

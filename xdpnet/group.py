@@ -23,6 +23,7 @@ PACKET_ADD_MEMBERSHIP = 1
 PACKET_DROP_MEMBERSHIP = 2
 PACKET_STATISTICS = 6
 PACKET_AUXDATA = 8
+PACKET_VNET_HDR = 15
 PACKET_IGNORE_OUTGOING = 23
 PACKET_MR_ALLMULTI = 2
 PACKET_MR_UNICAST = 3
@@ -61,6 +62,8 @@ class GroupSocket:
         self._socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", length // 8, address))
         self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         self._socket.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)  # the kernel takes VLAN tags out of the frame
+        # In front of each frame: where its checksum is partial, and of what size are those that are joined in it.
+        self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
         self._membership(PACKET_ADD_MEMBERSHIP, PACKET_MR_ALLMULTI, b"")
         self._socket.bind((ifname, ETH_P_ALL))

@@ -670,7 +670,7 @@ static void receive_frames(struct input *in, u32 index)
 
 	len = packet_make(in, &stations, frame, &hdr);
 	if (how & 8) {
-		kernel_receive_group(frame, len, how & 16 ? 0x81000000u | take16(in) : 0);
+		kernel_receive_group(&hdr, frame, len, how & 16 ? 0x81000000u | take16(in) : 0);
 		return;
 	}
 	for (u32 i = 0; i < count; i++) {

@@ -52,7 +52,8 @@ static struct mapped {
 static u32 mapped_n;
 
 static struct group_frame {
-	u8 bytes[16384];
+	u8 bytes[72 * 1024];
+	struct virtio_net_hdr told;
 	u32 len;
 	u32 tag;
 } group[GROUP_FRAMES];
@@ -501,7 +502,7 @@ void kernel_receive(int fd, const u8 *frame, u32 len, u8 wrong, u64 value)
 	}
 }
 
-void kernel_receive_group(const u8 *frame, u32 len, u32 tag)
+void kernel_receive_group(const struct virtio_net_hdr *told, const u8 *frame, u32 len, u32 tag)
 {
 	struct group_frame *f = &group[group_n];
 
@@ -510,6 +511,7 @@ void kernel_receive_group(const u8 *frame, u32 len, u32 tag)
 	group_n++;
 	f->len = min_u32(len, sizeof(f->bytes));
 	f->tag = tag;
+	f->told = *told;
 	memcpy(f->bytes, frame, f->len);
 }
 
@@ -526,8 +528,9 @@ int __wrap_recvmmsg(int fd, struct mmsghdr *messages, unsigned int n, int flags,
 			.tp_vlan_tci = (u16)group[i].tag,
 			.tp_vlan_tpid = (u16)(group[i].tag >> 16)};
 
-		memcpy(m->msg_iov->iov_base, group[i].bytes, min_u32(group[i].len, (u32)m->msg_iov->iov_len));
-		messages[i].msg_len = group[i].len;
+		memcpy(m->msg_iov[0].iov_base, &group[i].told, sizeof(group[i].told));
+		memcpy(m->msg_iov[1].iov_base, group[i].bytes, min_u32(group[i].len, (u32)m->msg_iov[1].iov_len));
+		messages[i].msg_len = (u32)sizeof(group[i].told) + group[i].len;
 		c->cmsg_level = SOL_PACKET;
 		c->cmsg_type = PACKET_AUXDATA;
 		c->cmsg_len = CMSG_LEN(sizeof(aux));

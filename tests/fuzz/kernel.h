@@ -5,6 +5,8 @@
 #ifndef FUZZ_KERNEL_H
 #define FUZZ_KERNEL_H
 
+#include <linux/virtio_net.h>
+
 #include "input.h"
 
 /* What the sockets that are opened from now on are like, and how they answer. */
@@ -23,7 +25,7 @@ void kernel_reset(void);
 /* A frame for the socket, in as many buffers as it takes; `wrong`: what is to be wrong with the descriptors, 0: nothing. */
 void kernel_receive(int fd, const u8 *frame, u32 len, u8 wrong, u64 value);
 /* A frame for an AF_PACKET socket, with its tag beside it if it has one. */
-void kernel_receive_group(const u8 *frame, u32 len, u32 tag);
+void kernel_receive_group(const struct virtio_net_hdr *told, const u8 *frame, u32 len, u32 tag);
 /* Sends what is in the tx ring, and gives back up to `most` of what was held. */
 void kernel_complete(int fd, u32 most);
 /* Descriptors of the socket that the core is waiting for. */
