@@ -65,7 +65,8 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 	u32 frames = config->frames_per_queue;
 
 	if (!config->workers || config->workers > XN_MAX_WORKERS || config->zerocopy > XN_ZEROCOPY_ON ||
-	    frames < XN_MIN_FRAMES || frames > 65536 || frames & (frames - 1)) {
+	    frames < XN_MIN_FRAMES || frames > 65536 || frames & (frames - 1) || !config->max_macs ||
+	    config->max_macs > XN_MAX_MACS) {
 		errno = EINVAL;
 		return NULL;
 	}
@@ -148,7 +149,7 @@ void xn_bridge_free(struct xn_bridge *b)
 		worker_free(b->workers[i]);
 	arena_release(&b->arena);
 	caller_release(&b->caller);
-	free(b->fdb);
+	fdb_free(b->fdb);
 	if (b->event_fd >= 0)
 		close(b->event_fd);
 	pthread_cond_destroy(&b->parking.changed);
@@ -222,9 +223,14 @@ static u32 seconds(void)
 	return (u32)(monotonic_ns() / 1000000000u);
 }
 
-int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max)
+int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max, uint32_t stations)
 {
-	return (int)fdb_dump(b->fdb, out, max, seconds());
+	return (int)fdb_dump(b->fdb, out, max, stations, seconds());
+}
+
+void xn_fdb_count(struct xn_bridge *b, uint32_t *given, uint32_t *learned)
+{
+	fdb_count(b->fdb, given, learned, seconds());
 }
 
 int xn_fdb_flush(struct xn_bridge *b, uint32_t port)

@@ -7,164 +7,325 @@
 
 #define MAC_MASK 0xffffffffffffull
 
+enum {
+	/* Stations that are looked at when one has to give way; the longest silent of them does. */
+	LOOKED_AT = 16,
+	/* A reader may be led astray by a change, and looks for one as often. */
+	STEPS = 8
+};
+
 static u64 key_of(u64 mac, u16 vlan)
 {
 	return mac | (u64)vlan << 48;
 }
 
-static bool is_static(const struct fdb_entry *e)
+static u16 vlan_of(u64 key)
 {
-	return e->key >> 48 == FDB_STATIC;
+	return (u16)(key >> 48);
 }
 
 static bool expired(const struct fdb *f, const struct fdb_entry *e, u32 now)
 {
 	/* Signed: another worker's clock, read a moment later, may be a second ahead. */
-	return f->ageing_s && !is_static(e) && (int32_t)(now - e->seen) > (int32_t)f->ageing_s;
+	return f->ageing_s && vlan_of(e->key) != FDB_STATIC && (int32_t)(now - e->seen) > (int32_t)f->ageing_s;
 }
 
-static u32 slot_of(const struct fdb *f, u64 mac)
+static u64 rotate(u64 x, u32 by)
 {
-	return (u32)(((mac ^ f->seed) * 0x9e3779b97f4a7c15ull) >> 52) & (FDB_BUCKETS - 1);
+	return x << by | x >> (64 - by);
+}
+
+static inline void sip_round(u64 v[4])
+{
+	v[0] += v[1];
+	v[2] += v[3];
+	v[1] = rotate(v[1], 13) ^ v[0];
+	v[3] = rotate(v[3], 16) ^ v[2];
+	v[0] = rotate(v[0], 32) + v[3];
+	v[2] += v[1];
+	v[1] = rotate(v[1], 17) ^ v[2];
+	v[3] = rotate(v[3], 21) ^ v[0];
+	v[2] = rotate(v[2], 32);
+}
+
+/* SipHash-1-3 of eight bytes: Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012. */
+static u32 hash(const struct fdb *f, u64 mac)
+{
+	const u64 length = 8ull << 56;
+	u64 v[4] = {f->hash_key[0] ^ 0x736f6d6570736575ull, f->hash_key[1] ^ 0x646f72616e646f6dull,
+		    f->hash_key[0] ^ 0x6c7967656e657261ull, f->hash_key[1] ^ 0x7465646279746573ull};
+
+	v[3] ^= mac;
+	sip_round(v);
+	v[0] ^= mac;
+	v[3] ^= length;
+	sip_round(v);
+	v[0] ^= length;
+	v[2] ^= 0xff;
+	sip_round(v);
+	sip_round(v);
+	sip_round(v);
+	return (u32)(v[0] ^ v[1] ^ v[2] ^ v[3]);
+}
+
+static struct fdb_bucket *bucket_of(const struct fdb *f, u32 hashed, u16 vlan)
+{
+	return &f->buckets[(hashed + vlan * f->stride) & f->mask];
 }
 
 struct fdb *fdb_new(u32 ageing_s, u32 max_macs)
 {
-	struct fdb *f = aligned_alloc(XN_CACHELINE, sizeof(*f));
+	struct fdb *f = calloc(1, sizeof(*f));
+	u32 at = 1; /* 0 is none */
 
 	if (!f)
 		return NULL;
-	memset(f, 0, sizeof(*f));
 	f->ageing_s = ageing_s;
 	f->max_macs = max_macs;
-	if (getrandom(&f->seed, sizeof(f->seed), 0) != sizeof(f->seed))
-		f->seed = monotonic_ns();
+	for (u32 i = 0; i < FDB_POOLS; i++) {
+		u32 size = i == FDB_GIVEN ? XN_MAX_GIVEN : i == FDB_STATIONS ? XN_MAX_STATIONS : max_macs;
+
+		f->pools[i] = (struct fdb_pool){.first = at, .size = size};
+		at += size;
+	}
+	for (f->mask = 1; f->mask < at; f->mask *= 2)
+		;
+	/* What is never used of it is never there: these are pages of zeroes. */
+	f->buckets = calloc(f->mask--, sizeof(*f->buckets));
+	f->entries = calloc(at, sizeof(*f->entries));
+	if (!f->buckets || !f->entries) {
+		fdb_free(f);
+		return NULL;
+	}
+	if (getrandom(f->hash_key, sizeof(f->hash_key), 0) != sizeof(f->hash_key) ||
+	    getrandom(&f->stride, sizeof(f->stride), 0) != sizeof(f->stride))
+		f->hash_key[0] = f->stride = (u32)monotonic_ns();
+	f->stride |= 1;
 	return f;
 }
 
-/* A whole copy of a bucket; retries while a writer is in it. */
-static void read_bucket(const struct fdb_bucket *b, struct fdb_entry *copy)
+void fdb_free(struct fdb *f)
 {
-	for (;;) {
-		u32 seq = __atomic_load_n(&b->seq, __ATOMIC_ACQUIRE);
+	if (!f)
+		return;
+	free(f->buckets);
+	free(f->entries);
+	free(f);
+}
 
-		if (likely(!(seq & 1))) {
-			for (u32 i = 0; i < FDB_WAYS; i++) {
-				copy[i].key = __atomic_load_n(&b->entry[i].key, __ATOMIC_RELAXED);
-				copy[i].port = __atomic_load_n(&b->entry[i].port, __ATOMIC_RELAXED);
-				copy[i].seen = __atomic_load_n(&b->entry[i].seen, __ATOMIC_RELAXED);
+/* ---- readers ---- */
+
+/* A copy of the entry with this key, and its index; 0: there is none. */
+static inline u32 find(const struct fdb *f, const struct fdb_bucket *b, u64 key, struct fdb_entry *copy)
+{
+	for (*copy = (struct fdb_entry){0};; relax()) {
+		u32 seq = __atomic_load_n(&b->seq, __ATOMIC_ACQUIRE), steps = 0;
+		u32 i = __atomic_load_n(&b->first, __ATOMIC_RELAXED);
+
+		if (unlikely(seq & 1))
+			continue;
+		for (; i; i = __atomic_load_n(&f->entries[i].next, __ATOMIC_RELAXED)) {
+			const struct fdb_entry *e = &f->entries[i];
+
+			if (__atomic_load_n(&e->key, __ATOMIC_RELAXED) == key) {
+				copy->key = key;
+				copy->port = __atomic_load_n(&e->port, __ATOMIC_RELAXED);
+				copy->seen = __atomic_load_n(&e->seen, __ATOMIC_RELAXED);
+				break;
 			}
-			/* The copies are read before the number is looked at again. */
-			__atomic_thread_fence(__ATOMIC_ACQUIRE);
-			if (likely(__atomic_load_n(&b->seq, __ATOMIC_RELAXED) == seq))
-				return;
+			if (unlikely(++steps % STEPS == 0) && __atomic_load_n(&b->seq, __ATOMIC_RELAXED) != seq)
+				break;
 		}
-		relax();
+		/* All of it was read before the number is looked at again. */
+		__atomic_thread_fence(__ATOMIC_ACQUIRE);
+		if (likely(__atomic_load_n(&b->seq, __ATOMIC_RELAXED) == seq))
+			return i;
 	}
 }
 
-/* Index of the entry for (mac, vlan), a static one for any VLAN; FDB_WAYS if there is none. */
-static u32 find(const struct fdb_entry *e, u64 mac, u16 vlan)
+/* A copy of the entry for an address, a static one for any VLAN, and its index; 0: there is none. */
+static inline u32 find_address(const struct fdb *f, u64 mac, u16 vlan, struct fdb_entry *copy)
 {
-	for (u32 i = 0; i < FDB_WAYS; i++)
-		if (e[i].key == key_of(mac, vlan) || e[i].key == key_of(mac, FDB_STATIC))
-			return i;
-	return FDB_WAYS;
+	u32 hashed = hash(f, mac);
+	u32 i = find(f, bucket_of(f, hashed, FDB_STATIC), key_of(mac, FDB_STATIC), copy);
+
+	return i ? i : find(f, bucket_of(f, hashed, vlan), key_of(mac, vlan), copy);
 }
 
 u32 fdb_lookup(const struct fdb *f, u64 mac, u16 vlan, u32 now)
 {
-	struct fdb_entry e[FDB_WAYS];
+	struct fdb_entry e;
 
 	/* The key of a free entry, and nobody's address. */
 	if (unlikely(!mac))
 		return FDB_NONE;
-	read_bucket(&f->bucket[slot_of(f, mac)], e);
-	u32 i = find(e, mac, vlan);
-
-	return i == FDB_WAYS || expired(f, &e[i], now) ? FDB_NONE : e[i].port;
+	return find_address(f, mac, vlan, &e) && !expired(f, &e, now) ? e.port : FDB_NONE;
 }
 
-/* Under the lock: puts `e` into way i of the bucket. */
-static void write_entry(struct fdb *f, struct fdb_bucket *b, u32 i, struct fdb_entry e)
-{
-	struct fdb_entry *old = &b->entry[i];
+/* ---- writers, under the lock ---- */
 
-	if (old->key && !is_static(old))
-		f->learned[old->port]--;
-	if (e.key && !is_static(&e))
-		f->learned[e.port]++;
+static void begin_change(struct fdb_bucket *b)
+{
 	__atomic_store_n(&b->seq, b->seq + 1, __ATOMIC_RELAXED);
 	/* Readers see the odd number before any changed word, and the even one after the last. */
 	__atomic_thread_fence(__ATOMIC_RELEASE);
-	__atomic_store_n(&old->key, e.key, __ATOMIC_RELAXED);
-	__atomic_store_n(&old->port, e.port, __ATOMIC_RELAXED);
-	__atomic_store_n(&old->seen, e.seen, __ATOMIC_RELAXED);
+}
+
+static void end_change(struct fdb_bucket *b)
+{
 	__atomic_store_n(&b->seq, b->seq + 1, __ATOMIC_RELEASE);
 }
 
-/* The way for a new entry: a free or expired one, else the oldest learned; FDB_WAYS if all are static. */
-static u32 victim(const struct fdb *f, const struct fdb_bucket *b, u32 now)
+static struct fdb_bucket *bucket_of_key(const struct fdb *f, u64 key)
 {
-	u32 best = FDB_WAYS;
+	return bucket_of(f, hash(f, key & MAC_MASK), vlan_of(key));
+}
 
-	for (u32 i = 0; i < FDB_WAYS; i++) {
-		const struct fdb_entry *e = &b->entry[i];
+static void set_next(struct fdb *f, u32 i, u32 next)
+{
+	__atomic_store_n(&f->entries[i].next, next, __ATOMIC_RELAXED);
+}
 
-		if (!e->key || expired(f, e, now))
-			return i;
-		if (!is_static(e) && (best == FDB_WAYS || (int32_t)(b->entry[best].seen - e->seen) > 0))
+static void insert(struct fdb *f, u32 i, u64 key, u32 port, u32 now)
+{
+	struct fdb_bucket *b = bucket_of_key(f, key);
+	struct fdb_entry *e = &f->entries[i];
+
+	begin_change(b);
+	__atomic_store_n(&e->key, key, __ATOMIC_RELAXED);
+	__atomic_store_n(&e->port, port, __ATOMIC_RELAXED);
+	__atomic_store_n(&e->seen, now, __ATOMIC_RELAXED);
+	set_next(f, i, b->first);
+	__atomic_store_n(&b->first, i, __ATOMIC_RELAXED);
+	end_change(b);
+}
+
+static struct fdb_pool *pool_of(struct fdb *f, u32 i)
+{
+	const u32 taught = f->pools[FDB_TAUGHT].first;
+
+	if (i < taught)
+		return &f->pools[FDB_GIVEN];
+	if (i >= f->pools[FDB_STATIONS].first)
+		return &f->pools[FDB_STATIONS];
+	return &f->pools[FDB_TAUGHT + (i - taught) / f->max_macs];
+}
+
+static struct fdb_pool *pool_for(struct fdb *f, u32 port, bool limited)
+{
+	return &f->pools[limited ? FDB_TAUGHT + port : FDB_STATIONS];
+}
+
+static void discard(struct fdb *f, u32 i)
+{
+	struct fdb_entry *e = &f->entries[i];
+	struct fdb_bucket *b = bucket_of_key(f, e->key);
+	struct fdb_pool *pool = pool_of(f, i);
+	u32 before = 0, at = b->first;
+
+	for (; at != i; at = f->entries[at].next)
+		before = at;
+	begin_change(b);
+	if (before)
+		set_next(f, before, e->next);
+	else
+		__atomic_store_n(&b->first, e->next, __ATOMIC_RELAXED);
+	__atomic_store_n(&e->key, 0, __ATOMIC_RELAXED);
+	set_next(f, i, pool->free);
+	end_change(b);
+	pool->free = i;
+}
+
+static void move(struct fdb *f, u32 i, u32 port, u32 now)
+{
+	struct fdb_entry *e = &f->entries[i];
+	struct fdb_bucket *b = bucket_of_key(f, e->key);
+
+	begin_change(b);
+	__atomic_store_n(&e->port, port, __ATOMIC_RELAXED);
+	__atomic_store_n(&e->seen, now, __ATOMIC_RELAXED);
+	end_change(b);
+}
+
+/* Takes an entry that is free; 0: there is none. */
+static u32 take(struct fdb *f, struct fdb_pool *pool)
+{
+	u32 i = pool->free;
+
+	if (i) {
+		pool->free = f->entries[i].next;
+	} else if (pool->used < pool->size) {
+		i = pool->first + pool->used;
+		__atomic_store_n(&pool->used, pool->used + 1, __ATOMIC_RELAXED);
+	}
+	return i;
+}
+
+/* The longest silent of the next `most` entries of a pool that is full. */
+static u32 oldest(struct fdb *f, struct fdb_pool *pool, u32 most)
+{
+	u32 best = 0;
+
+	for (u32 n = min_u32(most, pool->size); n; n--) {
+		u32 i = pool->first + pool->hand;
+
+		pool->hand = (pool->hand + 1) % pool->size;
+		if (!best || (int32_t)(f->entries[best].seen - f->entries[i].seen) > 0)
 			best = i;
 	}
 	return best;
 }
 
-/* Under the lock: removes expired entries, at most once a second; addresses that are gone are no part of a share. */
-static void sweep(struct fdb *f, u32 now)
+/* Room for one more; 0: there is none. Of a guest's share only what has aged gives way, of the wire whatever is older. */
+static u32 make_room(struct fdb *f, u32 port, bool limited, u32 now)
 {
-	if (f->swept == now)
-		return;
-	f->swept = now;
-	for (u32 slot = 0; slot < FDB_BUCKETS; slot++)
-		for (u32 i = 0; i < FDB_WAYS; i++) {
-			const struct fdb_entry *e = &f->bucket[slot].entry[i];
+	struct fdb_pool *pool = pool_for(f, port, limited);
+	u32 i = take(f, pool);
 
-			if (e->key && expired(f, e, now))
-				write_entry(f, &f->bucket[slot], i, (struct fdb_entry){0});
-		}
+	if (i)
+		return i;
+	/* To look through a share takes a while: once a second. */
+	if (limited && f->full[port] == now)
+		return 0;
+	i = oldest(f, pool, limited ? pool->size : LOOKED_AT);
+	if (limited && !expired(f, &f->entries[i], now)) {
+		f->full[port] = now;
+		return 0;
+	}
+	discard(f, i);
+	return take(f, pool);
 }
 
 enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limited, u32 now)
 {
-	struct fdb_bucket *b = &f->bucket[slot_of(f, mac)];
-	struct fdb_entry e[FDB_WAYS];
+	enum fdb_verdict verdict = FDB_FULL;
+	struct fdb_entry e;
+	u32 i = find_address(f, mac, vlan, &e);
 
-	read_bucket(b, e);
-	u32 i = find(e, mac, vlan);
-
-	if (likely(i < FDB_WAYS && e[i].port == port && !expired(f, &e[i], now))) {
-		/* Once a second, and unlocked: at worst another entry of the bucket lives a little longer. */
-		if (e[i].seen != now)
-			__atomic_store_n(&b->entry[i].seen, now, __ATOMIC_RELAXED);
+	if (likely(i && e.port == port && !expired(f, &e, now))) {
+		/* Once a second, and unlocked: at worst another one that has come into its place lives a little longer. */
+		if (e.seen != now)
+			__atomic_store_n(&f->entries[i].seen, now, __ATOMIC_RELAXED);
 		return FDB_KNOWN;
 	}
-	if (i < FDB_WAYS && is_static(&e[i]))
+	if (i && vlan_of(e.key) == FDB_STATIC)
 		return FDB_FOREIGN;
-
-	enum fdb_verdict verdict = FDB_FULL;
-
 	spin_lock(&f->lock);
-	if (limited && f->learned[port] >= f->max_macs)
-		sweep(f, now);
-	i = find(b->entry, mac, vlan);
-	if (i < FDB_WAYS && is_static(&b->entry[i])) {
+	i = find_address(f, mac, vlan, &e);
+	if (i && vlan_of(e.key) == FDB_STATIC) {
 		verdict = FDB_FOREIGN;
-	} else if (!limited || f->learned[port] < f->max_macs || (i < FDB_WAYS && b->entry[i].port == port)) {
-		if (i == FDB_WAYS)
-			i = victim(f, b, now);
-		if (i < FDB_WAYS) {
-			verdict = limited || (b->entry[i].key && b->entry[i].port != port) ? FDB_LEARNED : FDB_KNOWN;
-			write_entry(f, b, i, (struct fdb_entry){key_of(mac, vlan), port, now});
+	} else if (i && pool_of(f, i) == pool_for(f, port, limited)) {
+		verdict = limited || e.port != port ? FDB_LEARNED : FDB_KNOWN;
+		move(f, i, port, now);
+	} else {
+		u32 room = make_room(f, port, limited, now);
+
+		if (room) {
+			verdict = limited || i ? FDB_LEARNED : FDB_KNOWN;
+			/* The new one first, where it is found first: meanwhile the address is not unknown. */
+			insert(f, room, key_of(mac, vlan), port, now);
+			if (i)
+				discard(f, i);
 		}
 	}
 	spin_unlock(&f->lock);
@@ -173,26 +334,27 @@ enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limi
 
 int fdb_set_static(struct fdb *f, u64 mac, u32 port)
 {
-	struct fdb_bucket *b = &f->bucket[slot_of(f, mac)];
+	struct fdb_entry e;
 	int r = 0;
 
 	spin_lock(&f->lock);
-	for (u32 i = 0; i < FDB_WAYS; i++) {
-		if ((b->entry[i].key & MAC_MASK) != mac)
-			continue;
-		if (is_static(&b->entry[i]) && b->entry[i].port != port) {
-			r = -EEXIST;
-			goto out;
-		}
-		/* What was learned of the address, on whatever VLAN, gives way. */
-		write_entry(f, b, i, (struct fdb_entry){0});
-	}
-	u32 way = victim(f, b, 0);
+	u32 i = find_address(f, mac, FDB_STATIC, &e);
 
-	if (way == FDB_WAYS)
+	if (i) {
+		r = e.port == port ? 0 : -EEXIST;
+		goto out;
+	}
+	i = take(f, &f->pools[FDB_GIVEN]);
+	if (!i) {
 		r = -ENOSPC;
-	else
-		write_entry(f, b, way, (struct fdb_entry){key_of(mac, FDB_STATIC), port, 0});
+		goto out;
+	}
+	insert(f, i, key_of(mac, FDB_STATIC), port, 0);
+	/* What was learned of the address, on whatever VLAN, gives way. */
+	for (const struct fdb_pool *pool = &f->pools[FDB_TAUGHT]; pool < &f->pools[FDB_POOLS]; pool++)
+		for (i = pool->first; i < pool->first + pool->used; i++)
+			if ((f->entries[i].key & MAC_MASK) == mac)
+				discard(f, i);
 out:
 	spin_unlock(&f->lock);
 	return r;
@@ -200,15 +362,14 @@ out:
 
 bool fdb_clear_static(struct fdb *f, u64 mac, u32 port)
 {
-	struct fdb_bucket *b = &f->bucket[slot_of(f, mac)];
-	bool found = false;
+	struct fdb_entry e;
 
 	spin_lock(&f->lock);
-	for (u32 i = 0; i < FDB_WAYS && !found; i++) {
-		found = b->entry[i].key == key_of(mac, FDB_STATIC) && b->entry[i].port == port;
-		if (found)
-			write_entry(f, b, i, (struct fdb_entry){0});
-	}
+	u32 i = mac ? find_address(f, mac, FDB_STATIC, &e) : 0;
+	bool found = i && e.port == port;
+
+	if (found)
+		discard(f, i);
 	spin_unlock(&f->lock);
 	return found;
 }
@@ -216,53 +377,73 @@ bool fdb_clear_static(struct fdb *f, u64 mac, u32 port)
 void fdb_flush(struct fdb *f, u32 port, bool all)
 {
 	spin_lock(&f->lock);
-	for (u32 slot = 0; slot < FDB_BUCKETS; slot++)
-		for (u32 i = 0; i < FDB_WAYS; i++) {
-			const struct fdb_entry *e = &f->bucket[slot].entry[i];
+	for (u32 n = all ? FDB_GIVEN : FDB_TAUGHT; n < FDB_POOLS; n++) {
+		const struct fdb_pool *pool = &f->pools[n];
 
-			if (e->key && e->port == port && (all || !is_static(e)))
-				write_entry(f, &f->bucket[slot], i, (struct fdb_entry){0});
-		}
+		for (u32 i = pool->first; i < pool->first + pool->used; i++)
+			if (f->entries[i].key && f->entries[i].port == port)
+				discard(f, i);
+	}
 	spin_unlock(&f->lock);
 }
 
-static void forget_expired(struct fdb *f, struct fdb_bucket *b, u32 i, u32 now)
+static void forget_expired(struct fdb *f, u32 i, u32 now)
 {
 	spin_lock(&f->lock);
-	if (b->entry[i].key && expired(f, &b->entry[i], now))
-		write_entry(f, b, i, (struct fdb_entry){0});
+	if (f->entries[i].key && expired(f, &f->entries[i], now))
+		discard(f, i);
 	spin_unlock(&f->lock);
 }
 
-u32 fdb_dump(struct fdb *f, struct xn_fdb_entry *out, u32 max, u32 now)
+u32 fdb_dump(struct fdb *f, struct xn_fdb_entry *out, u32 max, u32 stations, u32 now)
 {
 	u32 n = 0;
 
 	/* As a reader: no worker that learns waits for it. */
-	for (u32 slot = 0; slot < FDB_BUCKETS; slot++) {
-		struct fdb_entry copy[FDB_WAYS];
+	for (u32 p = 0; p < FDB_POOLS; p++) {
+		const struct fdb_pool *pool = &f->pools[p];
+		u32 most = p == FDB_STATIONS && stations < max - n ? n + stations : max;
+		u32 end = pool->first + __atomic_load_n(&pool->used, __ATOMIC_RELAXED);
 
-		read_bucket(&f->bucket[slot], copy);
-		for (u32 i = 0; i < FDB_WAYS; i++) {
-			const struct fdb_entry *e = &copy[i];
+		for (u32 i = pool->first; i < end && n < most; i++) {
+			u64 key = __atomic_load_n(&f->entries[i].key, __ATOMIC_RELAXED);
+			struct fdb_entry e;
 
-			if (!e->key)
+			if (!key || find(f, bucket_of_key(f, key), key, &e) != i)
 				continue;
-			if (expired(f, e, now)) {
-				forget_expired(f, &f->bucket[slot], i, now);
+			if (expired(f, &e, now)) {
+				forget_expired(f, i, now);
 				continue;
 			}
-			if (n == max)
-				continue;
-			bool fixed = is_static(e);
+			bool fixed = p == FDB_GIVEN;
 
-			memcpy(out[n].mac, &e->key, sizeof(out[n].mac));
-			out[n].vlan = fixed ? 0xffff : (u16)(e->key >> 48);
-			out[n].port = e->port;
+			memcpy(out[n].mac, &key, sizeof(out[n].mac));
+			out[n].vlan = vlan_of(key);
+			out[n].port = e.port;
 			out[n].is_static = fixed;
-			out[n].age_s = fixed ? 0 : now - e->seen;
+			out[n].age_s = fixed ? 0 : now - e.seen;
 			n++;
 		}
 	}
 	return n;
+}
+
+void fdb_count(const struct fdb *f, u32 given[XN_MAX_PORTS], u32 learned[XN_MAX_PORTS], u32 now)
+{
+	memset(given, 0, XN_MAX_PORTS * sizeof(*given));
+	memset(learned, 0, XN_MAX_PORTS * sizeof(*learned));
+	for (u32 p = 0; p < FDB_POOLS; p++) {
+		const struct fdb_pool *pool = &f->pools[p];
+		u32 end = pool->first + __atomic_load_n(&pool->used, __ATOMIC_RELAXED);
+
+		for (u32 i = pool->first; i < end; i++) {
+			/* One that is just changing may count as it was or as it will be. */
+			struct fdb_entry e = {.key = __atomic_load_n(&f->entries[i].key, __ATOMIC_RELAXED),
+					      .port = __atomic_load_n(&f->entries[i].port, __ATOMIC_RELAXED),
+					      .seen = __atomic_load_n(&f->entries[i].seen, __ATOMIC_RELAXED)};
+
+			if (e.key && !expired(f, &e, now))
+				(p == FDB_GIVEN ? given : learned)[e.port]++;
+		}
+	}
 }

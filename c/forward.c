@@ -17,7 +17,10 @@ static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan, 
 	struct xn_bridge *b = w->bridge;
 
 	if (from->kind == PORT_GUEST) {
-		if (from->check_source && src != from->mac)
+		/* Its own was given: there is nothing to learn. */
+		if (from->mac && src == from->mac)
+			return true;
+		if (from->check_source)
 			return false;
 		if (unlikely(mac_is_group(src) || !src))
 			return false;

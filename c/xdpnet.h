@@ -22,8 +22,11 @@ enum xn_limit {
 	XN_MAX_REGIONS = 64,
 	XN_MAX_RING = 32768,
 	XN_FRAME_SIZE = 4096,
-	XN_MAX_IPS = 16,     /* that a guest is given */
-	XN_MIN_FRAMES = 256, /* of a netdev queue */
+	XN_MAX_IPS = 16,	 /* that a guest is given */
+	XN_MAX_MACS = 4096,	 /* that one guest may teach */
+	XN_MAX_GIVEN = 16384,	 /* addresses that are given, to guests and as those of the host */
+	XN_MAX_STATIONS = 65536, /* of the wire, that are known at once; the longest silent are forgotten for others */
+	XN_MIN_FRAMES = 256,	 /* of a netdev queue */
 	/* The longest frame that an AF_XDP buffer takes from the wire: XDP_PACKET_HEADROOM is in front. */
 	XN_MAX_PLAIN_FRAME = XN_FRAME_SIZE - 256,
 	/* Of an interface: a frame is three buffers then, and drivers with zero copy take from five to eight. */
@@ -105,7 +108,7 @@ struct xn_bridge_config {
 	uint32_t ageing_s;	   /* how long a learned address lives; 0: for ever */
 	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
 	uint32_t frames_per_queue; /* power of two, 256 .. 65536; half of them for receive */
-	uint32_t max_macs;	   /* addresses that one port may teach the bridge */
+	uint32_t max_macs;	   /* addresses that one guest may teach the bridge, 1 .. XN_MAX_MACS */
 	uint32_t zerocopy;	   /* enum xn_zerocopy, the most that any of its netdevs will use */
 	uint32_t copybreak;	   /* shorter frames are always copied, bytes */
 };
@@ -262,8 +265,11 @@ int xn_time_advance(struct xn_bridge *b, uint64_t us);
 
 /* ---- addresses ---- */
 
-int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max); /* live entries, at most max */
-int xn_fdb_flush(struct xn_bridge *b, uint32_t port);			      /* forget what this port taught */
+/* Live entries, at most max, and of stations of the wire at most so many; these come last. */
+int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max, uint32_t stations);
+/* How many are live of each port, XN_MAX_PORTS each. */
+void xn_fdb_count(struct xn_bridge *b, uint32_t *given, uint32_t *learned);
+int xn_fdb_flush(struct xn_bridge *b, uint32_t port); /* forget what this port taught */
 
 /* ---- ports ---- */
 
@@ -310,7 +316,7 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
 
 /*
  * An address that the host has on the interface: no guest may use it, and what one has taught of it is forgotten. A port
- * may have any number. -EEXIST: it is another port's own; -ENOSPC: there is no room for it, as many that are alike are static.
+ * may have any number. -EEXIST: it is another port's own; -ENOSPC: XN_MAX_GIVEN are given.
  */
 int xn_netdev_add_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6]);
 int xn_netdev_remove_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6]); /* -ENOENT: the port has no such */

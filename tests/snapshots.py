@@ -38,7 +38,8 @@ def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
     )  # fmt: skip
     rx = traffic(12_345_678, {"no_buffer": 22}, calls=900, calls_saved=99_000)
     tx = traffic(1_000, {"spoof": 10}, copies=5, kicks=30, kicks_saved=970, unlearned=8)
-    return Port(name, number, (Queue(0, rx, tx, ring(), ring()),), guest=replace(guest, **fields))
+    queues = (Queue(0, rx, tx, ring(), ring()),)
+    return Port(name, number, queues, guest=replace(guest, **fields), given=1, learned=1)
 
 
 def netdev_port(**fields: Any) -> Port:

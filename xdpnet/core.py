@@ -29,7 +29,8 @@ MAX_PAIRS: int = lib.XN_MAX_PAIRS
 MAX_NETDEV_QUEUES: int = lib.XN_MAX_NETDEV_QUEUES
 MAX_WORKERS: int = lib.XN_MAX_WORKERS
 MAX_REGIONS: int = lib.XN_MAX_REGIONS
-MAX_ADDRESSES = 16384  # more than the forwarding database holds
+MAX_GIVEN: int = lib.XN_MAX_GIVEN
+MAX_STATIONS: int = lib.XN_MAX_STATIONS
 MAX_RING: int = lib.XN_MAX_RING
 FRAME_SIZE: int = lib.XN_FRAME_SIZE
 MAX_PLAIN_FRAME: int = lib.XN_MAX_PLAIN_FRAME
@@ -192,6 +193,10 @@ class FdbEntry:
     age_s: int
 
 
+# Memory that costs nothing until something is written into it.
+_untouched = ffi.new_allocator(should_clear_after_alloc=False)
+
+
 def _check(result: int, what: str) -> int:
     if result < 0:
         raise OSError(-result, f"{what}: {os.strerror(-result)}")
@@ -267,7 +272,8 @@ class Bridge:
             raise OSError(ffi.errno, f"create bridge: {os.strerror(ffi.errno)}")
         # Kept: what is read often is read by what it holds, not by what it could hold.
         self._broken = ffi.new("struct xn_broken_ring[]", 2 * MAX_PAIRS * MAX_PORTS)
-        self._entries = ffi.new("struct xn_fdb_entry[]", MAX_ADDRESSES)
+        self._entries_n = MAX_GIVEN + MAX_PORTS * max_macs + MAX_STATIONS
+        self._entries = _untouched("struct xn_fdb_entry[]", self._entries_n)
 
     def __enter__(self) -> Bridge:
         return self
@@ -377,18 +383,25 @@ class Bridge:
 
     # ---- addresses ----
 
-    def _dump(self) -> int:
-        return _check(lib.xn_fdb_dump(self._bridge, self._entries, MAX_ADDRESSES), "read forwarding database")
+    def _dump(self, stations: int) -> int:
+        n = lib.xn_fdb_dump(self._bridge, self._entries, self._entries_n, stations)
+        return _check(n, "read forwarding database")
 
-    def fdb_dump(self) -> list[FdbEntry]:
-        """The addresses that the bridge knows now; expired ones are removed by this."""
-        n = self._dump()
+    def fdb_dump(self, stations: int = MAX_STATIONS) -> list[FdbEntry]:
+        """The addresses that the bridge knows now, so many stations of the wire last; expired ones are removed."""
+        n = self._dump(stations)
         return [FdbEntry(bytes(e.mac), e.vlan, e.port, bool(e.is_static), e.age_s) for e in self._entries[0:n]]
 
     def addresses_of(self, ports: Container[int]) -> frozenset[bytes]:
-        """Those of them that are these ports', on whatever VLAN; a tenth of the work."""
-        found = memoryview(ffi.buffer(self._entries))[: self._dump() * _MAC_AND_PORT.size]
+        """What these ports were given and these guests have taught, on whatever VLAN; a tenth of the work."""
+        found = memoryview(ffi.buffer(self._entries))[: self._dump(0) * _MAC_AND_PORT.size]
         return frozenset(mac for mac, port in _MAC_AND_PORT.iter_unpack(found) if port in ports)
+
+    def fdb_count(self) -> tuple[list[int], list[int]]:
+        """How many addresses each port has that were given, and that were learned."""
+        given, learned = ffi.new("uint32_t[]", MAX_PORTS), ffi.new("uint32_t[]", MAX_PORTS)
+        lib.xn_fdb_count(self._bridge, given, learned)
+        return list(given), list(learned)
 
     def fdb_flush(self, port: int) -> None:
         """Forget the addresses that were learned from a port."""

@@ -828,7 +828,7 @@ static UNSEEN void check_all(void)
 static UNSEEN void check_addresses(void)
 {
 	static struct xn_fdb_entry entries[256];
-	int n = xn_fdb_dump(bridge, entries, ARRAY_LEN(entries));
+	int n = xn_fdb_dump(bridge, entries, ARRAY_LEN(entries), XN_MAX_STATIONS);
 
 	for (u32 i = 0; i < bridge->ports_n; i++)
 		if (bridge->ports[i].kind != PORT_NONE && bridge->ports[i].mac)

@@ -112,9 +112,8 @@ def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
     yield stalled
     entries = GaugeMetricFamily("xdpnet_fdb_entries", "Addresses in the forwarding table.", labels=["port", "type"])
     for port in snapshot.ports:
-        for static, kind in ((True, "static"), (False, "learned")):
-            count = sum(entry.port == port.name and entry.static == static for entry in snapshot.addresses)
-            entries.add_metric([port.name, kind], count)
+        entries.add_metric([port.name, "static"], port.given)
+        entries.add_metric([port.name, "learned"], port.learned)
     yield entries
 
 

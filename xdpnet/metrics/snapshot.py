@@ -131,13 +131,15 @@ class Netdev:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A guest or an interface; the other one of guest and netdev is None."""
+    """A guest or an interface; the other one of guest and netdev is None. given, learned: how many addresses it has."""
 
     name: str
     number: int
     queues: tuple[Queue, ...]
     guest: Guest | None = None
     netdev: Netdev | None = None
+    given: int = 0
+    learned: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ class Snapshot:
     totals: Totals
     ports: tuple[Port, ...]
     workers: tuple[Worker, ...]
-    addresses: tuple[Address, ...]
+    addresses: tuple[Address, ...]  # all of the guests, some of the wire
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -72,7 +72,7 @@ def _heading(now: Snapshot) -> Text:
     text = Text()
     text.append(f"xdpnet {now.version}", style="bold")
     text.append(f"  up {duration(now.uptime_s)}, {_plural(len(now.ports), 'port')}, ")
-    text.append(f"{_plural(len(now.addresses), 'address', 'addresses')} known")
+    text.append(f"{_plural(sum(port.given + port.learned for port in now.ports), 'address', 'addresses')} known")
     return text
 
 

@@ -6,7 +6,7 @@ counted in and not yet out.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from xdpnet import __version__, core
@@ -25,6 +25,8 @@ from xdpnet.metrics.snapshot import (
     total,
 )
 from xdpnet.stalls import Stall
+
+STATIONS = 1024  # of the wire that are shown; the others are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ def take(
     """Reads everything once. Called on the control thread, which alone may call the core."""
     ports = [_guest_port(bridge, source) for source in guests]
     ports += [_netdev_port(bridge, name, source) for name, source in netdevs.items()]
+    given, learned = bridge.fdb_count()
+    ports = [replace(port, given=given[port.number], learned=learned[port.number]) for port in ports]
     names = {port.number: port.name for port in ports}
     now = time.monotonic()
     return Snapshot(
@@ -81,7 +85,7 @@ def take(
         totals=total(ports),
         ports=tuple(ports),
         workers=tuple(_worker(bridge, number, stalls.get(number), now) for number in range(workers)),
-        addresses=tuple(_address(entry, names) for entry in bridge.fdb_dump()),
+        addresses=tuple(_address(entry, names) for entry in bridge.fdb_dump(STATIONS)),
     )
 
 
