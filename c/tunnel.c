@@ -10,7 +10,9 @@
 #endif
 
 enum {
-	LABELS = 8, /* tags, labels and the like before one IP packet */
+	/* Tags, labels and the like before one IP packet, those together of what it could also be: what may be either doubles
+	 * at each turn. */
+	LABELS = 12,
 	/* Whatever a header of up to so many bytes carries: an IP packet, so that these are there. */
 	LEAST = IPV4_HDR,
 	VXLAN_HDR = 8,
@@ -49,10 +51,9 @@ static u16 type_of_ppp(u16 protocol)
 	return protocol == 0x21 ? ETH_P_IP : protocol == 0x57 ? ETH_P_IPV6 : protocol == 0x281 ? ETH_P_MPLS_UC : 0;
 }
 
-/* The IP packet behind an Ethernet header (ETH_P_TEB), tags, labels and the like; `at` is where the first of them is. */
-static bool find_packet(const u8 *p, u32 have, u32 end, u16 type, u32 at, struct packet *out)
+static bool walk(const u8 *p, u32 have, u32 end, u16 type, u32 at, u32 *labels, struct packet *out)
 {
-	for (u32 n = 0; n < LABELS; n++) {
+	while ((*labels)++ < LABELS) {
 		u32 rest = end - at;
 
 		if (at > end || at + LEAST > min_u32(have, end))
@@ -81,7 +82,7 @@ static bool find_packet(const u8 *p, u32 have, u32 end, u16 type, u32 at, struct
 				break;
 			type = type_of_version(p[at]);
 			/* A pseudowire, with or without its control word. */
-			if (!type && !(p[at] >> 4) && find_packet(p, have, end, ETH_P_TEB, at + 4, out))
+			if (!type && !(p[at] >> 4) && walk(p, have, end, ETH_P_TEB, at + 4, labels, out))
 				return true;
 			if (!type)
 				type = ETH_P_TEB;
@@ -106,6 +107,14 @@ static bool find_packet(const u8 *p, u32 have, u32 end, u16 type, u32 at, struct
 		}
 	}
 	return false;
+}
+
+/* The IP packet behind an Ethernet header (ETH_P_TEB), tags, labels and the like; `at` is where the first of them is. */
+static bool find_packet(const u8 *p, u32 have, u32 end, u16 type, u32 at, struct packet *out)
+{
+	u32 labels = 0;
+
+	return walk(p, have, end, type, at, &labels, out);
 }
 
 bool tunnel_enter(const u8 *p, u32 have, u32 len, struct packet *out)

@@ -318,6 +318,15 @@ def test_headers_that_are_cut_off_anywhere_are_left_alone(port: tuple[Netdev, Dr
             assert through(port, wire, whole[:size]) == (whole[:size], 0)
 
 
+def test_labels_that_may_be_read_in_two_ways_at_each_turn_are_not_all_read(
+    port: tuple[Netdev, Driver], wire: Wire
+) -> None:
+    """A pseudowire with a control word, or without one and with a tag: both end at the next label, 2 to the 45th ways."""
+    turn = label(17, True) + bytes(12) + b"\x81\0\0\5\x88\x47"
+    sent = ethernet(MPLS, turn * 60)
+    assert through(port, wire, sent) == (sent, 0)
+
+
 def crc32c(data: bytes) -> int:
     """Bit by bit, RFC 9260, appendix A."""
     crc = 0xFFFFFFFF
