@@ -218,19 +218,14 @@ int xn_time_advance(struct xn_bridge *b, uint64_t us)
 
 /* ---- public: addresses ---- */
 
-static u32 seconds(void)
-{
-	return (u32)(monotonic_ns() / 1000000000u);
-}
-
 int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max, uint32_t stations)
 {
-	return (int)fdb_dump(b->fdb, out, max, stations, seconds());
+	return (int)fdb_dump(b->fdb, out, max, stations, monotonic_s());
 }
 
 void xn_fdb_count(struct xn_bridge *b, uint32_t *given, uint32_t *learned)
 {
-	fdb_count(b->fdb, given, learned, seconds());
+	fdb_count(b->fdb, given, learned, monotonic_s());
 }
 
 int xn_fdb_flush(struct xn_bridge *b, uint32_t port)
@@ -382,6 +377,7 @@ int xn_port_remove(struct xn_bridge *b, uint32_t port)
 		workers_park(b);
 		netdev_release(p);
 	}
+	fdb_set_here(b->fdb, port, false, monotonic_s());
 	fdb_flush(b->fdb, port, true);
 	p->kind = PORT_NONE;
 	guests_settle_lending(b);

@@ -52,6 +52,12 @@ static inline u64 monotonic_ns(void)
 	return clock_is_held() ? __atomic_load_n(&held_clock.ns, __ATOMIC_RELAXED) : real_ns();
 }
 
+/* Whole seconds: what ages is older by one when this is. */
+static inline u32 monotonic_s(void)
+{
+	return (u32)(monotonic_ns() / 1000000000u);
+}
+
 /* How fast cycles() runs; measured once in a process, for 2 ms, against the monotonic clock. */
 u64 clock_cycles_per_us(void);
 /* Moves a held clock on; -EINVAL: it is not held. */

@@ -11,7 +11,9 @@ enum {
 	/* Stations that are looked at when one has to give way; the longest silent of them does. */
 	LOOKED_AT = 16,
 	/* A reader may be led astray by a change, and looks for one as often. */
-	STEPS = 8
+	STEPS = 8,
+	/* A frame that comes back does so sooner, by the whole seconds of this clock. */
+	COMES_BACK_S = 2
 };
 
 static u64 key_of(u64 mac, u16 vlan)
@@ -24,10 +26,20 @@ static u16 vlan_of(u64 key)
 	return (u16)(key >> 48);
 }
 
-static bool expired(const struct fdb *f, const struct fdb_entry *e, u32 now)
+static bool aged(const struct fdb *f, const struct fdb_entry *e, u32 now)
 {
 	/* Signed: another worker's clock, read a moment later, may be a second ahead. */
 	return f->ageing_s && vlan_of(e->key) != FDB_STATIC && (int32_t)(now - e->seen) > (int32_t)f->ageing_s;
+}
+
+static bool expired(const struct fdb *f, const struct fdb_entry *e, u32 now)
+{
+	return aged(f, e, now) && !__atomic_load_n(&f->here[e->port], __ATOMIC_RELAXED);
+}
+
+static bool just_said(const struct fdb *f, const struct fdb_entry *e, u32 now)
+{
+	return __atomic_load_n(&f->here[e->port], __ATOMIC_RELAXED) && (int32_t)(now - e->seen) < COMES_BACK_S;
 }
 
 static u64 rotate(u64 x, u32 by)
@@ -211,9 +223,9 @@ static struct fdb_pool *pool_of(struct fdb *f, u32 i)
 	return &f->pools[FDB_TAUGHT + (i - taught) / f->max_macs];
 }
 
-static struct fdb_pool *pool_for(struct fdb *f, u32 port, bool limited)
+static struct fdb_pool *pool_for(struct fdb *f, u32 port, enum fdb_teacher teacher)
 {
-	return &f->pools[limited ? FDB_TAUGHT + port : FDB_STATIONS];
+	return &f->pools[teacher == FDB_GUEST ? FDB_TAUGHT + port : FDB_STATIONS];
 }
 
 static void discard(struct fdb *f, u32 i)
@@ -277,9 +289,10 @@ static u32 oldest(struct fdb *f, struct fdb_pool *pool, u32 most)
 }
 
 /* Room for one more; 0: there is none. Of a guest's share only what has aged gives way, of the wire whatever is older. */
-static u32 make_room(struct fdb *f, u32 port, bool limited, u32 now)
+static u32 make_room(struct fdb *f, u32 port, enum fdb_teacher teacher, u32 now)
 {
-	struct fdb_pool *pool = pool_for(f, port, limited);
+	const bool limited = teacher == FDB_GUEST;
+	struct fdb_pool *pool = pool_for(f, port, teacher);
 	u32 i = take(f, pool);
 
 	if (i)
@@ -288,7 +301,7 @@ static u32 make_room(struct fdb *f, u32 port, bool limited, u32 now)
 	if (limited && f->full[port] == now)
 		return 0;
 	i = oldest(f, pool, limited ? pool->size : LOOKED_AT);
-	if (limited && !expired(f, &f->entries[i], now)) {
+	if (limited && !aged(f, &f->entries[i], now)) {
 		f->full[port] = now;
 		return 0;
 	}
@@ -296,8 +309,9 @@ static u32 make_room(struct fdb *f, u32 port, bool limited, u32 now)
 	return take(f, pool);
 }
 
-enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limited, u32 now)
+enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, enum fdb_teacher teacher, u32 now)
 {
+	const bool limited = teacher == FDB_GUEST;
 	enum fdb_verdict verdict = FDB_FULL;
 	struct fdb_entry e;
 	u32 i = find_address(f, mac, vlan, &e);
@@ -310,15 +324,19 @@ enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limi
 	}
 	if (i && vlan_of(e.key) == FDB_STATIC)
 		return FDB_FOREIGN;
+	if (i && teacher == FDB_WIRE_GROUP && just_said(f, &e, now))
+		return FDB_CAME_BACK;
 	spin_lock(&f->lock);
 	i = find_address(f, mac, vlan, &e);
 	if (i && vlan_of(e.key) == FDB_STATIC) {
 		verdict = FDB_FOREIGN;
-	} else if (i && pool_of(f, i) == pool_for(f, port, limited)) {
+	} else if (i && teacher == FDB_WIRE_GROUP && just_said(f, &e, now)) {
+		verdict = FDB_CAME_BACK;
+	} else if (i && pool_of(f, i) == pool_for(f, port, teacher)) {
 		verdict = limited || e.port != port ? FDB_LEARNED : FDB_KNOWN;
 		move(f, i, port, now);
 	} else {
-		u32 room = make_room(f, port, limited, now);
+		u32 room = make_room(f, port, teacher, now);
 
 		if (room) {
 			verdict = limited || i ? FDB_LEARNED : FDB_KNOWN;
@@ -372,6 +390,15 @@ bool fdb_clear_static(struct fdb *f, u64 mac, u32 port)
 		discard(f, i);
 	spin_unlock(&f->lock);
 	return found;
+}
+
+void fdb_set_here(struct fdb *f, u32 port, bool here, u32 now)
+{
+	const struct fdb_pool *pool = &f->pools[FDB_TAUGHT + port];
+
+	for (u32 i = pool->first; f->here[port] && !here && i < pool->first + pool->used; i++)
+		__atomic_store_n(&f->entries[i].seen, now, __ATOMIC_RELAXED);
+	__atomic_store_n(&f->here[port], here, __ATOMIC_RELAXED);
 }
 
 void fdb_flush(struct fdb *f, u32 port, bool all)

@@ -8,6 +8,10 @@
  *
  * Room is apart: for given addresses, for what each guest may teach, and for the stations of the wire, of which an old one
  * gives way to a new one. So neither the wire nor another guest pushes a guest's address out.
+ *
+ * What a guest has taught does not age while it is here: a silent server is still to be reached. It gives way when its share
+ * is full, and when another port has a frame from there; but a frame to all that comes from the wire right after the guest
+ * has sent one may be its own, come back.
  * A MAC is the number whose lowest byte is the first on the wire, as view_src gives it.
  */
 #ifndef XN_FDB_H
@@ -52,26 +56,35 @@ struct fdb {
 	struct fdb_bucket *buckets;
 	struct fdb_entry *entries;
 	struct fdb_pool pools[FDB_POOLS];
-	u32 full[XN_MAX_PORTS]; /* the second in which nothing of a guest's share could give way */
+	bool here[XN_MAX_PORTS]; /* a guest that takes frames; changed while parked */
+	u32 full[XN_MAX_PORTS];	 /* the second in which nothing of a guest's share could give way */
 };
 
 enum fdb_verdict {
-	FDB_KNOWN,   /* nothing to learn, or nothing that changes which addresses are of which guest */
-	FDB_LEARNED, /* new or moved, to a guest or in place of what another port had taught */
-	FDB_FOREIGN, /* the address is another port's own */
-	FDB_FULL     /* not learned: the guest has taught its share */
+	FDB_KNOWN,     /* nothing to learn, or nothing that changes which addresses are of which guest */
+	FDB_LEARNED,   /* new or moved, to a guest or in place of what another port had taught */
+	FDB_FOREIGN,   /* the address is another port's own */
+	FDB_CAME_BACK, /* a guest that is here has just sent from it */
+	FDB_FULL       /* not learned: the guest has taught its share */
+};
+
+enum fdb_teacher {
+	FDB_GUEST,     /* which has its share and no more */
+	FDB_WIRE,      /* by a frame to one station */
+	FDB_WIRE_GROUP /* by a frame to many */
 };
 
 struct fdb *fdb_new(u32 ageing_s, u32 max_macs);
 void fdb_free(struct fdb *f);
 /* The port of a destination; FDB_NONE if it is unknown. */
 u32 fdb_lookup(const struct fdb *f, u64 mac, u16 vlan, u32 now);
-/* limited: the port is a guest's, which has its share and no more. */
-enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, bool limited, u32 now);
+enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, enum fdb_teacher teacher, u32 now);
 /* A port may have several. -EEXIST: another port has it; -ENOSPC: XN_MAX_GIVEN are given already. */
 int fdb_set_static(struct fdb *f, u64 mac, u32 port);
 /* False: the port has no such. */
 bool fdb_clear_static(struct fdb *f, u64 mac, u32 port);
+/* While parked: whether the port's guest takes frames. What it has taught ages from when it does no more. */
+void fdb_set_here(struct fdb *f, u32 port, bool here, u32 now);
 /* Removes what a port taught, and its static addresses too if `all`. */
 void fdb_flush(struct fdb *f, u32 port, bool all);
 /* Copies up to max live entries, at most `stations` of them of the wire; their number. Removes expired ones that it meets. */

@@ -12,9 +12,10 @@ enum { MAC_CONTROL = 0x8808 };
 enum { FLOODED = UINT32_MAX };
 
 /* Remembers where a frame came from. False: the address is not this port's to use. */
-static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan, struct xn_queue_stats *stats)
+static bool learn(struct worker *w, const struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
+	enum fdb_teacher teacher = FDB_GUEST;
 
 	if (from->kind == PORT_GUEST) {
 		/* Its own was given: there is nothing to learn. */
@@ -26,19 +27,22 @@ static bool learn(struct worker *w, const struct port *from, u64 src, u16 vlan, 
 			return false;
 	} else if (mac_is_group(src) || !src) {
 		return true;
+	} else {
+		teacher = mac_is_group(dst) ? FDB_WIRE_GROUP : FDB_WIRE;
 	}
-	switch (fdb_learn(b->fdb, src, vlan, from->id, from->kind == PORT_GUEST, w->now)) {
+	switch (fdb_learn(b->fdb, src, vlan, from->id, teacher, w->now)) {
 	case FDB_LEARNED:
 		bridge_event(b, XN_EVENT_FDB);
 		return true;
+	case FDB_CAME_BACK:
+	case FDB_KNOWN:
+		break;
 	case FDB_FOREIGN:
 		/* Another guest's own address. On the wire that may be our own frame coming back, or the guest on its way. */
 		return from->kind != PORT_GUEST;
 	case FDB_FULL:
 		count(&stats->unlearned, 1);
 		return true;
-	case FDB_KNOWN:
-		break;
 	}
 	return true;
 }
@@ -86,7 +90,7 @@ static struct ways classify(struct worker *w, const struct port *from, struct vi
 		}
 		/* Bursts come in trains of one flow: look up what differs. */
 		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
-			good = learn(w, from, src, vlan, stats);
+			good = learn(w, from, src, dst, vlan, stats);
 		if (unlikely(!good)) {
 			view_drop(v, XN_DROP_SPOOF);
 			last_dst = NO_MAC;
@@ -508,11 +512,11 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 	memcpy(frame.target, &mac, ETH_ALEN);
 	view_snapshot(&view);
 	/* It may have slept for long, or not have begun. */
-	w->now = (u32)(monotonic_ns() / 1000000000u);
+	w->now = monotonic_s();
 	w->turn = cycles();
 	w->lender = NULL;
 	w->payer = &w->accounts[from->id];
-	if (!learn(w, from, view_src(&view), 0, stats))
+	if (!learn(w, from, view_src(&view), view_dst(&view), 0, stats))
 		return false;
 	bridge_forward(w, from, 0, &view, 1, stats, NULL);
 	return true;

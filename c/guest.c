@@ -10,6 +10,7 @@
 #include "vnet.h"
 
 enum {
+	VLAN_MAX = 4095,
 	/* How long frames that are being sent are waited for, and how often they are looked at: so long the control thread waits. */
 	RECALL_STEPS = 100,
 	RECALL_STEP_US = 100
@@ -57,6 +58,7 @@ void guest_settle(struct port *p)
 
 	for (u32 i = 0; i < g->pairs; i++)
 		g->rings[2 * i].shared = shared;
+	fdb_set_here(p->bridge->fdb, p->id, g->ready_n, monotonic_s());
 }
 
 /*
@@ -336,6 +338,30 @@ int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips
 	memcpy(p->guest.guard.ips, ips, n * sizeof(*ips));
 	workers_resume(b);
 	return 0;
+}
+
+int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+	u64 value = 0;
+
+	if (!p)
+		return -ENOENT;
+	memcpy(&value, mac, ETH_ALEN);
+	value = le64toh(value);
+	if (mac_is_group(value) || !value || vlan > VLAN_MAX)
+		return -EINVAL;
+	if (p->check_source)
+		return -EPERM;
+	switch (fdb_learn(b->fdb, value, (u16)vlan, port, FDB_GUEST, monotonic_s())) {
+	case FDB_FOREIGN:
+		return -EPERM;
+	case FDB_FULL:
+		return -ENOSPC;
+	default:
+		bridge_event(b, XN_EVENT_FDB);
+		return 0;
+	}
 }
 
 static struct virtqueue *ring_of(struct xn_bridge *b, u32 port, u32 ring)

@@ -518,7 +518,7 @@ static void *run(void *argument)
 	u64 events_every = EVENTS_EVERY_US * b->cycles_per_us, last_events = 0;
 
 	w->stats.tid = gettid();
-	w->now = (u32)(monotonic_ns() / 1000000000u);
+	w->now = monotonic_s();
 	while (__atomic_load_n(&b->running, __ATOMIC_ACQUIRE)) {
 		int wait = worker_turn(w);
 

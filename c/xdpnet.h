@@ -102,10 +102,10 @@ enum xn_zerocopy { XN_ZEROCOPY_OFF, XN_ZEROCOPY_AUTO, XN_ZEROCOPY_ON };
 struct xn_bridge;
 
 struct xn_bridge_config {
-	uint32_t workers;	   /* 1 .. XN_MAX_WORKERS */
-	int32_t cpus[16];	   /* the CPU of each worker; -1: not pinned */
-	uint32_t spin_us;	   /* a source is polled so long after its last frame; 16 times in a conversation */
-	uint32_t ageing_s;	   /* how long a learned address lives; 0: for ever */
+	uint32_t workers;  /* 1 .. XN_MAX_WORKERS */
+	int32_t cpus[16];  /* the CPU of each worker; -1: not pinned */
+	uint32_t spin_us;  /* a source is polled so long after its last frame; 16 times in a conversation */
+	uint32_t ageing_s; /* how long a learned address lives, but for those of guests that are here; 0: for ever */
 	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
 	uint32_t frames_per_queue; /* power of two, 256 .. 65536; half of them for receive */
 	uint32_t max_macs;	   /* addresses that one guest may teach the bridge, 1 .. XN_MAX_MACS */
@@ -287,6 +287,11 @@ int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t 
  * in which it claims or probes for another are dropped, and so is what routers and DHCP servers say, and what is not IP.
  */
 int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips, uint32_t n);
+/*
+ * What the guest has taught a bridge before this one: as if it had just sent from there. -EPERM: the address is not its to
+ * use; -ENOSPC: it has taught its share.
+ */
+int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan);
 /* Replaces the memory table (n may be 0). Started rings are translated anew; one that no longer lies in memory is stopped. */
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n);
 int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);

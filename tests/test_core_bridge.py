@@ -120,21 +120,25 @@ def test_the_reserved_vlan_4095_makes_no_address_that_lasts(
     assert drivers[2].drops(core.TX) == {}
     send(drivers[0], frame(mac(10), mac(0)))
     assert frame(mac(10), mac(0)) in received(drivers[2])
+    for driver in drivers:
+        driver.stop()
     bridge.time_advance(2_000_000)
     assert bridge.fdb_dump() == []
 
 
-def test_addresses_age_and_are_flooded_again(held_time: None, make_bridge: MakeBridge, guests: MakeGuest) -> None:
+def test_addresses_of_a_guest_that_is_gone_age_and_are_flooded_again(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
     bridge = make_bridge(ageing_s=300)
     drivers = three(bridge, guests)
     send(drivers[1], frame(BROADCAST, mac(1)))
+    bridge.time_advance(1_000_000_000)
     assert len(bridge.fdb_dump()) == 1
+    drivers[1].stop()
 
     def flooded() -> bool:
         received(drivers[2])
         send(drivers[0], frame(mac(1), mac(0)))
-        drivers[1].pair.packets()
-        drivers[1].pair.fill()
         return len(received(drivers[2])) == 1
 
     assert not flooded()
@@ -143,6 +147,76 @@ def test_addresses_age_and_are_flooded_again(held_time: None, make_bridge: MakeB
     bridge.time_advance(1_000_000)
     assert flooded()
     assert known(bridge) == {(mac(0), 0, drivers[0].port)}
+
+
+def test_46_what_a_guest_has_taught_is_known_while_it_is_here_however_silent_it_is(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    bridge = make_bridge(ageing_s=1)
+    drivers = three(bridge, guests)
+    send(drivers[1], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(1), vlan=5))
+    for driver in drivers:
+        received(driver)
+    bridge.time_advance(3600 * 1_000_000)
+    for vlan in (None, 5):
+        send(drivers[0], frame(mac(1), mac(0), vlan=vlan))
+    assert [len(received(driver)) for driver in drivers] == [0, 2, 0]
+    # A driver's reset takes a moment.
+    for ring in range(2):
+        drivers[1].restart(ring)
+    bridge.time_advance(1_000_000)
+    assert (mac(1), 5, drivers[1].port) in known(bridge)
+    # Until another has it.
+    send(drivers[2], frame(BROADCAST, mac(1)))
+    assert {port for address, vlan, port in known(bridge) if address == mac(1)} == {drivers[1].port, drivers[2].port}
+
+
+def test_46_of_a_share_that_is_full_what_has_aged_gives_way_the_longest_silent_first(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    bridge = make_bridge(max_macs=3, ageing_s=300)
+    drivers = three(bridge, guests)
+    for number in (10, 11, 12):
+        send(drivers[1], frame(BROADCAST, mac(number)))
+        bridge.time_advance(1_000_000)
+    bridge.time_advance(300_000_000)
+    send(drivers[1], frame(BROADCAST, mac(11)))
+    for number in (13, 14, 15):
+        send(drivers[1], frame(BROADCAST, mac(number)))
+    assert {address for address, _, _ in known(bridge)} == {mac(11), mac(13), mac(14)}
+    assert drivers[1].stats(core.TX).unlearned == 1
+
+
+def test_46_what_a_guest_taught_an_earlier_bridge_is_known_to_this_one(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    bridge.guest_remember(drivers[1].port, mac(1), 0)
+    bridge.guest_remember(drivers[1].port, mac(1), 4095)
+    assert bridge.events() == core.EVENT_FDB
+    assert bridge.taught() == {(drivers[1].port, mac(1), 0), (drivers[1].port, mac(1), 4095)}
+    send(drivers[0], frame(mac(1), mac(0)))
+    assert [len(received(driver)) for driver in drivers] == [0, 1, 0]
+
+
+def test_46_no_guest_remembers_what_is_not_its_own(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(max_macs=2)
+    checked, free, owner = three(bridge, guests)
+    bridge.set_mac(checked.port, mac(0), True)
+    bridge.set_mac(owner.port, mac(9), False)
+    for port, address in ((checked.port, mac(1)), (checked.port, mac(0)), (free.port, mac(9)), (free.port, mac(0))):
+        with pytest.raises(PermissionError):
+            bridge.guest_remember(port, address, 0)
+    for wrong, vlan in ((BROADCAST, 0), (MULTICAST, 0), (ZERO, 0), (mac(1), 4096), (mac(1), 0xFFFF)):
+        with pytest.raises(OSError, match="Invalid argument"):
+            bridge.guest_remember(free.port, wrong, vlan)
+    with pytest.raises(FileNotFoundError):
+        bridge.guest_remember(77, mac(1), 0)
+    with pytest.raises(ValueError, match="5 bytes"):
+        bridge.guest_remember(free.port, bytes(5), 0)
+    for number in (1, 2):
+        bridge.guest_remember(free.port, mac(number), 0)
+    with pytest.raises(OSError, match="No space"):
+        bridge.guest_remember(free.port, mac(3), 0)
+    assert bridge.taught() == {(free.port, mac(1), 0), (free.port, mac(2), 0)}
 
 
 def test_without_ageing_nothing_is_forgotten(held_time: None, make_bridge: MakeBridge, guests: MakeGuest) -> None:

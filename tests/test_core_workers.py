@@ -203,6 +203,7 @@ def test_time_that_is_held_is_what_addresses_age_by(
     bridge = make_bridge(ageing_s=300)
     a = guests(bridge)
     a.pair.send_all([frame(BROADCAST, mac(1))])
+    a.stop()
     bridge.time_advance(300_000_000)
     assert [(entry.mac, entry.age_s) for entry in bridge.fdb_dump()] == [(mac(1), 300)]
     bridge.time_advance(1_000_000)

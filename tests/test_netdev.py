@@ -426,6 +426,60 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
         assert wire.receive() == frame(SECOND, GUEST)
 
 
+@pytest.fixture
+def held_bridge() -> Iterator[core.Bridge]:
+    core.time_hold()
+    made = core.Bridge(netdev_queues=1, frames_per_queue=256)
+    made.start()
+    yield made
+    made.close()
+    core.time_release()
+
+
+def test_46_what_comes_back_from_the_wire_takes_no_address_and_a_station_there_does(
+    held_bridge: core.Bridge, pair: Veth
+) -> None:
+    def port_of(address: bytes) -> int:
+        return next(entry.port for entry in bridge.fdb_dump() if entry.mac == address)
+
+    def from_wire(sent: bytes) -> None:
+        before = bridge.queue_stats(port.port, 0, core.RX).packets
+        wire.send(sent)
+        assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).packets == before + 1)
+
+    bridge = held_bridge
+    port = Netdev(bridge, pair.ifname)
+    with contextlib.closing(port), contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
+        port.open()
+        port.sync_macs([SECOND])
+        with contextlib.closing(Driver(bridge).start()) as other:
+            bridge.set_mac(other.port, SECOND, True)
+            for moved in (frame(BROADCAST, GUEST), frame(SECOND, GUEST)):
+                guest.pair.send_all([frame(BROADCAST, GUEST)])
+                assert wire.receive() == frame(BROADCAST, GUEST)
+                bridge.events()
+                for _ in range(3):
+                    from_wire(frame(BROADCAST, GUEST))
+                    assert port_of(GUEST) == guest.port
+                assert not bridge.events() & core.EVENT_FDB
+                # A second later it may be somebody else, and what is for one station alone never comes back.
+                if moved[0] & 1:
+                    bridge.time_advance(1_000_000)
+                    from_wire(moved)
+                    assert port_of(GUEST) == guest.port
+                    bridge.time_advance(1_000_000)
+                from_wire(moved)
+                assert port_of(GUEST) == port.port
+                assert bridge.events() & core.EVENT_FDB
+                guest.pair.send_all([frame(BROADCAST, GUEST)])
+                assert wire.receive() == frame(BROADCAST, GUEST)
+                assert port_of(GUEST) == guest.port
+            # Of a guest that is not here anybody may have the address.
+            guest.stop()
+            from_wire(frame(BROADCAST, GUEST))
+            assert port_of(GUEST) == port.port
+
+
 def test_addresses_come_and_go(opened: Netdev, pair: Veth) -> None:
     with pair.wire() as wire:
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Literal
@@ -48,7 +48,8 @@ ZEROCOPY: dict[ZeroCopy, int] = {
     "auto": lib.XN_ZEROCOPY_AUTO,
     "on": lib.XN_ZEROCOPY_ON,
 }
-_MAC_AND_PORT = struct.Struct("=6s2xI8x")  # of struct xn_fdb_entry
+_ENTRY = struct.Struct("=6sHI8x")  # of struct xn_fdb_entry: MAC, VLAN, port
+ANY_VLAN = 0xFFFF  # of an address that was given
 COPYBREAK = 256  # below, a loan to the kernel costs as much as the copy that it saves
 
 
@@ -394,8 +395,15 @@ class Bridge:
 
     def addresses_of(self, ports: Container[int]) -> frozenset[bytes]:
         """What these ports were given and these guests have taught, on whatever VLAN; a tenth of the work."""
-        found = memoryview(ffi.buffer(self._entries))[: self._dump(0) * _MAC_AND_PORT.size]
-        return frozenset(mac for mac, port in _MAC_AND_PORT.iter_unpack(found) if port in ports)
+        return frozenset(mac for mac, _, port in self._of_guests() if port in ports)
+
+    def taught(self) -> frozenset[tuple[int, bytes, int]]:
+        """Port, MAC and VLAN of all that guests have taught."""
+        return frozenset((port, mac, vlan) for mac, vlan, port in self._of_guests() if vlan != ANY_VLAN)
+
+    def _of_guests(self) -> Iterator[tuple[bytes, int, int]]:
+        found = memoryview(ffi.buffer(self._entries))[: self._dump(0) * _ENTRY.size]
+        return _ENTRY.iter_unpack(found)
 
     def fdb_count(self) -> tuple[list[int], list[int]]:
         """How many addresses each port has that were given, and that were learned."""
@@ -408,6 +416,13 @@ class Bridge:
         _check(lib.xn_fdb_flush(self._bridge, port), f"flush addresses of port {port}")
 
     # ---- guests ----
+
+    def guest_remember(self, port: int, mac: bytes, vlan: int) -> None:
+        """What the guest taught an earlier bridge; EPERM if the address is not its to use, ENOSPC beyond its share."""
+        if len(mac) != 6:
+            raise ValueError(f"MAC address of {len(mac)} bytes")
+        what = f"remember {mac.hex(':')} of port {port}"
+        _check(lib.xn_guest_remember(self._bridge, port, mac, vlan), what)
 
     def guest_set_memory(self, port: int, regions: Sequence[Region]) -> None:
         """Replace the memory table."""

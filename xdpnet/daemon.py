@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xdpnet import cgroup, core, descriptors, systemd
+from xdpnet.addresses import AddressBook
 from xdpnet.config import Config, GuestConfig, NetdevConfig
 from xdpnet.control import ControlServer, directory_of
 from xdpnet.errors import SetupError, XdpnetError
@@ -92,6 +93,7 @@ class Daemon:
         self.was_ready = False
         self.guests: list[GuestPort] = []
         self.netdevs: dict[str, Netdev] = {}
+        self._addresses: AddressBook | None = None
         self._started = time.monotonic()
         self._watchdog: Watchdog | None = None
         self._orders = orders or Orders()
@@ -113,6 +115,10 @@ class Daemon:
             # 4. A port for each guest.
             for guest in self.config.guests:
                 self.guests.append(self._add_guest(guest))
+            names = {guest.device.port: guest.config.name for guest in self.guests}
+            if self.config.control:
+                self._addresses = AddressBook(f"{self.config.control}.addresses")
+                self._addresses.restore(self.bridge, {name: port for port, name in names.items()})
 
             # 5. The workers.
             self.bridge.start()
@@ -124,7 +130,6 @@ class Daemon:
                 self._watchdog = Watchdog(period_s, lambda: self._watch_workers.stalls)
 
             # 6. What the core reports; what becomes of the interfaces.
-            names = {guest.device.port: guest.config.name for guest in self.guests}
             self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
@@ -133,6 +138,7 @@ class Daemon:
             # 7. The control socket's directory, where guests' sockets may be too.
             if self.config.control:
                 stack.enter_context(directory_of(self.config.control))
+                stack.callback(self._keep_addresses)
 
             # 8. The guests: from here on frontends are served.
             for port in self.guests:
@@ -267,8 +273,13 @@ class Daemon:
                 self._watchdog.beat()
             try:
                 self.reports.sync_addresses()
+                self._keep_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
+
+    def _keep_addresses(self) -> None:
+        if self._addresses:
+            self._addresses.keep(self.bridge, {guest.config.name: guest.device.port for guest in self.guests})
 
     async def _watch(self, netdev: "Netdev") -> None:
         while True:

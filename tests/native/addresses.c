@@ -49,12 +49,12 @@ static int flood(void)
 		if (fdb_set_static(f, taught(GUESTS + guest, 0), guest))
 			return 1;
 		for (u32 i = 0; i < MACS; i++)
-			if (fdb_learn(f, taught(guest, i), i % VLANS, guest, true, now) != FDB_LEARNED)
+			if (fdb_learn(f, taught(guest, i), i % VLANS, guest, FDB_GUEST, now) != FDB_LEARNED)
 				return 1;
 	}
 	/* A thousand a second, on two interfaces. */
 	for (u32 i = 0; i < many; i++)
-		if (fdb_learn(f, station(i), i % 4096, WIRE + i % 2, false, now + i / 1000) != FDB_KNOWN)
+		if (fdb_learn(f, station(i), i % 4096, WIRE + i % 2, FDB_WIRE, now + i / 1000) != FDB_KNOWN)
 			return 1;
 	now += many / 1000;
 	for (u32 guest = 0; guest < GUESTS; guest++) {
@@ -106,7 +106,7 @@ static int race(double seconds)
 	/* Few buckets, so that what comes and goes is in the chains of what stays. */
 	r.f->mask = 15;
 	for (u32 i = 0; i < STAYS; i++)
-		(void)fdb_learn(r.f, station(i), (u16)i, WIRE, false, 0);
+		(void)fdb_learn(r.f, station(i), (u16)i, WIRE, FDB_WIRE, 0);
 	for (u32 i = 0; i < READERS; i++)
 		pthread_create(&readers[i], NULL, read_all, &r);
 	clock_gettime(CLOCK_MONOTONIC, &start);
@@ -115,8 +115,8 @@ static int race(double seconds)
 			u32 to = (u32)changes % 3;
 
 			(void)fdb_learn(r.f, station(i % STAYS & ~1u), i % STAYS & ~1u, to ? WIRE + to - 1 : i % GUESTS,
-					!to, 0);
-			(void)fdb_learn(r.f, station(1000 + i), (u16)i, GUESTS, true, 0);
+					to ? FDB_WIRE : FDB_GUEST, 0);
+			(void)fdb_learn(r.f, station(1000 + i), (u16)i, GUESTS, FDB_GUEST, 0);
 			if (i % 10 == 9)
 				fdb_flush(r.f, GUESTS, true);
 		}
