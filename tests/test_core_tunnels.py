@@ -321,7 +321,7 @@ def test_headers_that_are_cut_off_anywhere_are_left_alone(port: tuple[Netdev, Dr
 def test_labels_that_may_be_read_in_two_ways_at_each_turn_are_not_all_read(
     port: tuple[Netdev, Driver], wire: Wire
 ) -> None:
-    """A pseudowire with a control word, or without one and with a tag: both end at the next label, 2 to the 45th ways."""
+    """A pseudowire with a control word, or without one and with a tag: both end at the next label."""
     turn = label(17, True) + bytes(12) + b"\x81\0\0\5\x88\x47"
     sent = ethernet(MPLS, turn * 60)
     assert through(port, wire, sent) == (sent, 0)
