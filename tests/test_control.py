@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.waiting import PATIENCE_S
-from xdpnet import control
+from xdpnet import clients, control
 from xdpnet.control import CLIENTS, REQUEST_BYTES, ControlServer, ask, directory_of
 from xdpnet.errors import ControlError, SocketPathError
 
@@ -141,6 +141,23 @@ def test_a_client_that_asks_nothing_is_cut_off_and_disturbs_nobody(path: str) ->
             return answer, cut_off
 
     assert asyncio.run(exchange()) == ({"answer": 42}, b"")
+
+
+def test_a_client_that_takes_a_long_answer_slowly_gets_it_whole(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "BYTES_PER_S", (2 << 20) / PATIENCE_S)
+
+    async def exchange() -> int:
+        async with serving(path, stats=lambda: "x" * (2 << 20)):
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(b'{"command": "stats"}\n')
+            taken = 0
+            while piece := await reader.read(1 << 16):
+                taken += len(piece)
+                await asyncio.sleep(1.5 * control.DEADLINE_S / 32)
+            writer.close()
+            return taken
+
+    assert asyncio.run(exchange()) == (2 << 20) + 3
 
 
 def test_a_client_that_never_reads_is_cut_off(path: str) -> None:

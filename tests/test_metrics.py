@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,12 @@ from rich.console import Console
 from tests.clock import Clock
 from tests.snapshots import guest_port, netdev_port, ring, snapshot, traffic
 from tests.waiting import PATIENCE_S
+from xdpnet import core
+from xdpnet.config import MAX_PORTS
 from xdpnet.errors import SetupError
-from xdpnet.metrics import table
+from xdpnet.metrics import table, take
 from xdpnet.metrics.collector import SnapshotCollector, registry
-from xdpnet.metrics.endpoint import CONNECTIONS, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
+from xdpnet.metrics.endpoint import CONNECTIONS, DEADLINE_S, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
 from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Queue, Snapshot, Worker, total
 
 
@@ -65,11 +67,11 @@ def test_a_drop_on_the_delivering_side_counts_like_one_on_the_sending_side() -> 
 
 def test_a_snapshot_survives_json() -> None:
     shown = snapshot()
-    assert Snapshot.from_json(json.loads(json.dumps(shown.to_json()))) == shown
+    assert Snapshot.from_json(json.loads(shown.to_json())) == shown
 
 
 def test_json_of_another_version_is_refused() -> None:
-    document = snapshot().to_json()
+    document = json.loads(snapshot().to_json())
     del document["totals"]
     with pytest.raises(ValueError, match="totals"):
         Snapshot.from_json(document)
@@ -395,6 +397,60 @@ def test_a_flood_of_scrapes_gets_the_same_page_for_a_while() -> None:
     assert REUSE == 4
     for pause_s, expected in ((0.0, (1, 1)), (3.9, (5, 5)), (4.0, (10, 10)), (60.0, (10, 10))):
         assert scrapes(10, Clock(), Second(), pause_s, lambda _: "") == expected
+
+
+@pytest.fixture(scope="module")
+def largest() -> Iterator[Snapshot]:
+    """Of as many guests as there may be, with eight queue pairs each."""
+    with core.Bridge(workers=1) as bridge:
+        guest = guest_port().guest
+        assert guest is not None
+        sources = [take.GuestSource(f"guest{n}", bridge.add_guest(8), 8, guest) for n in range(MAX_PORTS)]
+        bridge.start()
+        yield take.take(bridge, 1, sources, {}, 0.0, {})
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+def test_a_scrape_of_as_many_guests_as_there_may_be_is_whole(largest: Snapshot, zipped: bool, accept: str) -> None:
+    async def take_largest() -> Snapshot:
+        return largest
+
+    headers = {"Accept": accept, "Accept-Encoding": "gzip" if zipped else ""}
+    status, answered, body = ask("/metrics", take=take_largest, headers=headers)
+    assert (status, int(answered["Content-Length"])) == (200, len(body))
+    text = gzip.decompress(body) if zipped else body
+    assert text.count(b"\nxdpnet_queue_packets_total{") == MAX_PORTS * 8 * 2
+    assert text.endswith(b"# EOF\n" if accept else b"\n")
+
+
+def test_what_a_page_takes_us_is_not_its_clients_time_and_health_is_told_meanwhile() -> None:
+    go_on = threading.Event()
+
+    class Slow(Clock):
+        """In the thread that makes the page."""
+
+        def __call__(self) -> float:
+            if threading.current_thread().name.startswith("Dummy"):
+                assert go_on.wait(PATIENCE_S)
+            return self.now
+
+    async def exchange() -> tuple[int, int]:
+        async with endpoint(spent=Slow()) as address:
+            scrape = asyncio.create_task(asyncio.to_thread(get, address, "/metrics"))
+            await asyncio.sleep(1.5 * DEADLINE_S)
+            health = await asyncio.to_thread(get, address, "/healthz")
+            assert not scrape.done()
+            go_on.set()
+            return health[0], (await scrape)[0]
+
+    assert asyncio.run(exchange()) == (200, 200)
+
+
+def test_the_table_has_a_line_for_each_queue_of_the_largest_daemon(largest: Snapshot) -> None:
+    lines = page(largest, width=140).splitlines()
+    assert sum(line.split()[:3] == ["guest127", "7", "rx"] for line in lines) == 2
+    assert sum(line.startswith(" guest") for line in lines) == 2 * MAX_PORTS * 8 * 2
 
 
 def test_nobody_can_have_more_formats_made_than_there_are() -> None:

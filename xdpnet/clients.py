@@ -1,18 +1,23 @@
 """Connections of people who may be anybody: a few are served at once, the others are not even accepted.
 
-Invariant: whatever they do, they cost one descriptor and one task for each of `places`, each for `deadline_s` seconds;
-who comes while all are taken waits in the socket's backlog, where the kernel turns away whoever finds that full too.
+Invariant: whatever they do, they cost one descriptor and one task for each of `places`. A client has `deadline_s`
+seconds to ask, and as long again, with a second for each MiB, to take the answer. What the answer takes us is no
+client's fault. Who comes while all places are taken waits in the socket's backlog, where the kernel turns away whoever
+finds that full too.
 """
 
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from xdpnet.ration import RationedLog
 
 RETRY_S = 1.0  # after accept() failed: out of descriptors or memory
+BYTES_PER_S = 1 << 20  # who takes them slower is cut off
+PIECE = 1 << 16  # more of an answer is not in the kernel's hands at once
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Request = TypeVar("Request")
 Admit = Callable[[socket.socket], Awaitable[bool]]  # False: it has seen to the socket itself
 
 
@@ -26,19 +31,28 @@ async def serve_few(
     places: int,
     deadline_s: float,
     request_bytes: int,
-    serve: Serve,
+    read: Callable[[asyncio.StreamReader], Awaitable[Request]],
+    answer: Callable[[Request], Awaitable[bytes]],
     log: RationedLog,
     admit: Admit = anybody,
 ) -> None:
-    """Serves until it is cancelled. The connection ends when `serve` returns, or is late."""
+    """Serves until it is cancelled: one request a connection, and its answer."""
     loop = asyncio.get_running_loop()
     free = asyncio.Semaphore(places)
 
     async def exchange(sock: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=sock, limit=request_bytes)
         try:
-            async with asyncio.timeout(deadline_s):
-                await serve(reader, writer)
+            async with asyncio.timeout(deadline_s) as limit:
+                request = await read(reader)
+                limit.reschedule(None)
+                said = await answer(request)
+                limit.reschedule(loop.time() + deadline_s + len(said) / BYTES_PER_S)
+                for at in range(0, len(said), PIECE):
+                    writer.write(said[at : at + PIECE])
+                    await writer.drain()
+                writer.write_eof()
+                await reader.read(request_bytes)  # the client's end: abort() would throw away what it has yet to read
         finally:
             writer.transport.abort()
 

@@ -2,7 +2,8 @@
 
 A UNIX stream socket; one JSON line {"command": "stats"} is asked, one JSON line answered, then the connection ends.
 Only root and the daemon's own user may connect, and are answered, whatever has become of the permissions of the path. A
-client has DEADLINE_S seconds for the whole exchange and may be one of CLIENTS; nobody can make the daemon wait.
+client has DEADLINE_S seconds to ask, some more for a long answer (clients.py), and may be one of CLIENTS; nobody can
+make the daemon wait.
 
 Reference: unix(7), SO_PEERCRED.
 """
@@ -24,6 +25,7 @@ from xdpnet.sockets import Access, ListeningSocket, listen_unix, peer_of
 
 CLIENTS = 16
 DEADLINE_S = 2.0
+ANSWER_S = 10.0  # a daemon that has many guests, or is joining a large one to its interfaces, takes a second or two
 REQUEST_BYTES = 4096
 
 log = RationedLog(logging.getLogger(__name__), "control")  # clients provoke it
@@ -51,7 +53,7 @@ def directory_of(path: str) -> Iterator[None]:
 
 
 class ControlServer:
-    """Answers each command with what its function returns."""
+    """Answers each command with what its function returns: bytes of JSON, or what can be made such."""
 
     def __init__(self, path: str, commands: Commands) -> None:
         self._path = path
@@ -62,7 +64,8 @@ class ControlServer:
 
     async def start(self) -> None:
         self._listening = listen_unix(self._path, Access(mode=0o600))
-        serving = serve_few(self._listening.socket, CLIENTS, DEADLINE_S, REQUEST_BYTES, self._client, log, self._admit)
+        limits = CLIENTS, DEADLINE_S, REQUEST_BYTES
+        serving = serve_few(self._listening.socket, *limits, self._read, self._answer, log, self._admit)
         self._serving = asyncio.create_task(serving)
 
     async def stop(self) -> None:
@@ -87,32 +90,35 @@ class ControlServer:
             await asyncio.sleep(DEADLINE_S)
         return False
 
-    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(_line(await self._answer(reader)))
-        await writer.drain()
-        writer.write_eof()
-        await reader.read(1)  # the client's end: abort() would throw away what it has yet to read
-
-    async def _answer(self, reader: asyncio.StreamReader) -> Any:
+    async def _read(self, reader: asyncio.StreamReader) -> bytes | None:
+        """The line that is asked; None: it is too long, empty: it was not ended."""
         try:
-            request = json.loads(await reader.readuntil(b"\n"))
-            command = self._commands[request["command"]]
+            return await reader.readuntil(b"\n")
         except asyncio.LimitOverrunError:
-            return {"error": f"request of more than {REQUEST_BYTES} bytes"}
-        except (asyncio.IncompleteReadError, ValueError, TypeError, KeyError, RecursionError):
-            return {"error": f'not a request; ask {{"command": NAME}} with {", ".join(self._commands)}'}
-        return command()
+            return None
+        except asyncio.IncompleteReadError:
+            return b""
+
+    async def _answer(self, request: bytes | None) -> bytes:
+        if request is None:
+            return _line({"error": f"request of more than {REQUEST_BYTES} bytes"})
+        try:
+            command = self._commands[json.loads(request)["command"]]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return _line({"error": f'not a request; ask {{"command": NAME}} with {", ".join(self._commands)}'})
+        return _line(command())
 
 
 def _line(answer: Any) -> bytes:
-    return json.dumps(answer).encode() + b"\n"
+    """Bytes are JSON already."""
+    return (answer if isinstance(answer, bytes) else json.dumps(answer).encode()) + b"\n"
 
 
 def ask(path: str, command: str) -> Any:
     """The running daemon's answer."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(DEADLINE_S)
+            sock.settimeout(ANSWER_S)
             sock.connect(path)
             sock.sendall(json.dumps({"command": command}).encode() + b"\n")
             with sock.makefile("rb") as file:
@@ -121,6 +127,10 @@ def ask(path: str, command: str) -> Any:
         raise ControlError(f"control socket {path}: {error.strerror}; run as root or as the daemon's user") from error
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise ControlError(f"no daemon at {path}; start it with xdpnet run, or name its socket: --control") from error
+    except TimeoutError as error:
+        raise ControlError(
+            f"control socket {path}: no answer in {ANSWER_S:.0f} s; /healthz says what holds up the daemon"
+        ) from error
     except OSError as error:
         raise ControlError(f"control socket {path}: {error.strerror or error}") from error
     try:

@@ -21,6 +21,11 @@ def start(run: Callable[[], None]) -> None:
 
 def answer(question: Callable[[], T]) -> T:
     """What it returns, or raises, in a short thread. Raises TimeoutError after ANSWER_S, RuntimeError as start()."""
+    return ask(question).result(ANSWER_S)
+
+
+def ask(question: Callable[[], T]) -> Future[T]:
+    """The same, once it is there; it never will be if the thread dies as it starts."""
     given: Future[T] = Future()
 
     def run() -> None:
@@ -32,4 +37,4 @@ def answer(question: Callable[[], T]) -> T:
             given.set_result(result)
 
     start(run)
-    return given.result(ANSWER_S)
+    return given

@@ -1,8 +1,9 @@
 """/metrics and /healthz over HTTP, on a thread and an event loop of their own.
 
-Invariant: nothing that a client does, or omits, costs the daemon more than one of CONNECTIONS places for DEADLINE_S
-seconds: that is the limit for a whole exchange, not for each read. One exchange a connection. The snapshot is taken on
-the daemon's own loop, for it alone may call the core; who asks sooner than it was worth gets the last one.
+Invariant: nothing that a client does, or omits, costs the daemon more than one of CONNECTIONS places, for DEADLINE_S
+seconds and as long as a large page may take (clients.py): limits for all of it, not for each read. One exchange a
+connection. The snapshot is taken on the daemon's own loop, for it alone may call the core; a page is made in a thread:
+/healthz is not to wait for that of a hundred guests. Who asks sooner than they were worth gets the last ones.
 
 Reference: RFC 9112 as far as GET goes; OpenMetrics and the text format by prometheus-client's content negotiation.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from xdpnet import threads
 from xdpnet.clients import serve_few
 from xdpnet.errors import SetupError
 from xdpnet.metrics.collector import SnapshotCollector, registry
@@ -32,7 +34,8 @@ from xdpnet.ration import Clock, RationedLog
 from xdpnet.stalls import Stall
 
 CONNECTIONS = 8  # a few scrapers; everybody else waits
-DEADLINE_S = 2.0  # a scrape takes milliseconds: whoever needs longer is not a scraper
+DEADLINE_S = 2.0  # who needs longer to ask is not a scraper
+PAGE_S = 30.0  # no page takes so long that is made at all
 REUSE = 4  # what was made is good for so many times what it took: whoever asks, a fifth of the thread's time goes there
 PAGES = 2  # formats that are made of one snapshot: clients could think of any number of versions
 REQUEST_BYTES = 8192  # request line and header fields
@@ -40,6 +43,13 @@ REQUEST_BYTES = 8192  # request line and header fields
 log = RationedLog(logging.getLogger(__name__), "metrics")  # clients provoke it
 
 Encoder = Callable[[Collector], bytes]
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    headers: http.client.HTTPMessage
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class MetricsEndpoint:
         self._taken_until = 0.0
         self._pages: dict[tuple[str, bool], Response] = {}  # by content type, and whether compressed
         self._pages_until = 0.0
+        self._making = asyncio.Lock()  # of a page: who waits for the same one gets it
         self._socket = _listen(address)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -118,19 +129,14 @@ class MetricsEndpoint:
             self._loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
-        serving = serve_few(self._socket, CONNECTIONS, DEADLINE_S, REQUEST_BYTES, self._connection, log)
+        serving = serve_few(self._socket, CONNECTIONS, DEADLINE_S, REQUEST_BYTES, self._read, self._respond, log)
         task = asyncio.create_task(serving)
         await self._stop.wait()
         task.cancel()
         await asyncio.wait([task])
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(await self._exchange(reader))
-        await writer.drain()
-        writer.write_eof()
-        await reader.read(REQUEST_BYTES)  # the client's end, so that our close does not cut the answer short
-
-    async def _exchange(self, reader: asyncio.StreamReader) -> bytes:
+    async def _read(self, reader: asyncio.StreamReader) -> Request | Response:
+        """What is asked, or the answer to what cannot be."""
         try:
             request = await reader.readuntil(b"\r\n\r\n")
             line, _, fields = request.partition(b"\r\n")
@@ -139,13 +145,18 @@ class MetricsEndpoint:
                 raise ValueError(version)
             headers = http.client.parse_headers(io.BytesIO(fields))
         except asyncio.LimitOverrunError:
-            return plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request too large").encode(False)
+            return plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "request too large")
         except (asyncio.IncompleteReadError, ValueError, http.client.HTTPException):
-            return plain(HTTPStatus.BAD_REQUEST, "not an HTTP request").encode(False)
+            return plain(HTTPStatus.BAD_REQUEST, "not an HTTP request")
         if method not in ("GET", "HEAD"):
-            return plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are served").encode(False)
-        response = await self._answer(target.partition("?")[0], headers)
-        return response.encode(head_only=method == "HEAD")
+            return plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are served")
+        return Request(method, target.partition("?")[0], headers)
+
+    async def _respond(self, request: Request | Response) -> bytes:
+        if isinstance(request, Response):
+            return request.encode(False)
+        response = await self._answer(request.path, request.headers)
+        return response.encode(head_only=request.method == "HEAD")
 
     async def _answer(self, path: str, headers: http.client.HTTPMessage) -> Response:
         if path not in ("/metrics", "/healthz"):
@@ -163,9 +174,14 @@ class MetricsEndpoint:
             ill = faults(snapshot)
             return plain(HTTPStatus.SERVICE_UNAVAILABLE if ill else HTTPStatus.OK, "\n".join(ill or ["ok"]))
         encode, content_type = choose_encoder(headers.get("Accept", ""))
-        return self._page(snapshot, encode, content_type, "gzip" in headers.get("Accept-Encoding", ""))
+        try:
+            async with self._making, asyncio.timeout(PAGE_S):
+                return await self._page(snapshot, encode, content_type, "gzip" in headers.get("Accept-Encoding", ""))
+        except (RuntimeError, TimeoutError) as error:  # no thread to be had, or it died as it started
+            log.warning("no page: %s", error)
+            return plain(HTTPStatus.SERVICE_UNAVAILABLE, "no thread to make a page in")
 
-    def _page(self, snapshot: Snapshot, encode: Encoder, content_type: str, zipped: bool) -> Response:
+    async def _page(self, snapshot: Snapshot, encode: Encoder, content_type: str, zipped: bool) -> Response:
         now = self._clock()
         if now >= self._pages_until:
             self._pages.clear()
@@ -174,14 +190,17 @@ class MetricsEndpoint:
         if page is None and len(fitting) == PAGES:
             return fitting[0]
         if page is None:
-            begin = self._spent()
-            self._collector.snapshot = snapshot
-            body = encode(self._registry)
-            page = Response(
-                HTTPStatus.OK, gzip.compress(body, 1) if zipped else body, content_type, "gzip" if zipped else ""
-            )
+
+            def make() -> tuple[bytes, float]:
+                begin = self._spent()
+                self._collector.snapshot = snapshot
+                body = encode(self._registry)
+                return gzip.compress(body, 1) if zipped else body, self._spent() - begin
+
+            body, spent = await asyncio.wrap_future(threads.ask(make))
+            page = Response(HTTPStatus.OK, body, content_type, "gzip" if zipped else "")
             self._pages[content_type, zipped] = page
-            self._pages_until = max(self._pages_until, now) + REUSE * (self._spent() - begin)
+            self._pages_until = max(self._pages_until, now) + REUSE * spent
         return page
 
     async def _snapshot(self) -> Snapshot:

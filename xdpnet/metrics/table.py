@@ -1,20 +1,20 @@
 """The Snapshot as tables for a terminal, with rates where there is an earlier snapshot to compare with.
 
 Pure functions from snapshots to rich renderables; about 100 columns wide. Totals are exact, other large counts are
-shortened; who needs every digit takes --json.
+shortened; who needs every digit takes --json. Tables are laid out here: of thousands of rows rich's own takes seconds.
 """
 
+import textwrap
 from collections.abc import Iterator
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Ring, Snapshot, Traffic
 
 NOTHING = Text("-", style="dim")
-DROPS = "Drops by reason"  # the one column that may wrap
+GAP = "  "  # between columns
 
 
 def render(now: Snapshot, before: Snapshot | None = None) -> RenderableType:
@@ -34,6 +34,57 @@ def render(now: Snapshot, before: Snapshot | None = None) -> RenderableType:
     if any(port.netdev for port in now.ports):
         parts.append(_sockets(now))
     return Group(*parts, _workers(now, before))
+
+
+# ---- layout ----
+
+
+class Table:
+    """Columns by their headings, which may have two lines; ">" aligns to the right. The last column may wrap."""
+
+    def __init__(self, *columns: str) -> None:
+        self._columns = [column.removeprefix(">").split("\n") for column in columns]
+        self._right = [column.startswith(">") for column in columns]
+        self._rows: list[tuple[str | Text, ...]] = []  # an empty one ends a section
+
+    def add_row(self, *cells: str | Text) -> None:
+        self._rows.append(cells)
+
+    def add_section(self) -> None:
+        if self._rows and self._rows[-1]:
+            self._rows.append(())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        height = max(len(lines) for lines in self._columns)
+        headings = [("", "")[: height - len(lines)] + tuple(lines) for lines in self._columns]
+        widths = [max(len(line) for line in lines) for lines in headings]
+        for row in self._rows:
+            for at, cell in enumerate(row):
+                widths[at] = max(widths[at], len(cell))
+        room = options.max_width - 1 - sum(widths[:-1]) - len(GAP) * len(widths[:-1])
+        widths[-1] = min(widths[-1], max(room, len(headings[-1][-1])))
+        yield Segment.line()
+        for line in zip(*headings, strict=True):
+            yield from self._line(console, [Text(cell, style="bold") for cell in line], widths)
+        yield from (Segment(" " + "─" * (sum(widths) + len(GAP) * len(widths[:-1]))), Segment.line())
+        for row in self._rows:
+            if not row:
+                yield Segment.line()
+                continue
+            *cells, last = row
+            style = last.style if isinstance(last, Text) else ""
+            for n, part in enumerate(textwrap.wrap(str(last), widths[-1]) or [""]):
+                yield from self._line(console, [*(cells if n == 0 else [""] * len(cells)), Text(part, style)], widths)
+
+    def _line(self, console: Console, cells: list[str | Text], widths: list[int]) -> Iterator[Segment]:
+        gap = ""
+        for cell, width, right in zip(cells, widths, self._right, strict=True):
+            text = str(cell)
+            style = console.get_style(cell.style) if isinstance(cell, Text) else None
+            yield Segment(gap)
+            yield Segment(text.rjust(width) if right else text.ljust(width), style)
+            gap = GAP
+        yield Segment.line()
 
 
 # ---- numbers ----
@@ -102,10 +153,9 @@ def _port_line(port: Port) -> Text:
 
 
 def _traffic(now: Snapshot, before: Snapshot | None) -> Table:
-    table = _table(" Port", ">Q", "Dir", ">Packets", ">Bytes")
-    if before:
-        _columns(table, ">Packets/s", ">Mb/s")
-    _columns(table, ">Kicks\ntaken", ">Kicks\nsaved", ">Calls\nsent", ">Calls\nsaved", DROPS)
+    rates = (">Packets/s", ">Mb/s") if before else ()
+    kicks = (">Kicks\ntaken", ">Kicks\nsaved", ">Calls\nsent", ">Calls\nsaved")
+    table = Table(" Port", ">Q", "Dir", ">Packets", ">Bytes", *rates, *kicks, "Drops by reason")
     earlier = dict(_directions(before)) if before else {}
     for port in now.ports:
         for (name, number, direction), traffic in _directions_of(port):
@@ -133,8 +183,8 @@ def _drops(traffic: Traffic) -> Text:
 
 
 def _rings(now: Snapshot) -> Table:
-    table = _table(" Guest", ">Q", "Ring", ">Entries", "State", ">Available", ">Used")
-    _columns(table, ">Kick\nwanted at", ">Call\nwanted at", ">Worker")
+    indices = (">Available", ">Used", ">Kick\nwanted at", ">Call\nwanted at")
+    table = Table(" Guest", ">Q", "Ring", ">Entries", "State", *indices, ">Worker")
     for port in now.ports:
         for queue in port.queues:
             for name, ring in (("rx", queue.rx_ring), ("tx", queue.tx_ring)):
@@ -168,8 +218,8 @@ def _sockets(now: Snapshot) -> Table:
         "rx_fill_ring_empty_descs": ">fill\nempty",
         "tx_ring_empty_descs": ">tx\nempty",
     }
-    table = _table(" Interface", ">Q", "Socket", *(names[name] for name in XDP_STATISTICS))
-    _columns(table, ">Frames\nfree", ">Frames\nfill", ">Frames\ntx")
+    frames = (">Frames\nfree", ">Frames\nfill", ">Frames\ntx")
+    table = Table(" Interface", ">Q", "Socket", *(names[name] for name in XDP_STATISTICS), *frames)
     for port in now.ports:
         for queue in port.queues:
             if queue.xsk is None:
@@ -177,16 +227,15 @@ def _sockets(now: Snapshot) -> Table:
             xsk = queue.xsk
             state = Text("open", style="green") if xsk.open else Text("closed", style="bold red")
             statistics = (count(xsk.statistics.get(name, 0)) for name in XDP_STATISTICS)
-            frames = (count(frames) for frames in (xsk.frames_free, xsk.frames_fill, xsk.frames_tx))
-            table.add_row(f" {port.name}", str(queue.number), state, *statistics, *frames)
+            held = (count(frames) for frames in (xsk.frames_free, xsk.frames_fill, xsk.frames_tx))
+            table.add_row(f" {port.name}", str(queue.number), state, *statistics, *held)
         table.add_section()
     return table
 
 
 def _workers(now: Snapshot, before: Snapshot | None) -> Table:
-    table = _table(" Worker", "CPU", ">Loops", ">Sleeps", ">Packets")
-    if before:
-        _columns(table, ">Loops/s", ">Sleeps/s", ">Packets/s")
+    rates = (">Loops/s", ">Sleeps/s", ">Packets/s") if before else ()
+    table = Table(" Worker", "CPU", ">Loops", ">Sleeps", ">Packets", *rates)
     earlier = {worker.number: worker for worker in before.workers} if before else {}
     for worker in now.workers:
         cells = [f" {worker.number}", "any" if worker.cpu < 0 else str(worker.cpu)]
@@ -215,22 +264,6 @@ def _totals(now: Snapshot) -> Text:
 
 
 # ---- small things ----
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    _columns(table, *columns)
-    return table
-
-
-def _columns(table: Table, *columns: str) -> None:
-    """Columns by their headings; ">" aligns to the right."""
-    for column in columns:
-        table.add_column(
-            column.removeprefix(">"),
-            justify="right" if column.startswith(">") else "left",
-            no_wrap=column != DROPS,
-        )
 
 
 Key = tuple[str, int, str]
