@@ -17,7 +17,7 @@ from tests.netns import Veth, command, needs_root, veth
 from tests.refuse import IO_SETUP
 from tests.test_daemon import daemon, guest
 from tests.waiting import until
-from xdpnet import check, core, netdev
+from xdpnet import check, config, core, descriptors, netdev
 from xdpnet.bpf import loader
 from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
@@ -110,6 +110,16 @@ def test_locked_memory_must_do_for_one_queue(monkeypatch: pytest.MonkeyPatch, ex
     line = check._check("locked memory", check._locked_memory)
     assert line.ok is ok
     assert ok or "LimitMEMLOCK" in line.remedy
+
+
+def test_open_files_are_counted_in_guests(monkeypatch: pytest.MonkeyPatch) -> None:
+    guests = [config.GuestConfig(name=f"g{n}", socket=f"/run/{n}", queues=16) for n in range(2)]
+    made = config.Config(guest=guests, netdev=[{"interface": "eth1"}])
+    for guest_count, limit in (2, descriptors.needed(made)), (1, descriptors.needed(made) - 1), (0, 256):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (1024, limit))
+        line = check._check("open files", check._open_files, required=False)
+        assert line.ok is (guest_count > 0)
+        assert f"for {guest_count} guests" in line.detail or "LimitNOFILE" in line.remedy
 
 
 def test_a_missing_interface_is_one_line_with_those_that_exist() -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdpnet import core, netdev
+from xdpnet import core, descriptors, netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
+from xdpnet.config import MAX_PAIRS, MAX_PORTS
 from xdpnet.errors import SetupError
 from xdpnet.holder import find_holder
 from xdpnet.link import (
@@ -54,6 +55,7 @@ def run_checks(netdevs: Iterable[str] = ()) -> list[Check]:
         _check("bcc", check_bcc),
         _check("kernel headers", _headers),
         _check("locked memory", _locked_memory),
+        _check("open files", _open_files, required=False),
         _check("interrupts", _interrupts),
         _check("guest memory", _guest_memory, required=False),
         _check("KVM", _kvm, required=False),
@@ -132,6 +134,18 @@ def _locked_memory() -> str:
             "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
         )
     return f"at most {soft >> 20} MiB, for {soft // QUEUE_MEMORY} queues of interfaces"
+
+
+def _open_files() -> str:
+    """The hard limit: the daemon raises the soft one to it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    guests = descriptors.guests_of(most, MAX_PAIRS)
+    if guests == 0:
+        raise SetupError(
+            f"at most {most}: a guest that opens many hinders the others",
+            "raise the hard limit: LimitNOFILE= of the unit, ulimit -Hn",
+        )
+    return f"at most {most}, for {min(guests, MAX_PORTS - 1)} guests of {MAX_PAIRS} queue pairs"
 
 
 def _interrupts() -> str:

@@ -29,6 +29,11 @@ def needed(config: Config) -> int:
     return OWN + WORKER * config.worker_count + NETDEV * len(config.netdevs) + GUEST * len(config.guests) + rings
 
 
+def guests_of(limit: int, pairs: int) -> int:
+    """For how many guests of so many queue pairs, with one worker and one interface, a limit is enough."""
+    return max(0, limit - OWN - WORKER - NETDEV) // (GUEST + pairs * QUEUE_PAIR)
+
+
 def reserve(wanted: int) -> None:
     """Raises our soft limit to the hard one; says so if that is too low."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
