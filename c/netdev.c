@@ -208,7 +208,7 @@ int xn_netdev_xsk_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, stru
 	*out = nq->past;
 	if (!nq->xsk)
 		return 0;
-	const struct xsk *x = nq->xsk;
+	struct xsk *x = nq->xsk;
 
 	(void)xsk_statistics(x, out);
 	out->open = 1;

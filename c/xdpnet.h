@@ -181,7 +181,7 @@ struct xn_broken_ring {
 
 /* XDP_STATISTICS of a queue's sockets, summed over every socket it has had, and its ring fill. */
 struct xn_xsk_stats {
-	uint64_t rx_dropped;
+	uint64_t rx_dropped; /* without those that found the fill ring empty, which the kernel counts here too */
 	uint64_t rx_invalid_descs;
 	uint64_t tx_invalid_descs;
 	uint64_t rx_ring_full;

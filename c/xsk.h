@@ -95,6 +95,7 @@ struct xsk {
 	bool down;	   /* ENETDOWN: frames are dropped until it is up again */
 	bool gone;	   /* ENXIO: for ever */
 	u64 blocked_since; /* cycles; 0: the kernel takes what it gets */
+	u64 rx_dropped;	   /* frames, for other reasons than an empty fill ring; by the control thread */
 	struct spinlock lock XN_ALIGNED;
 	struct source source;
 	struct port *port;
@@ -111,7 +112,8 @@ u64 xsk_return(struct xsk *x, u64 addr);
 void xsk_end_taken(struct xsk *x);
 /* Copies what is lent, and not yet begun with, into the tokens; in copy mode, where only our own calls begin with it. */
 void xsk_recall(struct xsk *x);
-int xsk_statistics(const struct xsk *x, struct xn_xsk_stats *sum);
+/* Adds its statistics: each lost frame in one of them. */
+int xsk_statistics(struct xsk *x, struct xn_xsk_stats *sum);
 
 /* ---- rings that we produce: reserve, write, submit ---- */
 

@@ -22,6 +22,7 @@ import pytest
 
 from tests.frontend import Frontend, GuestMemory
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from tests.traced import stopped
 from tests.waiting import PATIENCE_S
 from xdpnet.closer import MAX_PENDING
 from xdpnet.control import CLIENTS, ask
@@ -654,6 +655,31 @@ def test_the_guests_addresses_are_steered(tmp_path: Path, wire: Veth) -> None:
         totals = running.snapshot().totals
         assert totals.frames_in == 10
         assert totals.drops == 10  # no driver is there to take them
+        assert running.end() == 0
+
+
+@needs_root
+@pytest.mark.net
+def test_a_frame_that_the_kernel_loses_is_in_one_of_its_counters(tmp_path: Path, wire: Veth) -> None:
+    words = ("--guest", guest(tmp_path, more=f",mac={MAC}"), "--netdev", wire.ifname, "--frames-per-queue", "256")
+    with daemon(tmp_path, *words) as running, wire.wire() as far:
+        tid = running.ready().snapshot().workers[0].tid
+
+        def seen() -> tuple[int, int, dict[str, int]]:
+            """Frames for guests that the XDP program saw; those that came here; what the kernel lost of them."""
+            port = running.port(wire.ifname)
+            assert port.netdev is not None
+            assert port.queues[0].xsk is not None
+            lost = {name: n for name, n in port.queues[0].xsk.statistics.items() if name.startswith("rx_")}
+            return port.netdev.verdicts["redirected"], port.queues[0].rx.packets, lost
+
+        frame = bytes.fromhex(MAC.replace(":", "")) + wire.peer_mac + b"\x88\xb5" + bytes(50)
+        with stopped(tid):
+            for _ in range(1000):
+                far.send(frame)
+            running.until(lambda: seen()[2]["rx_fill_ring_empty_descs"], "no frame left")
+        running.until(lambda: seen()[0] == seen()[1] + sum(seen()[2].values()), "each in one place")
+        assert seen()[2]["rx_dropped"] == 0
         assert running.end() == 0
 
 

@@ -18,6 +18,7 @@ from tests.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rings import VERSION_1, WRITE, eventually
 from tests.slow import core_memory, slow, untouched, userfaultfd
 from tests.test_daemon import Daemon, daemon, guest
+from tests.traced import stopped
 from xdpnet import core
 from xdpnet.metrics.snapshot import Worker
 from xdpnet.stalls import LOOKS, STALLED_S, Stall, StallWatch
@@ -27,7 +28,6 @@ from xdpnet.watchdog import Watchdog
 pytest_plugins = ["tests.guest_fixtures"]
 
 PAGE = 4096
-PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH, WALL = 0x4206, 0x4207, 17, 0x4000_0000
 
 
 class Watched:
@@ -234,20 +234,6 @@ def test_e11_a_guest_that_holds_up_workers_again_and_again_does_not_starve_the_w
 
 
 # ---- the daemon ----
-
-
-@contextlib.contextmanager
-def stopped(tid: int) -> Iterator[None]:
-    """One thread of another process; the others go on. ptrace(2)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for request in PTRACE_SEIZE, PTRACE_INTERRUPT:
-        if libc.ptrace(request, tid, None, None):
-            raise OSError(ctypes.get_errno(), "ptrace")
-    os.waitpid(tid, WALL)
-    try:
-        yield
-    finally:
-        libc.ptrace(PTRACE_DETACH, tid, None, None)
 
 
 @contextlib.contextmanager
