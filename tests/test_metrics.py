@@ -556,3 +556,24 @@ def test_promtool_takes_the_configuration_and_the_rules() -> None:
         ["promtool", "check", "config", str(DEPLOY / "prometheus.yml")], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian package prometheus)")
+def test_each_alert_fires_when_it_should_and_not_before() -> None:
+    cases = Path(__file__).with_name("prometheus-rules-test.yml")
+    tested = subprocess.run(["promtool", "test", "rules", str(cases)], capture_output=True, text=True, check=False)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    alerts = set(re.findall(r"alert: (\w+)", (DEPLOY / "prometheus-rules.yml").read_text()))
+    fires = set(re.findall(r"alertname: (\w+)\n\s+exp_alerts:\n", cases.read_text()))
+    assert fires == alerts
+
+
+def test_the_dashboard_shows_hosts_side_by_side_and_asks_for_no_job_by_name() -> None:
+    board = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    targets = [target for panel in board["panels"] for target in panel.get("targets", [])]
+    assert len(targets) > 20
+    for target in targets:
+        assert "{{instance}}" in target["legendFormat"], target
+        assert "job=" not in target["expr"], target
+        for grouping in re.findall(r"\b(?:sum|count)\b(.{0,14})", target["expr"]):
+            assert grouping.startswith(" by (instance"), target
