@@ -28,11 +28,11 @@ void bridge_call(struct xn_bridge *b, int fd)
 
 /* ---- public: the bridge ---- */
 
-static const char *const drop_names[] = {"short",     "runt",	   "oversize", "pieces",    "gso_type", "gso_size",
-					 "gso_csum",  "gso_proto", "csum",     "l3",	    "l4",	"ipv6_ext",
-					 "fragment",  "vlan",	   "spoof",    "policy",    "disabled", "no_port",
-					 "no_buffer", "too_small", "costly",   "not_ready", "broken",	"no_frame",
-					 "bad_frame", "frags",	   "truncated"};
+static const char *const drop_names[] = {"short",    "runt",	  "oversize",  "pieces",    "gso_type",	 "gso_size",
+					 "gso_csum", "gso_proto", "csum",      "l3",	    "l4",	 "ipv6_ext",
+					 "fragment", "vlan",	  "spoof",     "reflected", "policy",	 "disabled",
+					 "no_port",  "no_buffer", "too_small", "costly",    "not_ready", "broken",
+					 "no_frame", "bad_frame", "frags",     "truncated"};
 _Static_assert(ARRAY_LEN(drop_names) == XN_DROP_COUNT, "a name for every drop reason");
 _Static_assert(ARRAY_LEN(((struct xn_queue_stats *)0)->drops) == XN_DROP_COUNT, "a counter for every drop reason");
 

@@ -32,14 +32,19 @@ static bool aged(const struct fdb *f, const struct fdb_entry *e, u32 now)
 	return f->ageing_s && vlan_of(e->key) != FDB_STATIC && (int32_t)(now - e->seen) > (int32_t)f->ageing_s;
 }
 
+static bool is_here(const struct fdb *f, u32 port)
+{
+	return __atomic_load_n(&f->here[port], __ATOMIC_RELAXED);
+}
+
 static bool expired(const struct fdb *f, const struct fdb_entry *e, u32 now)
 {
-	return aged(f, e, now) && !__atomic_load_n(&f->here[e->port], __ATOMIC_RELAXED);
+	return aged(f, e, now) && !is_here(f, e->port);
 }
 
 static bool just_said(const struct fdb *f, const struct fdb_entry *e, u32 now)
 {
-	return __atomic_load_n(&f->here[e->port], __ATOMIC_RELAXED) && (int32_t)(now - e->seen) < COMES_BACK_S;
+	return is_here(f, e->port) && (int32_t)(now - e->seen) < COMES_BACK_S;
 }
 
 static u64 rotate(u64 x, u32 by)
@@ -323,15 +328,15 @@ enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, enum fdb_
 		return FDB_KNOWN;
 	}
 	if (i && vlan_of(e.key) == FDB_STATIC)
-		return FDB_FOREIGN;
+		return teacher == FDB_WIRE_GROUP && is_here(f, e.port) ? FDB_REFLECTED : FDB_FOREIGN;
 	if (i && teacher == FDB_WIRE_GROUP && just_said(f, &e, now))
-		return FDB_CAME_BACK;
+		return FDB_KNOWN;
 	spin_lock(&f->lock);
 	i = find_address(f, mac, vlan, &e);
 	if (i && vlan_of(e.key) == FDB_STATIC) {
 		verdict = FDB_FOREIGN;
 	} else if (i && teacher == FDB_WIRE_GROUP && just_said(f, &e, now)) {
-		verdict = FDB_CAME_BACK;
+		verdict = FDB_KNOWN;
 	} else if (i && pool_of(f, i) == pool_for(f, port, teacher)) {
 		verdict = limited || e.port != port ? FDB_LEARNED : FDB_KNOWN;
 		move(f, i, port, now);

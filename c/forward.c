@@ -11,8 +11,11 @@ enum { MAC_CONTROL = 0x8808 };
 /* No number of frames: one has been flooded to all ports, in parts. */
 enum { FLOODED = UINT32_MAX };
 
-/* Remembers where a frame came from. False: the address is not this port's to use. */
-static bool learn(struct worker *w, const struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
+/* No reason to drop a frame. */
+enum { GOOD = XN_DROP_COUNT };
+
+/* Remembers where a frame came from. Else than GOOD: why it goes no further. */
+static u32 learn(struct worker *w, const struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
 	enum fdb_teacher teacher = FDB_GUEST;
@@ -20,31 +23,33 @@ static bool learn(struct worker *w, const struct port *from, u64 src, u64 dst, u
 	if (from->kind == PORT_GUEST) {
 		/* Its own was given: there is nothing to learn. */
 		if (from->mac && src == from->mac)
-			return true;
+			return GOOD;
 		if (from->check_source)
-			return false;
+			return XN_DROP_SPOOF;
 		if (unlikely(mac_is_group(src) || !src))
-			return false;
+			return XN_DROP_SPOOF;
 	} else if (mac_is_group(src) || !src) {
-		return true;
+		return GOOD;
 	} else {
 		teacher = mac_is_group(dst) ? FDB_WIRE_GROUP : FDB_WIRE;
 	}
 	switch (fdb_learn(b->fdb, src, vlan, from->id, teacher, w->now)) {
-	case FDB_LEARNED:
-		bridge_event(b, XN_EVENT_FDB);
-		return true;
-	case FDB_CAME_BACK:
 	case FDB_KNOWN:
 		break;
+	case FDB_LEARNED:
+		bridge_event(b, XN_EVENT_FDB);
+		break;
+	case FDB_REFLECTED:
+		/* Who was to have it has it, and the guest would take it for another's. */
+		return XN_DROP_REFLECTED;
 	case FDB_FOREIGN:
-		/* Another guest's own address. On the wire that may be our own frame coming back, or the guest on its way. */
-		return from->kind != PORT_GUEST;
+		/* Another guest's own address. On the wire that may be the guest on its way. */
+		return from->kind == PORT_GUEST ? XN_DROP_SPOOF : GOOD;
 	case FDB_FULL:
 		count(&stats->unlearned, 1);
-		return true;
+		break;
 	}
-	return true;
+	return GOOD;
 }
 
 /*
@@ -74,7 +79,7 @@ static struct ways classify(struct worker *w, const struct port *from, struct vi
 	u64 last_src = 0, last_dst = NO_MAC;
 	u16 last_vlan = 0, last_port = 0;
 	struct ways ways = {0};
-	bool good = false;
+	u32 fault = GOOD;
 
 	for (u32 i = 0; i < n; i++) {
 		struct view *v = &views[i];
@@ -90,9 +95,9 @@ static struct ways classify(struct worker *w, const struct port *from, struct vi
 		}
 		/* Bursts come in trains of one flow: look up what differs. */
 		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
-			good = learn(w, from, src, dst, vlan, stats);
-		if (unlikely(!good)) {
-			view_drop(v, XN_DROP_SPOOF);
+			fault = learn(w, from, src, dst, vlan, stats);
+		if (unlikely(fault != GOOD)) {
+			view_drop(v, fault);
 			last_dst = NO_MAC;
 			continue;
 		}
@@ -516,7 +521,7 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 	w->turn = cycles();
 	w->lender = NULL;
 	w->payer = &w->accounts[from->id];
-	if (!learn(w, from, view_src(&view), view_dst(&view), 0, stats))
+	if (learn(w, from, view_src(&view), view_dst(&view), 0, stats) != GOOD)
 		return false;
 	bridge_forward(w, from, 0, &view, 1, stats, NULL);
 	return true;

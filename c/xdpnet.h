@@ -52,6 +52,7 @@ enum xn_drop {
 	XN_DROP_FRAGMENT,  /* to be segmented, and it is a fragment */
 	XN_DROP_VLAN,	   /* to be segmented, and it has more VLAN tags than two */
 	XN_DROP_SPOOF,	   /* a source address that is not the guest's own */
+	XN_DROP_REFLECTED, /* from the wire, to many, with the given address of a guest that is here: its own, come back */
 	XN_DROP_POLICY,	   /* for the next bridge alone, to pause a card, or with another's IP address */
 	XN_DROP_DISABLED,  /* transmitted on a ring that is started but disabled */
 	XN_DROP_NO_PORT,   /* the destination is the port it came from, or there is no other */
@@ -137,7 +138,7 @@ struct xn_ring_config {
 struct xn_queue_stats {
 	uint64_t packets;
 	uint64_t bytes;		 /* of Ethernet frames, without virtio_net_hdr */
-	uint64_t drops[27];	 /* by enum xn_drop */
+	uint64_t drops[28];	 /* by enum xn_drop */
 	uint64_t copies;	 /* more ports than one that a frame of this queue was flooded to */
 	uint64_t bursts;	 /* polls that found something */
 	uint64_t kicks;		 /* guest rings: kicks taken. netdev tx: sendto() calls */

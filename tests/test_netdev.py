@@ -480,6 +480,34 @@ def test_46_what_comes_back_from_the_wire_takes_no_address_and_a_station_there_d
             assert port_of(GUEST) == port.port
 
 
+def test_57_what_comes_back_of_a_guest_with_an_address_is_dropped_while_it_is_here(
+    opened: Netdev, pair: Veth, bridge: core.Bridge
+) -> None:
+    with contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
+        other = Driver(bridge).start()
+        bridge.set_mac(guest.port, GUEST, True)
+        bridge.set_mac(other.port, SECOND, True)
+        opened.sync_macs([GUEST, SECOND])
+        guest.pair.fill()
+        other.pair.fill()
+        for destination in (BROADCAST, MULTICAST):
+            guest.pair.send(frame(destination, GUEST))
+            assert other.pair.frames() == [frame(destination, GUEST)]
+            assert wire.receive() == frame(destination, GUEST)
+            wire.send(frame(destination, GUEST))
+            wire.send(frame(destination, STRANGER))
+            assert other.pair.frames() == guest.pair.frames() == [frame(destination, STRANGER)]
+        assert bridge.queue_stats(opened.port, 0, core.RX).drops["reflected"] == 2
+        # To one station nothing comes back; and one that has gone to another host is heard from there.
+        wire.send(frame(SECOND, GUEST))
+        assert other.pair.frames() == [frame(SECOND, GUEST)]
+        guest.stop()
+        wire.send(frame(BROADCAST, GUEST))
+        assert other.pair.frames() == [frame(BROADCAST, GUEST)]
+        assert bridge.queue_stats(opened.port, 0, core.RX).drops["reflected"] == 2
+        other.close()
+
+
 def test_addresses_come_and_go(opened: Netdev, pair: Veth) -> None:
     with pair.wire() as wire:
 
