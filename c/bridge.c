@@ -317,6 +317,8 @@ int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs)
 	if (!pairs || pairs > XN_MAX_PAIRS)
 		return -EINVAL;
 	struct virtqueue *rings = aligned_alloc(XN_CACHELINE, 2 * pairs * sizeof(*rings));
+	/* A power of two. */
+	u32 share = 1u << (31 - __builtin_clz(BACKLOG_BYTES / pairs));
 
 	if (!rings)
 		return -ENOMEM;
@@ -335,6 +337,7 @@ int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs)
 			rings[i].port = p;
 			rings[i].index = i;
 			rings[i].kick_fd = rings[i].call_fd = rings[i].err_fd = -1;
+			rings[i].backlog.room = share;
 		}
 	}
 	workers_resume(b);

@@ -117,11 +117,13 @@ void netdev_recall(struct xsk *x, bool patient);
 /* Tells the kernel of frames submitted to this socket; false: it did not take them all, try again soon. */
 bool netdev_kick(struct xsk *x);
 
-/* What a started transmit ring is to its worker, by layout. */
-extern const struct source_ops split_source, packed_source;
+/* What a started transmit ring is to its worker, by layout; and a receive ring. */
+extern const struct source_ops split_source, packed_source, receive_source;
 /* An AF_XDP socket, and one that gets frames in several descriptors; the AF_PACKET socket. */
 extern const struct source_ops xsk_source, chains_source, group_source;
 
+/* While parked: drops the frames that wait for buffers of a receive ring. */
+void guest_drop_waiting(struct virtqueue *q);
 /* Hands back chains whose loans have ended; returns how many. */
 u32 guest_take_back(struct virtqueue *q, u64 now);
 /* Parks the workers, and calls back all that the port has lent. */

@@ -148,6 +148,7 @@ static void stop_ring(struct virtqueue *q)
 	q->dirty = 0;
 	q->waits = false;
 	q->started = false;
+	guest_drop_waiting(q);
 	free(q->loans);
 	q->loans = NULL;
 }
@@ -442,15 +443,20 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 					    .spins = true,
 					    .kicks = &q->stats.kicks,
 					    .bytes = {&q->stats.bytes, &q[-1].stats.bytes}};
-		r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source, port);
-		if (r)
-			stop_ring(q);
-		goto out;
+	} else {
+		/* Buffers are waited for only by frames that found none. An index just passed asks for one kick in 65536. */
+		vring_disarm(q);
+		if (!packed && q->event_idx)
+			g_store16(split_avail_event_at(q), (u16)(q->next.pos - 1));
+		q->source = (struct source){.ops = &receive_source,
+					    .queue = ring,
+					    .fd = q->kick_fd,
+					    .dead = true,
+					    .kicks = &q->stats.kicks};
 	}
-	/* Nobody waits for receive buffers. With event index, an index just passed asks for one kick in 65536. */
-	vring_disarm(q);
-	if (!packed && q->event_idx)
-		g_store16(split_avail_event_at(q), (u16)(q->next.pos - 1));
+	r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source, port);
+	if (r)
+		stop_ring(q);
 out:
 	guest_settle(q->port);
 	guests_settle_lending(b);
@@ -510,6 +516,8 @@ int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enable
 		return 0;
 	workers_park(b);
 	q->enabled = enabled;
+	if (!enabled)
+		guest_drop_waiting(q);
 	guest_settle(q->port);
 	workers_resume(b);
 	return 0;
@@ -553,6 +561,7 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
 	*out = (struct xn_ring_state){
 		.worker = ring / 2 % b->config.workers, .enabled = q->enabled, .broken = q->broken};
 	out->last_avail = __atomic_load_n(&q->next.pos, __ATOMIC_RELAXED);
+	out->waiting = __atomic_load_n(&q->backlog.n, __ATOMIC_RELAXED);
 	if (!q->started)
 		return 0;
 	out->started = 1;

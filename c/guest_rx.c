@@ -47,43 +47,16 @@ static always_inline void put_header(u8 *to, u32 len, const struct view *v)
 	g_copy_to(to, &header, len);
 }
 
-/* Copies n bytes to where the cursor (piece, offset) stands, and moves it on. */
-static void scatter(struct piece **at, u32 *offset, const u8 *from, u32 n)
-{
-	while (n) {
-		u32 part = min_u32((*at)->len - *offset, n);
-
-		g_copy_to((*at)->ptr + *offset, from, part);
-		from += part;
-		n -= part;
-		*offset += part;
-		if (*offset == (*at)->len) {
-			(*at)++;
-			*offset = 0;
-		}
-	}
-}
-
 /* Header and frame into any chains. */
 static __attribute__((noinline)) void fill_any_place(const struct virtqueue *q, const struct place *p)
 {
 	const struct view *v = p->view;
 	const struct virtio_net_hdr_mrg_rxbuf hdr = vnet_header(v, (u16)p->chains_n);
 	struct piece *at = p->pieces;
-	u32 offset = 0, skip = min_u32(v->len, VIEW_HEAD);
+	u32 offset = 0;
 
 	scatter(&at, &offset, (const u8 *)&hdr, q->hdr_len);
-	scatter(&at, &offset, v->head, skip);
-	for (u32 i = 0; i < v->n; i++) {
-		u32 len = v->pieces[i].len;
-
-		if (skip >= len) {
-			skip -= len;
-			continue;
-		}
-		scatter(&at, &offset, v->pieces[i].ptr + skip, len - skip);
-		skip = 0;
-	}
+	view_scatter(&at, &offset, v);
 }
 
 /* Copies what has been placed and pushes its chains. */
@@ -139,11 +112,12 @@ static bool has_room(const struct scratch *s)
 	return s->pieces + VRING_MAX_PIECES <= WORKER_PIECES && s->chains < WORKER_CHAINS;
 }
 
-enum placing { PLACED, PLACE_LATER, PLACE_NEVER };
+enum placing { PLACED, PLACE_LATER, PLACE_NEVER, PLACE_WAIT };
 
 /*
  * Takes chains for one frame. PLACE_LATER: commit what is placed and come again. PLACE_NEVER: the frame is dropped for
- * *why; its chains stay in the ring, unless one of them is unfit for any frame like it.
+ * *why; its chains stay in the ring, unless one of them is unfit for any frame like it. PLACE_WAIT: there are too few of
+ * them, until the guest puts more where q->wanted stands.
  */
 static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pushing *push, const struct view *v,
 			       struct scratch *s, struct place *p, enum xn_drop *why, u32 *steps, bool packed)
@@ -165,7 +139,11 @@ static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pus
 		if (unlikely(!vring_peek(q, at, packed))) {
 			*s = start;
 			*why = q->broken ? XN_DROP_BROKEN : XN_DROP_NO_BUFFER;
-			return PLACE_NEVER;
+			/* More than all of the ring's would not be enough, however long it waited. */
+			if (unlikely(q->broken || vring_distance(q, q->next, at) >= q->num))
+				return PLACE_NEVER;
+			q->wanted = at;
+			return PLACE_WAIT;
 		}
 		int n = vring_pop(q, &at, true, &w->to_pieces[s->pieces], VRING_MAX_PIECES, &capacity, &chain, steps,
 				  packed);
@@ -238,18 +216,19 @@ static always_inline bool place(struct worker *w, struct virtqueue *q, struct cu
 	return true;
 }
 
-static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q, const struct view *views,
-					  const u8 *which, u32 n, bool packed)
+/* Puts frames into the ring, or drops them, up to the first that has to wait; returns how many. */
+static always_inline u32 deliver_to_ring(struct worker *w, struct virtqueue *q, const struct view *views,
+					 const u8 *which, u32 n, bool packed)
 {
 	struct place places[XN_BURST];
 	struct scratch scratch = {0};
 	struct pushing push = vring_begin(q);
 	struct cursor at = q->next;
-	u32 placed = 0;
+	u32 placed = 0, i = 0;
 
 	q->steps_left = q->steps_left + (s32)(n * FRAME_STEPS) < POLL_STEPS ? q->steps_left + (s32)(n * FRAME_STEPS)
 									    : POLL_STEPS;
-	for (u32 i = 0; i < n;) {
+	while (i < n) {
 		const struct view *v = &views[which[i]];
 
 		if (likely(place(w, q, at, v, &scratch, &places[placed], packed))) {
@@ -277,6 +256,8 @@ static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q,
 			scratch = (struct scratch){0};
 			continue;
 		}
+		if (r == PLACE_WAIT)
+			break;
 		if (r == PLACED)
 			placed++;
 		else
@@ -290,6 +271,125 @@ static always_inline void deliver_to_ring(struct worker *w, struct virtqueue *q,
 		worker_owes(w, q);
 	/* For the next burst: buffers are posted long before they are used, and nobody touches these lines until then. */
 	vring_prefetch(q, n, n, packed);
+	return i;
+}
+
+static u32 deliver(struct worker *w, struct virtqueue *q, const struct view *views, const u8 *which, u32 n)
+{
+	return q->is_packed ? deliver_to_ring(w, q, views, which, n, true)
+			    : deliver_to_ring(w, q, views, which, n, false);
+}
+
+/* ---- frames that wait for buffers ---- */
+
+/* Drops those that have waited for too long. */
+static void drop_overdue(struct worker *w, struct virtqueue *q)
+{
+	u32 n = backlog_overdue(&q->backlog, w->turn, w->bridge->cycles_per_us * BACKLOG_US);
+
+	if (!n)
+		return;
+	count(&q->stats.drops[XN_DROP_NO_BUFFER], n);
+	backlog_drop(&q->backlog, n);
+	/* The next one may do with what there is. */
+	q->wanted = q->next;
+}
+
+/* Puts those that have waited longest, at most `most`, into the ring; returns how many it is done with. */
+static u32 serve_waiting(struct worker *w, struct virtqueue *q, u32 most)
+{
+	struct view views[XN_BURST];
+	struct piece pieces[2 * XN_BURST];
+	u8 which[XN_BURST];
+
+	drop_overdue(w, q);
+	if (!q->backlog.n || (!vring_peek(q, q->wanted, q->is_packed) && !q->broken))
+		return 0;
+	u32 n = backlog_peek(&q->backlog, most, views, pieces);
+
+	for (u32 i = 0; i < n; i++)
+		which[i] = (u8)i;
+	u32 done = deliver(w, q, views, which, n);
+
+	if (done == n)
+		q->wanted = q->next;
+	backlog_drop(&q->backlog, done);
+	return done;
+}
+
+/* Has frames wait behind those that do, and its worker look after them. */
+static __attribute__((noinline)) void add_waiting(struct worker *w, struct virtqueue *q, const struct view *views,
+						  const u8 *which, u32 n)
+{
+	const u32 before = q->backlog.n;
+	u32 kept = 0;
+
+	for (u32 i = 0; i < n; i++)
+		kept += backlog_add(&q->backlog, &views[which[i]], w->turn);
+	count(&q->stats.waited, kept);
+	count(&q->stats.drops[XN_DROP_NO_BUFFER], n - kept);
+	if (kept && !before)
+		worker_ask(w, &q->source);
+}
+
+/*
+ * Behind frames that wait. For each that it brings, whoever sends puts one of those into the ring; what it costs to catch up
+ * with a guest that has posted buffers is the guest's own (poll_waiting).
+ */
+static __attribute__((noinline)) u32 deliver_behind(struct worker *w, struct virtqueue *q, const struct view *views,
+						    const u8 *which, u32 n)
+{
+	(void)serve_waiting(w, q, n);
+	return q->backlog.n ? 0 : deliver(w, q, views, which, n);
+}
+
+static u32 poll_waiting(struct worker *w, struct source *s)
+{
+	struct virtqueue *q = container_of(s, struct virtqueue, source);
+	struct backlog *b = &q->backlog;
+	u32 n = 0;
+
+	vring_lock(q);
+	if (b->n) {
+		if (unlikely(__atomic_load_n(&q->port->guest.mem_lost, __ATOMIC_RELAXED)))
+			vring_break(q, XN_BROKEN_MEMORY);
+		n = serve_waiting(w, q, XN_BURST);
+	} else if (b->bytes && w->turn - b->last > w->bridge->cycles_per_us * BACKLOG_US) {
+		backlog_release(b);
+	}
+	s->dead = !b->bytes;
+	vring_unlock(q);
+	return n;
+}
+
+static bool arm_waiting(struct source *s)
+{
+	struct virtqueue *q = container_of(s, struct virtqueue, source);
+
+	vring_lock(q);
+	/* Of a ring that broke meanwhile, they are to be dropped. */
+	bool more = q->backlog.n && (q->broken || vring_arm(q, q->wanted));
+
+	if (more && !q->broken)
+		vring_disarm(q);
+	vring_unlock(q);
+	return more;
+}
+
+static void disarm_waiting(struct source *s)
+{
+	struct virtqueue *q = container_of(s, struct virtqueue, source);
+
+	if (!q->broken)
+		vring_disarm(q);
+}
+
+const struct source_ops receive_source = {poll_waiting, arm_waiting, disarm_waiting};
+
+void guest_drop_waiting(struct virtqueue *q)
+{
+	count(&q->stats.drops[XN_DROP_NOT_READY], q->backlog.n);
+	backlog_release(&q->backlog);
 }
 
 void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
@@ -307,10 +407,10 @@ void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct vie
 	vring_lock(q);
 	if (unlikely(__atomic_load_n(&g->mem_lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
-	if (q->is_packed)
-		deliver_to_ring(w, q, views, which, n, true);
-	else
-		deliver_to_ring(w, q, views, which, n, false);
+	u32 done = likely(!q->backlog.n) ? deliver(w, q, views, which, n) : deliver_behind(w, q, views, which, n);
+
+	if (unlikely(done < n))
+		add_waiting(w, q, views, which + done, n - done);
 	vring_unlock(q);
 	worker_delivers_to(w, XN_AT_REST);
 }

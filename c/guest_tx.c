@@ -295,7 +295,7 @@ static bool guest_arm(struct source *s)
 {
 	struct virtqueue *q = container_of(s, struct virtqueue, source);
 
-	if (q->broken || !vring_arm(q))
+	if (q->broken || !vring_arm(q, q->next))
 		return false;
 	vring_disarm(q);
 	return true;

@@ -1,5 +1,6 @@
 /*
- * A source: something that a worker takes frames from (a transmit ring, an AF_XDP socket, a group socket).
+ * A source: something that a worker takes frames from (a transmit ring, an AF_XDP socket, a group socket; a receive ring,
+ * for which frames wait).
  *
  * An active source is polled on every turn. One that has brought nothing for the spin time is armed (it says where it
  * wants to be woken) and sleeps in the worker's epoll set; while other sources keep the worker busy, that set is looked at
@@ -32,8 +33,9 @@ struct source {
 	u32 place;		 /* place_of() them */
 	int fd;			 /* what wakes it; -1: it is polled for ever */
 	bool active;
-	bool spins;	 /* polled for a time after its last frame; else until it is empty */
-	bool dead;	 /* brings nothing until it is added anew: not even without an fd is it polled for ever */
+	bool spins; /* polled for a time after its last frame; else until it is empty */
+	bool dead;  /* brings nothing until it is asked, or added anew: not even without an fd is it polled for ever */
+	bool asked; /* by whoever, to be polled */
 	bool unwatched;	 /* while it is active its fd is not in the epoll set, where each wake-up takes a lock */
 	bool woken;	 /* by its fd, since it last brought something */
 	u64 last_work;	 /* cycles */

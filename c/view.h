@@ -173,6 +173,41 @@ static inline void view_copy(u8 *to, const struct view *v)
 	}
 }
 
+/* Copies n bytes to where the cursor (piece, offset) stands, and moves it on. */
+static inline void scatter(struct piece **at, u32 *offset, const u8 *from, u32 n)
+{
+	while (n) {
+		u32 part = min_u32((*at)->len - *offset, n);
+
+		g_copy_to((*at)->ptr + *offset, from, part);
+		from += part;
+		n -= part;
+		*offset += part;
+		if (*offset == (*at)->len) {
+			(*at)++;
+			*offset = 0;
+		}
+	}
+}
+
+/* The frame, likewise. */
+static inline void view_scatter(struct piece **at, u32 *offset, const struct view *v)
+{
+	u32 skip = min_u32(v->len, VIEW_HEAD);
+
+	scatter(at, offset, v->head, skip);
+	for (u32 i = 0; i < v->n; i++) {
+		u32 len = v->pieces[i].len;
+
+		if (skip >= len) {
+			skip -= len;
+			continue;
+		}
+		scatter(at, offset, v->pieces[i].ptr + skip, len - skip);
+		skip = 0;
+	}
+}
+
 /* Copies it into several of TX_PIECE bytes; it is longer than VIEW_HEAD. */
 static inline void view_copy_large(u8 *const *to, const struct view *v)
 {

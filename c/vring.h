@@ -3,7 +3,7 @@
  *
  *   peek     is there a chain at the cursor                pop      take it, as pieces; the cursor moves behind it
  *   push     hand a chain back                             publish  make what was pushed visible
- *   arm      ask for a kick at the next chain              notify   interrupt the guest, if it asked for it
+ *   arm      ask for a kick at a chain to come             notify   interrupt the guest, if it asked for it
  *
  * The cursor is the caller's: chains are taken for good when it is stored in `next`, and what is not simply stays in the
  * ring. The core keeps its own copy of every index that it writes and never reads those back. A fault in what the guest
@@ -19,6 +19,7 @@
 #include <linux/virtio_net.h>
 #include <linux/virtio_ring.h>
 
+#include "backlog.h"
 #include "caller.h"
 #include "loan.h"
 #include "mem.h"
@@ -88,14 +89,16 @@ struct virtqueue {
 	u16 avail_idx;		 /* split: the guest's index, as last read */
 	u32 unchecked; /* descriptors (split: chains) published since the last notification check; may be more than a lap */
 	bool signalled_valid;
-	u8 broken;	    /* enum xn_broken */
-	u32 hint;	    /* memory region of the last translation */
-	s32 steps_left;	    /* receive: that chains may take to walk before frames are dropped instead */
-	u32 flood_next;	    /* transmit: the port at which the flooding of the next chain's frame goes on */
-	u32 dirty;	    /* workers that owe a notification check, one bit each */
-	u64 call_due;	    /* cycles, when the guest is to be told of what it has back ... */
-	struct cursor owed; /* ... up to here; where `used` stood when that was set */
-	bool slow_call;	    /* the last interrupt took longer than one should */
+	u8 broken;	      /* enum xn_broken */
+	u32 hint;	      /* memory region of the last translation */
+	s32 steps_left;	      /* receive: that chains may take to walk before frames are dropped instead */
+	struct cursor wanted; /* receive: where a chain has to come before the first frame that waits is tried again */
+	struct backlog backlog; /* receive: frames that wait */
+	u32 flood_next;		/* transmit: the port at which the flooding of the next chain's frame goes on */
+	u32 dirty;		/* workers that owe a notification check, one bit each */
+	u64 call_due;		/* cycles, when the guest is to be told of what it has back ... */
+	struct cursor owed;	/* ... up to here; where `used` stood when that was set */
+	bool slow_call;		/* the last interrupt took longer than one should */
 	struct source source;
 
 	/* A transmit ring's chains between pop and push, oldest first, if one of them is lent; free-running indices. */
@@ -411,23 +414,22 @@ static inline void vring_disarm(struct virtqueue *q)
 		g_store16(&q->split.used->flags, VRING_USED_F_NO_NOTIFY);
 }
 
-/* Asks for a kick at the next chain. True if one arrived meanwhile: the caller goes on instead of sleeping. */
-static inline bool vring_arm(struct virtqueue *q)
+/* Asks for a kick at the chain at the cursor. True if it arrived meanwhile: the caller goes on instead of sleeping. */
+static inline bool vring_arm(struct virtqueue *q, struct cursor at)
 {
 	if (q->is_packed) {
 		u16 flags = q->event_idx ? VRING_PACKED_EVENT_FLAG_DESC : VRING_PACKED_EVENT_FLAG_ENABLE;
 
-		g_store16(&q->packed.device->off_wrap,
-			  (u16)(q->next.pos | q->next.wrap << VRING_PACKED_EVENT_F_WRAP_CTR));
+		g_store16(&q->packed.device->off_wrap, (u16)(at.pos | at.wrap << VRING_PACKED_EVENT_F_WRAP_CTR));
 		g_store16_release(&q->packed.device->flags, flags);
 	} else if (q->event_idx) {
-		g_store16(split_avail_event_at(q), q->next.pos);
+		g_store16(split_avail_event_at(q), at.pos);
 	} else {
 		g_store16(&q->split.used->flags, 0);
 	}
 	/* The guest makes a chain available and then reads what we published; we publish and then look at the ring. */
 	full_fence();
-	return vring_peek(q, q->next, q->is_packed);
+	return vring_peek(q, at, q->is_packed);
 }
 
 static inline void vring_lock(struct virtqueue *q)

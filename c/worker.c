@@ -100,7 +100,8 @@ int worker_add_source(struct worker *w, struct source *s, u32 port)
 	s->weighed_bytes = s->spins ? moved_bytes(s) : 0;
 	s->slot = w->sources_n;
 	w->sources[w->sources_n++] = s;
-	activate(w, s);
+	if (!s->dead)
+		activate(w, s);
 	return 0;
 }
 
@@ -409,6 +410,35 @@ static int notify_guests(struct worker *w)
 	return wait;
 }
 
+static void wake(struct worker *w)
+{
+	static const u64 one = 1;
+
+	if (write(w->wake_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+void worker_ask(struct worker *w, struct source *s)
+{
+	if (s->worker == w) {
+		activate(w, s);
+		return;
+	}
+	__atomic_store_n(&s->asked, true, __ATOMIC_RELAXED);
+	/* Release: whoever sees that something is asked sees what. */
+	__atomic_store_n(&s->worker->asked, true, __ATOMIC_RELEASE);
+	wake(s->worker);
+}
+
+static void activate_asked(struct worker *w)
+{
+	if (!__atomic_exchange_n(&w->asked, false, __ATOMIC_ACQUIRE))
+		return;
+	for (u32 i = 0; i < w->sources_n; i++)
+		if (__atomic_exchange_n(&w->sources[i]->asked, false, __ATOMIC_RELAXED))
+			activate(w, w->sources[i]);
+}
+
 /* Sources that sleep are polled without their asking: nothing may stay stuck on a kick that never came. */
 static void look_at_all(struct worker *w)
 {
@@ -416,7 +446,7 @@ static void look_at_all(struct worker *w)
 	for (u32 i = 0; i < w->sources_n; i++) {
 		struct source *s = w->sources[i];
 
-		if (s->active)
+		if (s->active || s->dead)
 			continue;
 		/* Once, if it brings nothing: what it was like before stays. */
 		u64 before = s->last_work;
@@ -447,9 +477,9 @@ void worker_wait(struct worker *w, int timeout_ms)
 		u64 ignored;
 
 		if (!s) {
-			/* Only to be level again; what it asks for is in parking.wanted. */
-			if (read(w->wake_fd, &ignored, sizeof(ignored)) < 0)
-				continue;
+			/* Only to be level again; what it asks for is in parking.wanted, or comes next. */
+			if (read(w->wake_fd, &ignored, sizeof(ignored)) > 0)
+				activate_asked(w);
 			continue;
 		}
 		if (s->kicks)
@@ -598,14 +628,6 @@ void worker_free(struct worker *w)
 	caller_release(&w->caller);
 	free(w->group_frames);
 	free(w);
-}
-
-static void wake(struct worker *w)
-{
-	static const u64 one = 1;
-
-	if (write(w->wake_fd, &one, sizeof(one)) < 0)
-		return;
 }
 
 int worker_start(struct worker *w)

@@ -23,7 +23,7 @@
 struct xn_bridge;
 
 enum {
-	WORKER_SOURCES = XN_MAX_PORTS * XN_MAX_PAIRS,
+	WORKER_SOURCES = 2 * XN_MAX_PORTS * XN_MAX_PAIRS, /* a receive and a transmit ring each */
 	WORKER_PIECES = 4 * VRING_MAX_PIECES,
 	WORKER_CHAINS = 2 * VRING_MAX_PIECES,
 	GROUP_BATCH = 16,
@@ -44,7 +44,8 @@ struct worker {
 	u32 id;
 	pthread_t thread;
 	int epoll_fd;
-	int wake_fd; /* eventfd: look at parking.wanted */
+	int wake_fd; /* eventfd: look at parking.wanted and asked */
+	bool asked;  /* another thread wants a source of this worker to be polled */
 	u32 now;     /* seconds, monotonic; refreshed at least every turn of the epoll set */
 	u64 turn;    /* cycles, when this turn began */
 	u64 looked;  /* cycles, when all sources were last polled, asleep or not */
@@ -69,17 +70,17 @@ struct worker {
 	struct {
 		struct virtqueue *ring;
 		struct account *payer; /* who has made it owe that */
-	} notify[2 * WORKER_SOURCES];  /* rings that owe a notification check */
+	} notify[WORKER_SOURCES];      /* rings that owe a notification check */
 	u8 gap_notify[XN_GAP];
 	u32 notify_n;
 	struct caller caller;
 	struct xsk *kick[XN_MAX_PORTS * XN_MAX_NETDEV_QUEUES]; /* sockets with frames that the kernel has not taken */
 	u8 gap_kick[XN_GAP];
 	u32 kick_n;
-	u32 kick_frames;			   /* given to them since the last kick */
-	u32 kick_turns;				   /* that these have waited for */
-	u64 kick_cycles;			   /* that a frame costs the kernel to take, as it was lately */
-	struct virtqueue *lenders[WORKER_SOURCES]; /* rings with chains that wait for a loan to end */
+	u32 kick_frames;			       /* given to them since the last kick */
+	u32 kick_turns;				       /* that these have waited for */
+	u64 kick_cycles;			       /* that a frame costs the kernel to take, as it was lately */
+	struct virtqueue *lenders[WORKER_SOURCES / 2]; /* rings with chains that wait for a loan to end */
 	u8 gap_lenders[XN_GAP];
 	u32 lenders_n;
 	u64 sent_call_delay; /* cycles, in a stream */
@@ -131,6 +132,8 @@ int worker_add_source(struct worker *w, struct source *s, u32 port);
 void worker_remove_source(struct source *s);
 /* Has a source of this worker polled for as long as if it had just brought something. */
 void worker_keep_active(struct worker *w, struct source *s);
+/* Has the source's worker poll it; called by any of them. */
+void worker_ask(struct worker *w, struct source *s);
 /* While parked: forgets what the worker owes this ring or socket. */
 void worker_forget_ring(struct worker *w, const struct virtqueue *q);
 void worker_forget_xsk(struct worker *w, const struct xsk *x);

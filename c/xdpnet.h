@@ -56,7 +56,7 @@ enum xn_drop {
 	XN_DROP_POLICY,	   /* for the next bridge alone, to pause a card, or with another's IP address */
 	XN_DROP_DISABLED,  /* transmitted on a ring that is started but disabled */
 	XN_DROP_NO_PORT,   /* the destination is the port it came from, or there is no other */
-	XN_DROP_NO_BUFFER, /* the guest has posted too few receive buffers */
+	XN_DROP_NO_BUFFER, /* the guest has posted too few receive buffers, for too long or for too many frames */
 	XN_DROP_TOO_SMALL, /* the guest's receive buffer is smaller than the frame */
 	XN_DROP_COSTLY,	   /* the guest's receive buffers are of so many descriptors that to find them costs too much */
 	XN_DROP_NOT_READY, /* the port has no ring or socket that is up */
@@ -156,6 +156,7 @@ struct xn_queue_stats {
 	uint64_t in_place;	 /* netdev tx: packets that were sent from guest memory; the others were copied */
 	uint64_t breaks;	 /* times this ring broke */
 	uint64_t unlearned;	 /* times a source address was not learned, for want of room in the port's share */
+	uint64_t waited;	 /* guest rx: frames that found no buffer and waited for one */
 };
 
 /* State of a guest's ring; indices as they stand in the ring, zero unless started. */
@@ -171,6 +172,7 @@ struct xn_ring_state {
 	uint32_t used_idx;    /* published by the core */
 	uint32_t avail_event; /* the index at which the core wants a kick */
 	uint32_t used_event;  /* the index at which the guest wants an interrupt */
+	uint32_t waiting;     /* frames that wait for receive buffers */
 };
 
 /* A ring that was latched broken. */

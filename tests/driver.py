@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 from tests.rings import (
@@ -199,6 +200,14 @@ class QueuePair:
             got += self.packets()
         return got
 
+    def drain(self, waiting: Callable[[], object]) -> None:
+        """Takes all there is, for as long as frames wait for buffers; the ring is full of them then."""
+        while waiting():
+            self.fill()
+            self.packets()
+        self.packets()
+        self.fill()
+
     def frames(self, count: int = 1, timeout: float = PATIENCE_S) -> list[bytes]:
         return [packet.frame for packet in self.receive(count, timeout)]
 
@@ -267,14 +276,22 @@ class Driver:
     def stats(self, direction: int, pair: int = 0) -> core.QueueStats:
         return self.bridge.queue_stats(self.port, pair, direction)
 
+    def waiting(self, pair: int = 0) -> int:
+        """Frames that wait for receive buffers."""
+        return self.state(2 * pair + core.RX).waiting
+
+    def drain(self) -> None:
+        for number, pair in enumerate(self.pairs):
+            pair.drain(partial(self.waiting, number))
+
     def drops(self, direction: int, pair: int = 0) -> dict[str, int]:
         """Only the reasons that occurred."""
         return {name: n for name, n in self.stats(direction, pair).drops.items() if n}
 
 
 def ledger(bridge: core.Bridge, ports: dict[int, int]) -> tuple[int, int]:
-    """Frames into the bridge with the copies made of them, and frames out with all drops; by port and its queues, for
-    guests, whose tx goes in and whose rx goes out."""
+    """Frames into the bridge with the copies made of them, and frames out with all drops and with what waits; by port
+    and its queues, for guests, whose tx goes in and whose rx goes out."""
     into = out = 0
     for port, queues in ports.items():
         for queue in range(queues):
@@ -282,4 +299,5 @@ def ledger(bridge: core.Bridge, ports: dict[int, int]) -> tuple[int, int]:
             rx = bridge.queue_stats(port, queue, core.RX)
             into += tx.packets + tx.copies + tx.segments
             out += rx.packets + sum(rx.drops.values()) + sum(tx.drops.values())
+            out += bridge.ring_state(port, 2 * queue).waiting
     return into, out

@@ -87,8 +87,7 @@ class Scene:
         it was not given, and a reset of its rings revives the guest."""
         self.bad.stop()
         for driver in self.good:
-            driver.pair.packets()
-            driver.pair.fill()
+            driver.drain()
         self.others_are_undisturbed()
         self.no_strange_bytes()
         for index in range(2):

@@ -22,12 +22,12 @@ DROPS = dict.fromkeys(("short", "spoof", "no_port", "no_buffer", "no_frame"), 0)
 
 
 def traffic(packets: int = 0, drops: dict[str, int] | None = None, **fields: int) -> Traffic:
-    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 17)
+    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 18)
     return replace(zero, **fields)  # type: ignore[arg-type]  # all of them are int
 
 
 def ring(**fields: Any) -> Ring:
-    up = Ring(256, True, True, "", 0, 1010, 1000, 1011, 990, 1000)
+    up = Ring(256, True, True, "", 0, 1010, 1000, 1011, 990, 1000, 0)
     return replace(up, **fields)
 
 
@@ -36,7 +36,7 @@ def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
         "/run/web.sock", False, True, "52:54:00:00:00:01", ("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX"),
         *(42, 1, 0, 0, 2, 3), {"size": 0, "order": 2}, {"busy": 1, "resources": 0},
     )  # fmt: skip
-    rx = traffic(12_345_678, {"no_buffer": 22}, calls=900, calls_saved=99_000)
+    rx = traffic(12_345_678, {"no_buffer": 22}, calls=900, calls_saved=99_000, waited=41)
     tx = traffic(1_000, {"spoof": 10}, copies=5, kicks=30, kicks_saved=970, unlearned=8)
     queues = (Queue(0, rx, tx, ring(), ring()),)
     return Port(name, number, queues, guest=replace(guest, **fields), given=1, learned=1)

@@ -4,7 +4,7 @@ order and how long. Rings are tiny, of odd sizes where that is legal, and stoppe
 
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -29,6 +29,14 @@ from xdpnet import core
 pytestmark = pytest.mark.core
 
 
+@pytest.fixture(scope="module", autouse=True)
+def held_time() -> Iterator[None]:
+    """No frame waits for too long."""
+    core.time_hold()
+    yield
+    core.time_release()
+
+
 Shape = tuple[tuple[int, int, int], int]  # layout, size, base; features
 
 
@@ -40,6 +48,7 @@ class Model:
         self.packed = packed
         self.index, self.wrap = (base & 0x7FFF, base >> 15) if packed else (base, 0)
         self.posted: deque[tuple[int, int, int]] = deque()  # head or id, capacity, descriptors
+        self.waiting: deque[bytes] = deque()
 
     def base(self) -> int:
         return (self.index | self.wrap << 15) * 0x10001 if self.packed else self.index
@@ -66,7 +75,11 @@ class Model:
             if sum(capacities) >= need:
                 break
         else:
-            return [], "no_buffer"
+            # Not even all that the ring can have are enough.
+            full = (
+                sum(descriptors for *_, descriptors in self.posted) if self.packed else len(self.posted)
+            ) == self.num
+            return [], "no_buffer" if full else "waits"
         back = []
         for _ in capacities:
             ident, capacity = self.take()
@@ -138,7 +151,7 @@ class Play:
         self.a, self.b = self.drivers
         self.sent, self.received = self.models
         self.rings: list[Ring] = [self.a.pair.tx, self.b.pair.rx]
-        self.drops = {"short": 0, "runt": 0, "no_buffer": 0, "too_small": 0}
+        self.drops = {"short": 0, "runt": 0, "no_buffer": 0, "too_small": 0, "not_ready": 0}
         self.count = 0
 
     def post(self, step: Post) -> None:
@@ -148,11 +161,27 @@ class Play:
             ident = self.b.pair.rx.add(buffers, writable=True, direct=indirect)
             self.received.posted.append((ident, sum(step.sizes), 1 if indirect == 0 else len(buffers)))
             self.b.pair.rx.kick()
+            self.check_received(*self.deliver())
+
+    def deliver(self) -> tuple[list[tuple[int, int]], list[bytes]]:
+        """What comes back for the frames that wait, and the packets in it."""
+        want: list[tuple[int, int]] = []
+        packets: list[bytes] = []
+        hdr, waiting = self.b.pair.hdr_len, self.received.waiting
+        while waiting:
+            back, drop = self.received.receive(hdr + len(waiting[0]), bool(self.b.features & MERGEABLE))
+            if drop == "waits":
+                break
+            each = waiting.popleft()
+            want += back
+            if drop:
+                self.drops[drop] += 1
+            else:
+                packets.append(bytes(10) + len(back).to_bytes(2, "little") + each)
+        return want, packets
 
     def send(self, step: Send) -> None:
         hdr = self.a.pair.hdr_len
-        want: list[tuple[int, int]] = []
-        packets: list[bytes] = []
         heads: list[int] = []
         for size, cuts, wish in step.frames:
             indirect = wish if self.a.features & INDIRECT_DESC else None
@@ -167,18 +196,13 @@ class Play:
             if size < 14:
                 self.drops["short" if not size else "runt"] += 1
                 continue
-            back, drop = self.received.receive(self.b.pair.hdr_len + size, bool(self.b.features & MERGEABLE))
-            want += back
-            if drop:
-                self.drops[drop] += 1
-            else:
-                packets.append(bytes(10) + len(back).to_bytes(2, "little") + each)
+            self.received.waiting.append(each)
         if not heads:
             return
         self.a.pair.tx.kick()
         assert eventually(lambda: self.a.pair.tx.pending() == len(heads))
         self.check_sent(heads)
-        self.check_received(want, packets)
+        self.check_received(*self.deliver())
 
     def check_sent(self, heads: list[int]) -> None:
         assert [self.sent.take()[0] for _ in heads] == heads
@@ -186,6 +210,8 @@ class Play:
         assert [(head, written) for head, written, _ in back] == [(head, 0) for head in heads]
 
     def check_received(self, want: list[tuple[int, int]], packets: list[bytes]) -> None:
+        assert eventually(lambda: self.b.pair.rx.pending() >= len(want))
+        assert eventually(lambda: self.b.state(core.RX).waiting == len(self.received.waiting))
         back = self.b.pair.rx.collect()
         assert [(head, written) for head, written, _ in back] == want
         data = b""
@@ -198,6 +224,9 @@ class Play:
 
     def restart(self, step: Restart) -> None:
         index = core.TX if step.sender else core.RX
+        if not step.sender:
+            self.drops["not_ready"] += len(self.received.waiting)
+            self.received.waiting.clear()
         driver, model, ring = (self.drivers[not step.sender], self.models[not step.sender], self.rings[not step.sender])
         if step.anew:
             driver.restart(index)
@@ -238,6 +267,7 @@ def test_what_comes_back_is_what_a_plain_model_says(sender: Shape, receiver: Sha
             for index, driver, model in (core.TX, play.a, play.sent), (core.RX, play.b, play.received):
                 assert driver.state(index).broken == ""
                 assert bridge.ring_stop(driver.port, index) == model.base()
+            play.drops["not_ready"] += len(play.received.waiting)
             drops = {**play.a.drops(core.TX), **play.b.drops(core.RX)}
             assert drops == {name: n for name, n in play.drops.items() if n}
             into, out = ledger(bridge, {play.a.port: 1, play.b.port: 1})

@@ -688,9 +688,9 @@ def test_c24_frames_of_many_segments_do_not_keep_others_waiting(bridge: core.Bri
     assert a.pair.wait_sent()
     assert a.stats(core.TX).segments == 64 * 127
     assert b.pair.frames(256)[:128] == wire(bomb.cut(8))
-    assert b.drops(core.RX) == {"no_buffer": 64 * 128 - 256}
+    assert b.drops(core.RX)["no_buffer"] + b.waiting() == 64 * 128 - 256
     assert a.stats(core.TX).bursts >= 64 * 128 // (4 * 64 + 127)
-    b.pair.fill()
+    b.drain()
     still_works(a, b)
 
 

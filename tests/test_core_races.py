@@ -348,8 +348,7 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
     assert scene.bad.drops(core.TX) == {}
     assert set(seen) == kinds
     assert sum(seen.values()) == (turn - 1) * NUM
-    scene.good[1].pair.packets()
-    scene.good[1].pair.fill()
+    scene.good[1].drain()
     scene.revives(core.TX)
 
 

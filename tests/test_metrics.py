@@ -156,6 +156,8 @@ def test_every_queue_has_its_packets_bytes_and_drops_by_reason() -> None:
         'xdpnet_netdev_group_frames_lost_total{interface="eth1"} 6.0',
         'xdpnet_netdev_unserved_queues{interface="eth1"} 2.0',
         'xdpnet_queue_unlearned_total{direction="tx",port="web",queue="0"} 8.0',
+        'xdpnet_queue_waited_total{direction="rx",port="web",queue="0"} 41.0',
+        'xdpnet_ring_waiting_frames{direction="rx",port="web",queue="0"} 0.0',
         'xdpnet_guest_connected{port="web"} 1.0',
         'xdpnet_vhost_user_errors_total{port="web",reason="order"} 2.0',
         'xdpnet_fdb_entries{port="web",type="learned"} 1.0',

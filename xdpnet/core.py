@@ -110,6 +110,7 @@ class QueueStats:
     in_place: int
     breaks: int
     unlearned: int
+    waited: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class RingState:
     used_idx: int
     avail_event: int
     used_event: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +369,7 @@ class Bridge:
             in_place=out.in_place,
             breaks=out.breaks,
             unlearned=out.unlearned,
+            waited=out.waited,
         )
 
     def time_advance(self, us: int) -> None:
@@ -492,6 +495,7 @@ class Bridge:
             used_idx=s.used_idx,
             avail_event=s.avail_event,
             used_event=s.used_event,
+            waiting=s.waiting,
         )
 
     # ---- netdevs ----

@@ -726,6 +726,9 @@ static void add_guest(struct input *in, u32 index)
 		(toggles & 128 ? guest : 0);
 	g->port = xn_port_add_guest(bridge, g->pairs);
 	MUST(g->port >= 0);
+	/* Less than there is outside: an input is short. */
+	for (u32 i = 0; i < 2 * g->pairs; i++)
+		core_ring(g, &g->rings[i])->backlog.room = 128 * 1024;
 	g->checked = what & 32;
 	if (what & 16)
 		(void)xn_port_set_mac(bridge, (u32)g->port, macs[index], g->checked);
@@ -770,8 +773,26 @@ static void remove_guest(u32 index)
 /* What is looked at here tells nothing of what an input does. */
 #define UNSEEN __attribute__((no_sanitize("coverage")))
 
+/* What waits lies one behind the other, as far as there is room, and is looked after for as long as the ring takes frames. */
+static UNSEEN void check_backlog(const struct virtqueue *q)
+{
+	const struct backlog *b = &q->backlog;
+	u32 at = b->end - b->used, bytes = 0;
+
+	MUST(b->n <= BACKLOG_FRAMES && b->used <= b->room && b->room * q->port->guest.pairs <= BACKLOG_BYTES);
+	MUST(!b->n || (q->started && q->enabled && q->index % 2 == XN_RX && q->source.worker));
+	for (u32 i = 0; i < b->n; i++) {
+		const struct waiting *f = &b->frames[(b->head + i) % BACKLOG_FRAMES];
+
+		MUST(f->at == at + bytes && f->len >= ETH_HLEN && f->len <= XN_MAX_FRAME);
+		bytes += f->len;
+	}
+	MUST(bytes == b->used);
+}
+
 static UNSEEN void check_ring(const struct virtqueue *q)
 {
+	check_backlog(q);
 	if (!q->started)
 		return;
 	if (q->is_packed)

@@ -46,6 +46,7 @@ RINGS = {
     "chains": ("chains", "Descriptor chains taken from the guest."),
     "breaks": ("breaks", "Times that the ring was latched broken."),
     "unlearned": ("unlearned", "Times that a source address was not learned: the guest has taught as many as it may."),
+    "waited": ("waited", "Frames that found no receive buffer and waited for one."),
 }
 XSK_HELP = {
     "rx_dropped": "Frames that the kernel dropped for reasons other than those counted apart.",
@@ -145,16 +146,18 @@ def _rings(snapshot: Snapshot) -> Iterator[Metric]:
     size = GaugeMetricFamily("xdpnet_ring_entries", "Size of a guest's ring; 0: not set up.", labels=QUEUE)
     up = GaugeMetricFamily("xdpnet_ring_up", "1 if a guest's ring is started, enabled and not broken.", labels=QUEUE)
     broken = GaugeMetricFamily("xdpnet_ring_broken", "1 if the ring is latched broken.", labels=[*QUEUE, "reason"])
+    waiting = GaugeMetricFamily("xdpnet_ring_waiting_frames", "Frames that wait for receive buffers.", labels=QUEUE)
     for _, labels, _, ring in _directions(snapshot):
         if ring is None:
             continue
+        waiting.add_metric(labels, ring.waiting)
         for name in INDICES:
             index.add_metric([*labels, name], getattr(ring, name))
         size.add_metric(labels, ring.size)
         up.add_metric(labels, ring.started and ring.enabled and not ring.broken)
         if ring.broken:
             broken.add_metric([*labels, ring.broken], 1)
-    yield from (index, size, up, broken)
+    yield from (index, size, up, broken, waiting)
 
 
 def _xsk(snapshot: Snapshot) -> Iterator[Metric]:

@@ -2,7 +2,8 @@
 
 Values only: take.py reads them from the running daemon; another process reads them from the control socket's JSON.
 rx and tx of a guest are the guest's own view: tx is what it sent. On an interface rx comes from the wire.
-Invariant, exact when no frame is on its way: into the bridge + copies + segments = out of it + joined + drops.
+Invariant, exact when no frame is on its way: into the bridge + copies + segments = out of it + joined + drops + those
+that wait for receive buffers.
 
 Counters never run backwards; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
 """
@@ -48,11 +49,15 @@ class Traffic:
     in_place: int
     breaks: int
     unlearned: int
+    waited: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """A guest's ring; the four indices are free-running modulo 2^16, as they stand in the guest's memory."""
+    """A guest's ring; the four indices are free-running modulo 2^16, as they stand in the guest's memory.
+
+    waiting: frames that wait for receive buffers.
+    """
 
     size: int
     started: bool
@@ -64,6 +69,7 @@ class Ring:
     available_event: int
     used_event: int
     last_available: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +179,10 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """frames_in + copies + segments = frames_out + joined + drops, but for frames on their way during the reading.
+    """frames_in + copies + segments = frames_out + joined + drops + waiting, but for frames on their way meanwhile.
 
-    segments: more frames than one that large ones became; joined: frames that became part of the one before.
+    segments: more frames than one that large ones became; joined: frames that became part of the one before; waiting:
+    frames that wait for receive buffers.
     """
 
     frames_in: int
@@ -184,11 +191,13 @@ class Totals:
     segments: int
     joined: int
     drops: int
+    waiting: int
 
     @property
     def rest(self) -> int:
         """Frames on their way while this was read; never lost ones, which are in drops."""
-        return self.frames_in + self.copies + self.segments - self.frames_out - self.joined - self.drops
+        gone = self.frames_out + self.joined + self.drops + self.waiting
+        return self.frames_in + self.copies + self.segments - gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +227,7 @@ def _adapter() -> TypeAdapter[Snapshot]:
 
 def total(ports: Iterable[Port]) -> Totals:
     """The bridge's books: what guests sent and the wire brought, against what was delivered, copied and lost."""
-    frames_in = frames_out = copies = segments = joined = drops = 0
+    frames_in = frames_out = copies = segments = joined = drops = waiting = 0
     for port in ports:
         for queue in port.queues:
             source, sink = (queue.tx, queue.rx) if port.guest else (queue.rx, queue.tx)
@@ -228,4 +237,5 @@ def total(ports: Iterable[Port]) -> Totals:
             segments += source.segments
             joined += source.joined
             drops += sum(source.drops.values()) + sum(sink.drops.values())
-    return Totals(frames_in, frames_out, copies, segments, joined, drops)
+            waiting += queue.rx_ring.waiting if queue.rx_ring else 0
+    return Totals(frames_in, frames_out, copies, segments, joined, drops, waiting)

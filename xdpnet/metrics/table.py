@@ -184,18 +184,19 @@ def _drops(traffic: Traffic) -> Text:
 
 def _rings(now: Snapshot) -> Table:
     indices = (">Available", ">Used", ">Kick\nwanted at", ">Call\nwanted at")
-    table = Table(" Guest", ">Q", "Ring", ">Entries", "State", *indices, ">Worker")
+    table = Table(" Guest", ">Q", "Ring", ">Entries", "State", *indices, ">Frames\nwaited", ">Worker")
     for port in now.ports:
         for queue in port.queues:
-            for name, ring in (("rx", queue.rx_ring), ("tx", queue.tx_ring)):
+            for name, ring, traffic in (("rx", queue.rx_ring, queue.rx), ("tx", queue.tx_ring, queue.tx)):
                 if ring is None:
                     continue
                 cells: list[str | Text] = [f" {port.name}", str(queue.number), name]
                 if ring.started or ring.broken:
                     cells += [str(ring.size), _state(ring), str(ring.available), str(ring.used)]
-                    cells += [str(ring.available_event), str(ring.used_event), str(ring.worker)]
+                    cells += [str(ring.available_event), str(ring.used_event)]
+                    cells += [count(traffic.waited) if name == "rx" else NOTHING, str(ring.worker)]
                 else:
-                    cells += [NOTHING, _state(ring), NOTHING, NOTHING, NOTHING, NOTHING, NOTHING]
+                    cells += [NOTHING, _state(ring), *[NOTHING] * 6]
                 table.add_row(*cells)
         table.add_section()
     return table
@@ -256,6 +257,7 @@ def _totals(now: Snapshot) -> Text:
     text.append(f"= out {totals.frames_out:,} ", style="bold")
     text.append(f"+ joined {totals.joined:,} " if totals.joined else "", style="bold")
     text.append(f"+ drops {totals.drops:,}", style="bold yellow" if totals.drops else "bold")
+    text.append(f" + waiting {totals.waiting:,}" if totals.waiting else "", style="bold")
     if totals.rest:
         text.append(f"   {totals.rest:+,} on their way while this was read", style="yellow")
     else:

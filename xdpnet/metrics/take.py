@@ -149,6 +149,7 @@ def _traffic(stats: core.QueueStats) -> Traffic:
         in_place=stats.in_place,
         breaks=stats.breaks,
         unlearned=stats.unlearned,
+        waited=stats.waited,
     )
 
 
@@ -164,6 +165,7 @@ def _ring(state: core.RingState) -> Ring:
         available_event=state.avail_event,
         used_event=state.used_event,
         last_available=state.last_avail,
+        waiting=state.waiting,
     )
 
 
