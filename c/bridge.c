@@ -228,6 +228,18 @@ void xn_fdb_count(struct xn_bridge *b, uint32_t *given, uint32_t *learned)
 	fdb_count(b->fdb, given, learned, monotonic_s());
 }
 
+uint32_t xn_fdb_changes(struct xn_bridge *b)
+{
+	/* Acquire: what is counted is in the table. */
+	return __atomic_load_n(&b->changes, __ATOMIC_ACQUIRE);
+}
+
+void xn_fdb_steered(struct xn_bridge *b, uint32_t changes)
+{
+	__atomic_store_n(&b->steered, changes, __ATOMIC_RELEASE);
+	__atomic_store_n(&b->steers, true, __ATOMIC_RELEASE);
+}
+
 int xn_fdb_flush(struct xn_bridge *b, uint32_t port)
 {
 	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)

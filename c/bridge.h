@@ -28,6 +28,8 @@ struct guest {
 	struct guard guard;
 	struct mem *mem;
 	u32 mem_lost;		 /* raised by the SIGBUS handler */
+	u32 taught;		 /* of the bridge's changes, the last that this guest has taught ... */
+	u64 taught_at;		 /* ... in cycles */
 	u32 broke;		 /* rings that broke since the control thread asked, one bit each */
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
 	u64 umem;		 /* the first UMEM that has all its memory */
@@ -72,6 +74,9 @@ struct xn_bridge {
 	struct port ports[XN_MAX_PORTS];
 	u32 ports_n; /* ids below this may be in use */
 	struct fdb *fdb;
+	u32 changes; /* addresses that guests have taught anew, so far */
+	u32 steered; /* of them, those that the interfaces know of */
+	bool steers; /* somebody tells them */
 	struct arena arena;
 	struct worker *workers[XN_MAX_WORKERS];
 	u64 cycles_per_us;

@@ -338,13 +338,15 @@ enum fdb_verdict fdb_learn(struct fdb *f, u64 mac, u16 vlan, u32 port, enum fdb_
 	} else if (i && teacher == FDB_WIRE_GROUP && just_said(f, &e, now)) {
 		verdict = FDB_KNOWN;
 	} else if (i && pool_of(f, i) == pool_for(f, port, teacher)) {
-		verdict = limited || e.port != port ? FDB_LEARNED : FDB_KNOWN;
+		verdict = limited ? FDB_LEARNED : FDB_KNOWN;
 		move(f, i, port, now);
 	} else {
 		u32 room = make_room(f, port, teacher, now);
 
 		if (room) {
-			verdict = limited || i ? FDB_LEARNED : FDB_KNOWN;
+			bool was_a_guests = i && pool_of(f, i) != &f->pools[FDB_STATIONS];
+
+			verdict = was_a_guests ? FDB_LEARNED : limited ? FDB_NEW : FDB_KNOWN;
 			/* The new one first, where it is found first: meanwhile the address is not unknown. */
 			insert(f, room, key_of(mac, vlan), port, now);
 			if (i)

@@ -62,7 +62,8 @@ struct fdb {
 
 enum fdb_verdict {
 	FDB_KNOWN,     /* nothing to learn, or nothing that changes which addresses are of which guest */
-	FDB_LEARNED,   /* new or moved, to a guest or in place of what another port had taught */
+	FDB_LEARNED,   /* moved from one guest to another, or to the wire; or a guest's again that had aged */
+	FDB_NEW,       /* a guest's, and was none's before */
 	FDB_FOREIGN,   /* the address is another port's own */
 	FDB_REFLECTED, /* the own address of a guest that is here, in a frame to many that comes from the wire */
 	FDB_FULL       /* not learned: the guest has taught its share */

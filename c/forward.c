@@ -7,7 +7,11 @@
 #include "csum.h"
 #include "packet.h"
 
-enum { MAC_CONTROL = 0x8808 };
+enum {
+	MAC_CONTROL = 0x8808,
+	/* Usually it is some 200, and 10000 where addresses come in numbers. */
+	STEERING_US = 100000
+};
 /* No number of frames: one has been flooded to all ports, in parts. */
 enum { FLOODED = UINT32_MAX };
 
@@ -15,7 +19,7 @@ enum { FLOODED = UINT32_MAX };
 enum { GOOD = XN_DROP_COUNT };
 
 /* Remembers where a frame came from. Else than GOOD: why it goes no further. */
-static u32 learn(struct worker *w, const struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
+static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
 	enum fdb_teacher teacher = FDB_GUEST;
@@ -35,6 +39,12 @@ static u32 learn(struct worker *w, const struct port *from, u64 src, u64 dst, u1
 	}
 	switch (fdb_learn(b->fdb, src, vlan, from->id, teacher, w->now)) {
 	case FDB_KNOWN:
+		break;
+	case FDB_NEW:
+		from->guest.taught_at = w->turn;
+		__atomic_store_n(&from->guest.taught, __atomic_add_fetch(&b->changes, 1, __ATOMIC_RELEASE),
+				 __ATOMIC_RELAXED);
+		bridge_event(b, XN_EVENT_FDB);
 		break;
 	case FDB_LEARNED:
 		bridge_event(b, XN_EVENT_FDB);
@@ -72,7 +82,7 @@ struct ways {
 };
 
 /* Gives each frame its way. */
-static struct ways classify(struct worker *w, const struct port *from, struct view *views, u32 n,
+static struct ways classify(struct worker *w, struct port *from, struct view *views, u32 n,
 			    struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
@@ -452,13 +462,32 @@ static __attribute__((noinline)) u32 limit_burst(struct worker *w, struct port *
 	return flood_part(w, from, queue, views, stats, flood_next) ? FLOODED : 0;
 }
 
+/*
+ * A guest has taught an address that the interfaces do not know of yet: what it sends now would be answered before they do,
+ * and the answer goes to the host. So it waits in the ring, but not for a control thread that is late.
+ */
+static bool waits_for_steering(const struct worker *w, const struct port *from)
+{
+	const struct xn_bridge *b = w->bridge;
+	u32 taught = __atomic_load_n(&from->guest.taught, __ATOMIC_RELAXED);
+
+	return unlikely((int32_t)(taught - __atomic_load_n(&b->steered, __ATOMIC_RELAXED)) > 0) &&
+	       __atomic_load_n(&b->steers, __ATOMIC_RELAXED) &&
+	       w->turn - from->guest.taught_at < STEERING_US * b->cycles_per_us;
+}
+
 u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
 		   struct xn_queue_stats *stats, u32 *flood_next)
 {
+	if (flood_next && waits_for_steering(w, from))
+		return 0;
 	struct ways ways = classify(w, from, views, n, stats);
 	u8 which[XN_BURST];
 
 	if (flood_next) {
+		/* By one of these. */
+		if (waits_for_steering(w, from))
+			return 0;
 		if (unlikely(ways.costly || *flood_next))
 			n = limit_burst(w, from, queue, views, n, stats, flood_next);
 		if (n == FLOODED)

@@ -293,6 +293,50 @@ def test_a_removed_port_takes_its_addresses_along(bridge: core.Bridge, guests: M
     assert len(received(drivers[1])) == 1
 
 
+# ---- steering ----
+
+
+def test_64_a_guest_that_has_taught_an_address_waits_until_it_is_steered(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    bridge = make_bridge()
+    drivers = three(bridge, guests)
+
+    def passes(driver: Driver, sent: bytes) -> bool:
+        driver.pair.send(sent)
+        bridge.time_advance(0)
+        return driver.pair.wait_sent(0)
+
+    # Where nobody steers there is nothing to wait for.
+    assert passes(drivers[0], frame(BROADCAST, mac(0)))
+    changes = bridge.fdb_changes()
+    assert changes == 1
+    bridge.fdb_steered(changes)
+    assert passes(drivers[0], frame(BROADCAST, mac(0)))
+    # The guest that it is of, and no other; until all that it has taught is steered.
+    assert not passes(drivers[1], frame(BROADCAST, mac(1)))
+    assert not passes(drivers[1], frame(mac(0), mac(1)))
+    assert passes(drivers[0], frame(BROADCAST, mac(0)))
+    bridge.fdb_steered(changes)
+    assert not passes(drivers[1], frame(mac(0), mac(1)))
+    changes = bridge.fdb_changes()
+    assert changes == 2
+    for driver in drivers:
+        received(driver)
+    bridge.fdb_steered(changes)
+    assert drivers[1].pair.wait_sent()
+    assert sorted(received(drivers[0])) == sorted([frame(BROADCAST, mac(1)), *[frame(mac(0), mac(1))] * 2])
+    # From one guest to another an address is steered all the time.
+    assert passes(drivers[2], frame(BROADCAST, mac(1)))
+    assert bridge.fdb_changes() == changes
+    # A control thread that is late is not waited for.
+    assert not passes(drivers[2], frame(BROADCAST, mac(2)))
+    bridge.time_advance(99_000)
+    assert not drivers[2].pair.wait_sent(0)
+    bridge.time_advance(1_000)
+    assert drivers[2].pair.wait_sent()
+
+
 # ---- own addresses ----
 
 

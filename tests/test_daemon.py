@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 
 from tests.frontend import Frontend, GuestMemory
+from tests.guests import frame
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from tests.remote import RemoteGuest
 from tests.traced import stopped
 from tests.waiting import PATIENCE_S
 from xdpnet.closer import MAX_PENDING
@@ -681,6 +683,28 @@ def test_a_frame_that_the_kernel_loses_is_in_one_of_its_counters(tmp_path: Path,
         running.until(lambda: seen()[0] == seen()[1] + sum(seen()[2].values()), "each in one place")
         assert seen()[2]["rx_dropped"] == 0
         assert running.end() == 0
+
+
+@needs_root
+@pytest.mark.net
+def test_64_the_answer_to_the_first_frame_from_an_address_reaches_the_guest(tmp_path: Path, wire: Veth) -> None:
+    """However soon it is there: the far end sends each frame back, its addresses swapped, before it is received."""
+    words = ("--guest", guest(tmp_path), "--netdev", wire.ifname)
+    reflector = wire.namespace.popen(sys.executable, "-m", "tests.bench.reflect", wire.peer)
+    shown = ("ip", "-n", wire.namespace.name, "link", "show", "dev", wire.peer)
+    try:
+        with daemon(tmp_path, *words) as running:
+            running.ready()
+            running.until(lambda: "xdp" in command(*shown), "reflector")
+            with RemoteGuest(tmp_path / "web.sock") as web:
+                web.start().pair.fill()
+                for number in range(30):
+                    address = bytes.fromhex("02000000aa") + bytes([number])
+                    web.pair.send(frame(b"\xff" * 6, address))
+                    assert [got[:6] for got in web.pair.frames()] == [address]
+    finally:
+        reflector.kill()
+        reflector.communicate()
 
 
 def xdp_of(ifname: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from tests.driver import Driver
+from tests.guests import BROADCAST, frame, mac
 from tests.rings import VERSION_1, eventually
 from tests.waiting import PATIENCE_S
 from xdpnet import core
@@ -106,6 +107,43 @@ def test_the_more_an_update_costs_the_longer_the_next_one_waits(cost_s: float, m
             await asyncio.sleep(SETTLE_S)
 
     assert (len(with_bridge(steps, lambda: next(clock)).synced) > 1) is more
+
+
+def test_64_what_a_guest_sends_first_goes_out_when_its_address_is_steered() -> None:
+    """Before that the answer, which can be there in no time, would go to the host."""
+    early: list[bool] = []
+
+    class Late(Interface):
+        def sync_macs(self, macs: frozenset[bytes]) -> None:
+            super().sync_macs(macs)
+            early.append(bool(receiver.pair.frames(timeout=0.1)))
+
+    interface = Late()
+
+    async def run() -> None:
+        reports = Reports(bridge, {sender.port: "web", receiver.port: "db"}, {"eth1": interface}, lambda _: None)
+        reports.sync_addresses()
+        early.clear()
+        for number in (1, 2):
+            sent = frame(BROADCAST, mac(number))
+            sender.pair.send(sent)
+            await settle(lambda: bool(interface.synced) and mac(number) in interface.synced[-1])  # noqa: B023
+            assert receiver.pair.frames() == [sent]
+        reports.close()
+
+    core.time_hold()  # nobody waits for ever
+    try:
+        with core.Bridge() as bridge, contextlib.closing(Driver(bridge).start()) as sender:
+            receiver = Driver(bridge).start()
+            receiver.pair.fill()
+            bridge.start()
+            asyncio.run(run())
+            bridge.stop()
+            receiver.close()
+    finally:
+        core.time_release()
+    assert early
+    assert not any(early)
 
 
 # ---- broken rings ----

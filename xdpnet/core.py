@@ -414,6 +414,14 @@ class Bridge:
         lib.xn_fdb_count(self._bridge, given, learned)
         return list(given), list(learned)
 
+    def fdb_changes(self) -> int:
+        """How often guests have taught an address that was no guest's before."""
+        return int(lib.xn_fdb_changes(self._bridge))
+
+    def fdb_steered(self, changes: int) -> None:
+        """The interfaces know of these, counted before addresses_of(): what guests send from there may go out now."""
+        lib.xn_fdb_steered(self._bridge, changes)
+
     def fdb_flush(self, port: int) -> None:
         """Forget the addresses that were learned from a port."""
         _check(lib.xn_fdb_flush(self._bridge, port), f"flush addresses of port {port}")

@@ -77,7 +77,7 @@ class Reports:
     # ---- addresses ----
 
     def _addresses_changed(self) -> None:
-        """At once when it was quiet, for the answer to a guest's first frame is on its way; else after a while."""
+        """At once when it was quiet, for a guest's first frame waits for it; else after a while."""
         if self._settling:
             self._changed_again = True
             return
@@ -96,6 +96,7 @@ class Reports:
         """Every interface steers the guests' addresses, static and learned, and forgets those that aged."""
         if not self._netdevs:
             return
+        changes = self._bridge.fdb_changes()
         macs = self._bridge.addresses_of(self._guests)
         for name, netdev in self._netdevs.items():
             try:
@@ -104,6 +105,7 @@ class Reports:
                 suffix = self._limit.allow((name, "macs"))
                 if suffix is not None:
                     log.warning("interface %s: steer %d addresses: %s%s", name, len(macs), error, suffix)
+        self._bridge.fdb_steered(changes)
 
     # ---- broken rings ----
 
