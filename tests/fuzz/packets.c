@@ -14,7 +14,7 @@ enum kind {
 	ARP,
 	ICMP4,
 	ICMP6,
-	VXLAN4,
+	TUNNEL4,
 	TCP4_OPTIONS,
 	TCP6_EXTENSIONS,
 	UDP6_EXTENSIONS,
@@ -127,6 +127,75 @@ static u32 put_arp(u8 *frame, u32 l3, bool reverse)
 }
 
 static u32 put_packet(struct input *in, u8 *frame, enum kind kind, u32 payload, u32 tags, bool partial,
+		      struct virtio_net_hdr *hdr);
+
+/* What a tunnel puts around a packet: a UDP port, or a protocol of IP below 256; its header, which ends with an EtherType. */
+static const struct tunnel {
+	u16 to;
+	u8 n;
+	u8 header[20];
+	bool ethernet;
+} tunnels[] = {
+	{4789, 8, {8, 8, 8, 8, 8, 8, 8, 0}, true},
+	{8472, 8, {8, 0, 0, 0, 0, 0, 7, 0}, true},
+	{4790, 8, {0x0c, 0, 0, 1, 0, 0, 7, 0}, false},
+	{6081, 12, {1, 0, 0x65, 0x58, 0, 0, 7, 0, 1, 1, 0, 0}, true},
+	{2152, 16, {0x34, 255, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0x85, 1, 0, 0, 0}, false},
+	{5555, 0, {0}, false},
+	{6080, 4, {0, IPPROTO_IPIP, 0, 0}, false},
+	{6635, 8, {0, 1, 0, 64, 0, 1, 1, 64}, false},
+	{1701, 12, {0, 3, 0, 0, 0, 0, 0, 7, 1, 2, 3, 4}, true},
+	{IPPROTO_IPIP, 0, {0}, false},
+	{IPPROTO_GRE, 4, {0, 0, 8, 0}, false},
+	{IPPROTO_GRE, 16, {0xb0, 0, 0x65, 0x58, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2}, true},
+	{IPPROTO_GRE, 16, {0x10, 0, 0x88, 0xbe, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0}, true},
+	{IPPROTO_MPLS, 4, {0, 1, 1, 64}, false},
+	{143, 0, {0}, true},
+	{115, 8, {0, 0, 0, 7, 1, 2, 3, 4}, true},
+};
+
+/* Behind the IP header, which is told what it carries; where it ends. */
+static u32 put_tunnel(struct input *in, u8 *frame, u32 l3, u32 l4, u32 payload, bool partial,
+		      struct virtio_net_hdr *hdr)
+{
+	static u8 inner[2048];
+	const struct tunnel *t = &tunnels[take8(in) % ARRAY_LEN(tunnels)];
+	const enum kind kind = t->ethernet ? take8(in) % 4 : take8(in) % 2;
+	u32 at = l4, skip = t->ethernet ? 0 : ETH_HLEN, n;
+
+	if (t->to > 255) {
+		store_be16(frame + l4 + 2, t->to);
+		at += UDP_HDR;
+	} else {
+		frame[l3 + 9] = (u8)t->to;
+	}
+	memset(inner, 2, 12);
+	n = put_packet(in, inner, kind, min_u32(payload, 1400), 0, partial, hdr);
+	memcpy(frame + at, t->header, t->n);
+	if (t->to == 2152)
+		store_be16(frame + at + 2, t->n - 8 + n - skip);
+	memcpy(frame + at + t->n, inner + skip, n - skip);
+	hdr->csum_start = (u16)(hdr->csum_start + at + t->n - skip);
+	return at + t->n + n - skip;
+}
+
+/* None, partial too, or as the kernel has it while the inner one is partial (lco_csum). */
+static void put_outer_csum(struct input *in, u8 *frame, u32 l4, u32 end, u64 pseudo, const struct virtio_net_hdr *hdr)
+{
+	u8 how = take8(in) % 3;
+	u16 sum = 0;
+
+	memset(frame + l4 + UDP_CSUM, 0, 2);
+	if (how == 1) {
+		put_csum(frame + l4, UDP_CSUM, end - l4, pseudo, true);
+	} else if (how == 2) {
+		memcpy(&sum, frame + hdr->csum_start + hdr->csum_offset, sizeof(sum));
+		sum = (u16)~csum_fold(pseudo + csum_bytes(frame + l4, hdr->csum_start - l4) + (u16)~sum);
+		memcpy(frame + l4 + UDP_CSUM, &sum, sizeof(sum));
+	}
+}
+
+static u32 put_packet(struct input *in, u8 *frame, enum kind kind, u32 payload, u32 tags, bool partial,
 		      struct virtio_net_hdr *hdr)
 {
 	static const u16 types[] = {ETH_P_8021Q, ETH_P_8021AD, ETH_P_8021Q};
@@ -166,7 +235,7 @@ static u32 put_packet(struct input *in, u8 *frame, enum kind kind, u32 payload, 
 		frame[l4 + 12] = (u8)(l4_header / 4 << 4);
 		frame[l4 + TCP_FLAGS] = 0x10;
 	} else if (protocol == IPPROTO_UDP) {
-		store_be16(frame + l4 + 2, kind == VXLAN4 ? 4789 : 9);
+		store_be16(frame + l4 + 2, 9);
 	} else if (kind == ICMP6) {
 		static const u8 messages[] = {135, 136, 134, 137, 128};
 
@@ -175,11 +244,8 @@ static u32 put_packet(struct input *in, u8 *frame, enum kind kind, u32 payload, 
 		field = 2;
 	}
 	end = l4 + l4_header;
-	if (kind == VXLAN4) {
-		memset(frame + end, 8, 8);
-		memcpy(frame + end + 8, frame, 12);
-		end += 8 + put_packet(in, frame + end + 8, take8(in) % 4, min_u32(payload, 1400), 0, partial, hdr);
-		hdr->csum_start = (u16)(hdr->csum_start + l4 + l4_header + 8);
+	if (kind == TUNNEL4) {
+		end = put_tunnel(in, frame, l3, l4, payload, partial, hdr);
 	} else {
 		memset(frame + end, 0x55, payload);
 		end += payload;
@@ -187,11 +253,20 @@ static u32 put_packet(struct input *in, u8 *frame, enum kind kind, u32 payload, 
 		hdr->csum_offset = (u16)field;
 		hdr->hdr_len = (u16)(l4 + l4_header);
 	}
+	/* Of GRE and the like there is no UDP header around what is in them. */
+	if (kind == TUNNEL4 && frame[l3 + 9] != IPPROTO_UDP) {
+		finish_ip(frame, l3, 4, end);
+		return end;
+	}
 	if (protocol == IPPROTO_UDP)
 		store_be16(frame + l4 + 4, end - l4);
 	finish_ip(frame, l3, six ? 6 : 4, end);
-	put_csum(frame + l4, field, end - l4, csum_pseudo(frame + l3, six ? 6 : 4, protocol, end - l4),
-		 partial && kind != VXLAN4);
+	u64 pseudo = csum_pseudo(frame + l3, six ? 6 : 4, protocol, end - l4);
+
+	if (kind == TUNNEL4 && partial)
+		put_outer_csum(in, frame, l4, end, pseudo, hdr);
+	else
+		put_csum(frame + l4, field, end - l4, pseudo, partial);
 	return end;
 }
 
