@@ -4,6 +4,7 @@ The compiling itself is build.py's, beside this file, which also runs by hand an
 """
 
 import importlib.util
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -22,4 +23,5 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         spec.loader.exec_module(module)
         module.build(root)
         build_data["pure_python"] = False
-        build_data["infer_tag"] = True
+        # The module has the stable ABI: it is for this Python and every later one.
+        build_data["tag"] = f"cp311-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
