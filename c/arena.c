@@ -1,9 +1,13 @@
 #define _GNU_SOURCE
 #include "arena.h"
 
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "mem.h"
@@ -12,14 +16,53 @@ enum {
 	/* A multiple of every size of huge pages. */
 	ALIGNMENT = 1 << 30,
 	FILLER = 1 << 24,
-	STAT_BLOCK = 512
+	STAT_BLOCK = 512,
+	PAGE = 4096
 };
 /* More than a host has; what does not fit is mapped elsewhere, and copied. */
 static const u64 RESERVED = 1ull << 40;
 
 #ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
 #endif
+
+/* A page that is not in the page tables: SIGBUS to a thread that touches it, an error to a system call. */
+static int open_watch(void)
+{
+	struct uffdio_api api = {.api = UFFD_API,
+				 .features = UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MISSING_SHMEM |
+					     UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_SHMEM |
+					     UFFD_FEATURE_MINOR_HUGETLBFS};
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+
+	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api) < 0) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+static int watch(int fd, u8 *base, u64 length)
+{
+	struct uffdio_register all = {.range = {(uintptr_t)base, length},
+				      .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR};
+
+	return ioctl(fd, UFFDIO_REGISTER, &all) < 0 ? -errno : 0;
+}
+
+bool arena_unwatch(int watch, u8 *base, u64 length, u8 *fault)
+{
+	struct uffdio_range all = {(uintptr_t)base, length};
+	int error = errno;
+
+	/* Two threads may come here for the same window: what is no more watched is not an error. */
+	(void)ioctl(watch, UFFDIO_UNREGISTER, &all);
+	bool there = !madvise(fault - (uintptr_t)fault % PAGE, PAGE, MADV_POPULATE_READ);
+
+	errno = error;
+	return there;
+}
 
 static int reserve(u8 *at, u64 length)
 {
@@ -30,13 +73,15 @@ static int reserve(u8 *at, u64 length)
 
 int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy)
 {
-	*a = (struct arena){.sets = sets, .frames = frames, .set_size = (u64)frames * XN_FRAME_SIZE};
+	*a = (struct arena){.sets = sets, .frames = frames, .set_size = (u64)frames * XN_FRAME_SIZE, .watch = -1};
 	if (!sets)
 		return 0;
 	a->owner = calloc(sets, sizeof(*a->owner));
 	if (!a->owner)
 		return -ENOMEM;
-	if (zerocopy != XN_ZEROCOPY_OFF) {
+	if (zerocopy != XN_ZEROCOPY_OFF)
+		a->watch = open_watch();
+	if (a->watch >= 0) {
 		u8 *start =
 			mmap(NULL, RESERVED + ALIGNMENT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
@@ -73,7 +118,9 @@ void arena_release(struct arena *a)
 		munmap(a->base, a->length);
 	free(a->owner);
 	free(a->windows);
-	*a = (struct arena){0};
+	if (a->watch >= 0)
+		close(a->watch);
+	*a = (struct arena){.watch = -1};
 }
 
 bool arena_wants(const struct arena *a, bool huge)
@@ -139,10 +186,19 @@ int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page
 		return r;
 	}
 	/* They are found at once; one that was punched meanwhile, and cannot be had again, must not be missed later. */
-	if (madvise(base, map->length, MADV_POPULATE_WRITE) < 0 && errno != EINVAL) {
+	if (madvise(base, map->length, MADV_POPULATE_WRITE) < 0 || watch(a->watch, base, map->length) < 0) {
 		(void)reserve(base, map->length);
 		return -ENOSPC;
 	}
+	/* To map it elsewhere, should it move. */
+	map->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	if (map->fd < 0) {
+		int r = -errno;
+
+		(void)reserve(base, map->length);
+		return r;
+	}
+	map->offset = offset;
 	memmove(&a->windows[at + 1], &a->windows[at], (a->windows_n - at) * sizeof(*a->windows));
 	a->windows[at] = map;
 	a->windows_n++;
@@ -161,6 +217,7 @@ void arena_unmap(struct arena *a, struct mapping *map)
 	a->windows_n--;
 	memmove(&a->windows[at], &a->windows[at + 1], (a->windows_n - at) * sizeof(*a->windows));
 	(void)reserve(map->base, map->length);
+	close(map->fd);
 	a->changes++;
 }
 
@@ -220,7 +277,7 @@ int arena_fill_holes(struct arena *a)
 		r = each_hole(a, fill, fd);
 	/* What was taken away holds zeroes, and its rings are broken: it is not worth the pages. */
 	for (u32 i = 0; i < a->windows_n && !r; i++)
-		if (__atomic_load_n(a->windows[i]->lost, __ATOMIC_ACQUIRE))
+		if (__atomic_load_n(&a->windows[i]->alarms->lost, __ATOMIC_ACQUIRE))
 			r = fill(a->windows[i]->base, a->windows[i]->base + a->windows[i]->length, fd);
 	close(fd);
 	return r;
@@ -229,4 +286,19 @@ int arena_fill_holes(struct arena *a)
 void arena_empty_holes(struct arena *a)
 {
 	(void)each_hole(a, empty, -1);
+}
+
+bool arena_find_moved(const struct arena *a)
+{
+	bool any = false;
+
+	for (u32 i = 0; i < a->windows_n; i++) {
+		const struct mapping *map = a->windows[i];
+
+		if (madvise(map->base, map->length, MADV_POPULATE_WRITE) == 0)
+			continue;
+		__atomic_store_n(&map->alarms->moved, MEM_MOVED, __ATOMIC_RELEASE);
+		any = true;
+	}
+	return any;
 }

@@ -8,6 +8,12 @@
  * base. What a socket registers is a UMEM of its time: number 0 has the private frames alone, any other number stands for
  * the windows as they were when `changes` had that value. A hole is filled for as long as a registration takes, by one
  * small file mapped again and again. Documentation/networking/af_xdp.rst, "XDP_UMEM_REG".
+ *
+ * What is pinned stays pinned, also when the guest gives the page up and takes another in its place (a balloon, free page
+ * reporting, virtio-mem): from then on a socket would send what the old one holds. So a window's page tables are full from
+ * the start, and every page that leaves them, as the old one has to, is watched (userfaultfd): whoever touches it next gets
+ * a SIGBUS before he gets the new page, and the guest's alarm says that nothing of its memory is to be lent any more.
+ * Without that the arena takes no windows. ioctl_userfaultfd(2).
  */
 #ifndef XN_ARENA_H
 #define XN_ARENA_H
@@ -25,14 +31,15 @@ struct arena {
 	struct xsk **owner; /* per set; NULL: free */
 	u64 length;	    /* bytes that are mapped at base, windows included */
 
-	enum xn_zerocopy zerocopy;
-	struct mapping **windows; /* by address */
+	enum xn_zerocopy zerocopy; /* OFF: no window is taken, nor is one in any UMEM */
+	int watch;		   /* userfaultfd; -1: none, and no windows */
+	struct mapping **windows;  /* by address */
 	u32 windows_n;
 	u32 windows_room;
 	u64 changes; /* made to the windows so far */
 };
 
-/* Reserves room for windows unless zerocopy is off; without that room it does with private frames. */
+/* Reserves room for windows unless zerocopy is off; without that, or a watch, it does with private frames. */
 int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy);
 void arena_release(struct arena *a);
 
@@ -42,6 +49,9 @@ bool arena_wants(const struct arena *a, bool huge);
 int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page);
 void arena_unmap(struct arena *a, struct mapping *map);
 
+/* From the SIGBUS handler: the window is watched no more; whether the page at `fault` is there now. */
+bool arena_unwatch(int watch, u8 *base, u64 length, u8 *fault);
+
 /* The UMEM that a socket opened now would have, with windows or without. */
 u64 arena_umem(const struct arena *a, bool windows);
 /* Its length, from base. */
@@ -49,6 +59,8 @@ u64 arena_umem_length(const struct arena *a, u64 umem);
 /* Around the registration of a UMEM with windows: nothing in it may be without a page; and undone, for it is pinned. */
 int arena_fill_holes(struct arena *a);
 void arena_empty_holes(struct arena *a);
+/* After a registration that failed: raises the alarm of windows that have lost a page; whether there are any. */
+bool arena_find_moved(const struct arena *a);
 
 static inline u64 arena_private(const struct arena *a)
 {

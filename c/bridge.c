@@ -76,6 +76,7 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 		return NULL;
 	b->config = *config;
 	b->event_fd = -1;
+	b->arena.watch = -1;
 	pthread_mutex_init(&b->parking.mutex, NULL);
 	pthread_cond_init(&b->parking.changed, NULL);
 	b->cycles_per_us = clock_cycles_per_us();
@@ -155,6 +156,11 @@ void xn_bridge_free(struct xn_bridge *b)
 	pthread_cond_destroy(&b->parking.changed);
 	pthread_mutex_destroy(&b->parking.mutex);
 	free(b);
+}
+
+int xn_bridge_lends(const struct xn_bridge *b)
+{
+	return b->arena.zerocopy != XN_ZEROCOPY_OFF;
 }
 
 int xn_bridge_event_fd(struct xn_bridge *b)

@@ -27,7 +27,7 @@ struct guest {
 	u8 takes;
 	struct guard guard;
 	struct mem *mem;
-	u32 mem_lost;		 /* raised by the SIGBUS handler */
+	struct mem_alarms alarms;
 	u32 taught;		 /* of the bridge's changes, the last that this guest has taught ... */
 	u64 taught_at;		 /* ... in cycles */
 	u32 broke;		 /* rings that broke since the control thread asked, one bit each */

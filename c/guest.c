@@ -67,7 +67,8 @@ void guest_settle(struct port *p)
  */
 static enum xn_zerocopy may_lend(const struct xn_bridge *b, const struct port *p)
 {
-	if (p->check_source || p->guest.recalling || p->guest.overdue || p->guest.umem == UINT64_MAX)
+	if (p->check_source || p->guest.recalling || p->guest.overdue || p->guest.umem == UINT64_MAX ||
+	    p->guest.alarms.moved)
 		return XN_ZEROCOPY_OFF;
 	if (!mem_is_huge(p->guest.mem))
 		return XN_ZEROCOPY_ON;
@@ -209,10 +210,10 @@ static void swap_memory(struct port *p, struct mem *new, bool anew)
 	for (u32 i = 0; i < 2 * g->pairs; i++)
 		if (g->rings[i].started && !translate_ring(&g->rings[i], new))
 			stop_ring(&g->rings[i]);
+	if (anew)
+		g->alarms = (struct mem_alarms){0};
 	guest_settle(p);
 	guests_settle_lending(p->bridge);
-	if (anew)
-		__atomic_store_n(&g->mem_lost, 0, __ATOMIC_RELAXED);
 	workers_resume(p->bridge);
 	mem_free(old);
 	if (p->bridge->arena.windows_n || changes != p->bridge->arena.changes)
@@ -253,7 +254,7 @@ int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_regi
 	if (!m)
 		return -ENOMEM;
 	for (u32 i = 0; i < n; i++) {
-		int r = mem_add(m, &regions[i], &p->guest.mem_lost, arena_of(p));
+		int r = mem_add(m, &regions[i], &p->guest.alarms, arena_of(p));
 
 		if (r < 0) {
 			mem_free(m);
@@ -274,7 +275,7 @@ int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_regi
 
 	if (!m)
 		return -ENOMEM;
-	int r = mem_add(m, region, &p->guest.mem_lost, arena_of(p));
+	int r = mem_add(m, region, &p->guest.alarms, arena_of(p));
 
 	if (r < 0) {
 		mem_free(m);
@@ -302,6 +303,36 @@ int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_r
 	}
 	swap_memory(p, m, false);
 	return 0;
+}
+
+int xn_guest_leave_umem(struct xn_bridge *b, uint32_t port)
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+	bool windows = false;
+
+	if (!p)
+		return -ENOENT;
+	const struct mem *old = p->guest.mem;
+
+	for (u32 i = 0; old && i < old->n; i++)
+		windows |= old->regions[i].mapping->arena != NULL;
+	if (!windows || !__atomic_load_n(&p->guest.alarms.moved, __ATOMIC_ACQUIRE))
+		return 0;
+	struct mem *m = mem_clone(old);
+
+	if (!m)
+		return -ENOMEM;
+	int r = mem_leave_windows(m);
+
+	if (r < 0) {
+		mem_free(m);
+		/* Not moved but gone: its rings will break, and it is left out meanwhile. */
+		if (r == -EINVAL)
+			__atomic_store_n(&p->guest.alarms.lost, 1, __ATOMIC_RELEASE);
+		return r;
+	}
+	swap_memory(p, m, false);
+	return 1;
 }
 
 int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)

@@ -351,7 +351,7 @@ static u32 poll_waiting(struct worker *w, struct source *s)
 
 	vring_lock(q);
 	if (b->n) {
-		if (unlikely(__atomic_load_n(&q->port->guest.mem_lost, __ATOMIC_RELAXED)))
+		if (unlikely(__atomic_load_n(&q->port->guest.alarms.lost, __ATOMIC_RELAXED)))
 			vring_break(q, XN_BROKEN_MEMORY);
 		n = serve_waiting(w, q, XN_BURST);
 	} else if (b->bytes && w->turn - b->last > w->bridge->cycles_per_us * BACKLOG_US) {
@@ -405,7 +405,7 @@ void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct vie
 
 	worker_delivers_to(w, place_of(p->id, q->index));
 	vring_lock(q);
-	if (unlikely(__atomic_load_n(&g->mem_lost, __ATOMIC_RELAXED)))
+	if (unlikely(__atomic_load_n(&g->alarms.lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
 	u32 done = likely(!q->backlog.n) ? deliver(w, q, views, which, n) : deliver_behind(w, q, views, which, n);
 

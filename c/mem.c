@@ -11,13 +11,14 @@
 
 /*
  * Every live mapping, for the SIGBUS handler. The control thread fills and empties slots; a handler on another thread
- * reads them. A slot is valid while base is set: length and lost are written before base, base is cleared first.
+ * reads them. A slot is valid while base is set: the rest is written before base, base is cleared first.
  */
 enum { GUARDS = XN_MAX_PORTS * XN_MAX_REGIONS };
 static struct guard {
 	u8 *base;
 	size_t length;
-	u32 *lost;
+	struct mem_alarms *alarms;
+	int watch; /* of the arena that it is a window of; -1: it is none */
 } guards[GUARDS];
 static u32 guards_used;
 static struct sigaction previous_sigbus;
@@ -33,11 +34,17 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 
 		if (!base || fault < base || fault >= base + guards[i].length)
 			continue;
+		/* A page that is there after all is another than was pinned. The alarm first: others touch the next pages. */
+		if (guards[i].watch >= 0) {
+			__atomic_store_n(&guards[i].alarms->moved, MEM_MOVED, __ATOMIC_SEQ_CST);
+			if (arena_unwatch(guards[i].watch, base, guards[i].length, fault))
+				return;
+		}
 		/* The whole mapping, not a page: huge pages cannot be split, and the next page would fault as well. */
 		if (mmap(base, guards[i].length, PROT_READ | PROT_WRITE,
 			 MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) == MAP_FAILED)
 			break;
-		__atomic_store_n(guards[i].lost, 1, __ATOMIC_RELEASE);
+		__atomic_store_n(&guards[i].alarms->lost, 1, __ATOMIC_RELEASE);
 		return;
 	}
 	/* Not guest memory: as if we were not here. */
@@ -56,14 +63,15 @@ static void install_sigbus(void)
 	sigaction(SIGBUS, &action, &previous_sigbus);
 }
 
-static int guard_add(u8 *base, size_t length, u32 *lost)
+static int guard_add(const struct mapping *map)
 {
 	for (u32 i = 0; i < GUARDS; i++) {
 		if (guards[i].base)
 			continue;
-		guards[i].length = length;
-		guards[i].lost = lost;
-		__atomic_store_n(&guards[i].base, base, __ATOMIC_RELEASE);
+		guards[i].length = map->length;
+		guards[i].alarms = map->alarms;
+		guards[i].watch = map->arena ? map->arena->watch : -1;
+		__atomic_store_n(&guards[i].base, map->base, __ATOMIC_RELEASE);
 		if (i >= guards_used)
 			__atomic_store_n(&guards_used, i + 1, __ATOMIC_RELEASE);
 		return 0;
@@ -98,7 +106,8 @@ static void unmap_file(struct mapping *map)
 		munmap(map->base, map->length);
 }
 
-static int mapping_new(struct mapping **out, const struct xn_region *region, u8 **host, u32 *lost, struct arena *arena)
+static int mapping_new(struct mapping **out, const struct xn_region *region, u8 **host, struct mem_alarms *alarms,
+		       struct arena *arena)
 {
 	struct stat st;
 	struct statfs fs;
@@ -118,7 +127,7 @@ static int mapping_new(struct mapping **out, const struct xn_region *region, u8 
 	if (!map)
 		return -ENOMEM;
 	map->length = (lead + region->size + page - 1) / page * page;
-	map->lost = lost;
+	map->alarms = alarms;
 	map->refs = 1;
 	map->huge = fs.f_type == HUGETLBFS_MAGIC;
 	int r = map_file(map, region->fd, start, page, arena);
@@ -127,7 +136,7 @@ static int mapping_new(struct mapping **out, const struct xn_region *region, u8 
 		goto no_map;
 	/* A core dump is not the place for a guest's memory. Only advice: a refusal changes nothing else. */
 	(void)madvise(map->base, map->length, MADV_DONTDUMP);
-	r = guard_add(map->base, map->length, lost);
+	r = guard_add(map);
 	if (r < 0)
 		goto no_guard;
 	*host = map->base + lead;
@@ -181,7 +190,7 @@ static bool overlap(u64 a, u64 a_size, u64 b, u64 b_size)
 	return a < b + b_size && b < a + a_size;
 }
 
-int mem_add(struct mem *m, const struct xn_region *region, u32 *lost, struct arena *arena)
+int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *alarms, struct arena *arena)
 {
 	if (m->n == XN_MAX_REGIONS)
 		return -ENOSPC;
@@ -194,7 +203,7 @@ int mem_add(struct mem *m, const struct xn_region *region, u32 *lost, struct are
 			return -EEXIST;
 	struct region *r = &m->regions[m->n];
 
-	int error = mapping_new(&r->mapping, region, &r->host, lost, arena);
+	int error = mapping_new(&r->mapping, region, &r->host, alarms, arena);
 
 	if (error < 0)
 		return error;
@@ -218,6 +227,27 @@ int mem_remove(struct mem *m, const struct xn_region *region)
 		return 0;
 	}
 	return -ENOENT;
+}
+
+int mem_leave_windows(struct mem *m)
+{
+	for (u32 i = 0; i < m->n; i++) {
+		struct region *r = &m->regions[i];
+		struct mapping *window = r->mapping;
+
+		if (!window->arena)
+			continue;
+		const struct xn_region same = {
+			.size = r->size, .offset = window->offset + (u64)(r->host - window->base), .fd = window->fd};
+		int error = mapping_new(&r->mapping, &same, &r->host, window->alarms, NULL);
+
+		if (error < 0) {
+			r->mapping = window;
+			return error;
+		}
+		mapping_put(window);
+	}
+	return 0;
 }
 
 void *mem_user(const struct mem *m, u64 user_addr, u64 len)

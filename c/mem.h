@@ -6,22 +6,33 @@
  * piece at the borders of regions; nothing else in the core makes a pointer from a guest's number.
  *
  * The file behind a region can be truncated under us: a SIGBUS handler then maps zeroes over the region and raises the
- * table's lost flag, upon which the worker breaks the port's rings.
+ * guest's alarm, upon which the worker breaks the port's rings. Of memory that may be lent another one tells of pages that
+ * were given up and taken back (arena.h).
  */
 #ifndef XN_MEM_H
 #define XN_MEM_H
 
 #include "arena.h"
 
+/* What the SIGBUS handler raises, of all memory of a guest. */
+struct mem_alarms {
+	u32 lost;  /* some of it was taken away */
+	u32 moved; /* enum mem_moved: some of it is not where it was when it was pinned */
+};
+
+enum mem_moved { MEM_IN_PLACE, MEM_MOVED, MEM_MOVED_TOLD };
+
 /* One mmap of a region's file, shared by every table that holds the region. */
 struct mapping {
 	u8 *base;
 	size_t length;
 	u32 refs;
-	u32 *lost;
+	struct mem_alarms *alarms;
 	bool huge;	     /* on hugetlbfs: its pages are there to stay */
 	struct arena *arena; /* that it is a window of; NULL: of none */
 	u64 umem;	     /* the first UMEM that has it */
+	int fd;		     /* of a window: its file, and where in that it begins */
+	u64 offset;
 };
 
 struct region {
@@ -48,8 +59,10 @@ struct mem *mem_new(void);
 struct mem *mem_clone(const struct mem *old);
 void mem_free(struct mem *m);
 /* Into a window of the arena, if that wants it; NULL: it shall not. */
-int mem_add(struct mem *m, const struct xn_region *region, u32 *lost, struct arena *arena);
+int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *alarms, struct arena *arena);
 int mem_remove(struct mem *m, const struct xn_region *region);
+/* Maps what lies in windows elsewhere; -EINVAL: it is no longer all there. The table is then to be freed all the same. */
+int mem_leave_windows(struct mem *m);
 /* Host address of [user_addr, user_addr + len) of the frontend's own addresses; NULL if it is not in one region. */
 void *mem_user(const struct mem *m, u64 user_addr, u64 len);
 /* The first UMEM that has all of it; UINT64_MAX: none will. */
@@ -88,6 +101,14 @@ static inline void oracle_loaded(const void *guest, void *loaded, size_t n)
 	(void)guest, (void)loaded, (void)n;
 }
 #endif
+
+static inline u8 g_load8(const void *p)
+{
+	u8 v = __atomic_load_n((const u8 *)p, __ATOMIC_RELAXED);
+
+	oracle_loaded(p, &v, sizeof(v));
+	return v;
+}
 
 static inline u16 g_load16(const void *p)
 {

@@ -108,6 +108,9 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		return -EALREADY;
 	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, flags);
 
+	/* Some guest's memory is not where it was. */
+	if (r == -EFAULT)
+		bridge_event(b, XN_EVENT_UMEM);
 	if (r < 0)
 		return r;
 	x->port = &b->ports[port];

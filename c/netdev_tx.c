@@ -160,6 +160,20 @@ static bool can_lend(const struct worker *w, const struct xsk *x, const struct v
 	return !x->zerocopy || ((uintptr_t)v->pieces->ptr - front) % PAGE + front + v->len <= PAGE;
 }
 
+/*
+ * Whether the frame, which can be lent, is still where it was pinned: pages that moved raise an alarm when they are read.
+ * The first one was read for the snapshot; there is one more at most.
+ */
+static bool is_in_place(const struct guest *g, const struct view *v)
+{
+	const u8 *first = v->pieces->ptr, *last = first + v->len - 1;
+
+	if ((uintptr_t)first / PAGE != (uintptr_t)last / PAGE)
+		(void)g_load8(last);
+	/* Acquire: by whomever the page was touched first, his alarm came before it. */
+	return __atomic_load_n(&g->alarms.moved, __ATOMIC_ACQUIRE) == MEM_IN_PLACE;
+}
+
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
 {
 	struct netdev *d = &p->netdev;
@@ -207,7 +221,8 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 		bytes += v->len;
 		sent++;
 		/* Flooded to several interfaces, it is lent to the first: a loan has one end. */
-		if (lender && !(w->lent >> which[i] & 1) && can_lend(w, x, v)) {
+		if (lender && !(w->lent >> which[i] & 1) && can_lend(w, x, v) &&
+		    likely(is_in_place(&lender->port->guest, v))) {
 			*desc = xsk_lend(x, &lender->loans[(lender->loans_tail + which[i]) & lender->loans_mask],
 					 v->pieces->ptr, v->len);
 			w->lent |= 1ull << which[i];

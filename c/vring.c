@@ -7,7 +7,7 @@ void vring_break(struct virtqueue *q, enum xn_broken why)
 	if (q->broken)
 		return;
 	/* Zeroes in place of lost memory make no sense as a ring: that is not the guest's fault. */
-	if (__atomic_load_n(&q->port->guest.mem_lost, __ATOMIC_RELAXED))
+	if (__atomic_load_n(&q->port->guest.alarms.lost, __ATOMIC_RELAXED))
 		why = XN_BROKEN_MEMORY;
 	q->broken = (u8)why;
 	count(&q->stats.breaks, 1);

@@ -91,7 +91,7 @@ enum xn_event {
 	XN_EVENT_BROKEN = 2, /* a ring broke for another reason */
 	XN_EVENT_MEMORY = 4, /* a ring broke because guest memory was taken away under us */
 	XN_EVENT_SOCKET = 8, /* an AF_XDP or AF_PACKET socket reported an error */
-	XN_EVENT_UMEM = 16   /* xn_netdev_is_stale may have another answer now */
+	XN_EVENT_UMEM = 16   /* xn_guest_leave_umem and xn_netdev_is_stale may have another answer now */
 };
 
 /*
@@ -244,7 +244,9 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config); /* NULL:
 int xn_bridge_start(struct xn_bridge *b);				/* start the workers */
 int xn_bridge_stop(struct xn_bridge *b);				/* join them; idempotent */
 void xn_bridge_free(struct xn_bridge *b);				/* stop, close and unmap all */
-int xn_bridge_event_fd(struct xn_bridge *b);				/* readable when xn_bridge_events has news */
+/* Whether guests' memory can be lent to interfaces at all: 0 without that wish, address space or userfaultfd(2). */
+int xn_bridge_lends(const struct xn_bridge *b);
+int xn_bridge_event_fd(struct xn_bridge *b);	/* readable when xn_bridge_events has news */
 uint32_t xn_bridge_events(struct xn_bridge *b); /* enum xn_event bits since the last call; clears the fd */
 uint64_t
 xn_bridge_parked_ns(const struct xn_bridge *b); /* that the workers have stood still for the control thread, so far */
@@ -307,6 +309,11 @@ int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_regi
 int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);
 /* Matched by guest_addr, user_addr and size. */
 int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);
+/*
+ * If pages of the guest were given up and taken back, which its frames in place would not show: keeps its memory out of
+ * UMEMs from now on, until it has another table; 1 if that was news. Its frames are copied since that was found out.
+ */
+int xn_guest_leave_umem(struct xn_bridge *b, uint32_t port);
 /* The negotiated virtio feature bits; -EBUSY if this would change the layout under a started ring. */
 int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features);
 /* -EFAULT: a part of the ring lies outside the memory table; -EINVAL: size or alignment. */

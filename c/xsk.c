@@ -78,6 +78,8 @@ static int register_umem(struct xsk *x, struct arena *a)
 	}
 	if (x->umem)
 		arena_empty_holes(a);
+	if (x->umem && r && arena_find_moved(a))
+		r = -EFAULT;
 	return r;
 }
 

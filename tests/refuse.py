@@ -13,6 +13,7 @@ PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 RET_ERRNO, RET_ALLOW = 0x0005_0000, 0x7FFF_0000
 LOAD_WORD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06
 IO_SETUP = {"x86_64": 206, "aarch64": 0}.get(platform.machine())
+USERFAULTFD = {"x86_64": 323, "aarch64": 282}.get(platform.machine())
 
 
 def refuse(number: int, error: int) -> None:

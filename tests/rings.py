@@ -6,6 +6,7 @@ the device owes and does not send fails the test. raw() posts what no driver wou
 """
 
 import abc
+import ctypes
 import mmap
 import os
 import random
@@ -40,6 +41,8 @@ LEGACY = 0
 MODERN = VERSION_1 | MERGEABLE | EVENT_IDX | INDIRECT_DESC
 
 MIB = 1 << 20
+PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+libc = ctypes.CDLL(None, use_errno=True)
 _fence_lock = threading.Lock()
 
 
@@ -154,6 +157,12 @@ class GuestMemory:
             raise MemoryError(f"region {region} of the guest is full")
         self._next[span] = addr + size
         return addr
+
+    def give_up(self, addr: int, size: int) -> None:
+        """Whole pages, to the host, as a balloon does; touched again, they are others, and zero."""
+        for at, part in self._pieces(addr, size):
+            if libc.fallocate(self.fd, PUNCH_HOLE, ctypes.c_int64(at), ctypes.c_int64(part)):
+                raise OSError(ctypes.get_errno(), f"punch {part} bytes at {at:#x}")
 
     def take(self, size: int) -> int:
         """A buffer, until it is given back with the same size; from the first region that has room."""

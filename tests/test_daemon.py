@@ -1,5 +1,6 @@
 """The daemon as a process: it starts in order, serves, ends in order, and leaves nothing."""
 
+import errno
 import http.client
 import json
 import os
@@ -23,6 +24,7 @@ import pytest
 from tests.frontend import Frontend, GuestMemory
 from tests.guests import frame
 from tests.netns import Veth, add_veth, command, needs_root, remove, veth
+from tests.refuse import USERFAULTFD
 from tests.remote import RemoteGuest
 from tests.traced import stopped
 from tests.waiting import PATIENCE_S
@@ -597,6 +599,20 @@ def test_an_interface_is_attached_shown_and_released(tmp_path: Path, wire: Veth)
         assert xdp_of(wire.ifname)
         assert running.end() == 0
     assert not xdp_of(wire.ifname)
+
+
+@needs_root
+@pytest.mark.net
+@pytest.mark.parametrize(("policy", "said"), [("on", True), ("auto", False)])
+def test_without_a_way_to_notice_that_memory_moves_nothing_is_sent_in_place_and_who_wants_that_is_told(
+    tmp_path: Path, wire: Veth, policy: str, said: bool
+) -> None:
+    refused = (sys.executable, "-m", "tests.refuse", str(USERFAULTFD), str(errno.EPERM))
+    words = ("--guest", guest(tmp_path), "--netdev", f"{wire.ifname},zerocopy={policy}")
+    with daemon(tmp_path, *words, prefix=refused) as running:
+        assert running.ready().port(wire.ifname).queues[0].xsk is not None
+        assert ("frames are copied all the same" in running.log) == said
+        assert running.end() == 0
 
 
 @needs_root

@@ -6,6 +6,7 @@ otherwise. After each test of a bridge its books balance.
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -59,7 +60,7 @@ def pair() -> Iterator[Veth]:
 @pytest.fixture
 def huge_pages(tmp_path: Path) -> Iterator[None]:
     """Enough of them free for a small guest; first in a test's list, for it has to outlive the guest."""
-    with dpdk.huge_pages(16, tmp_path):
+    with dpdk.huge_pages(32, tmp_path):
         yield
 
 
@@ -81,19 +82,25 @@ class Wired:
 
     def renew(self) -> None:
         """As the daemon does when guest memory has changed."""
-        for queue in range(self.queues):
-            self.bridge.netdev_close_queue(self.port, queue)
+        self.close()
         deadline = time.monotonic() + PATIENCE_S
         for queue in range(self.queues):
             while True:
                 try:
-                    index = socket.if_nametoindex(self.ifname)
-                    self.bridge.netdev_open_queue(self.port, queue, index, LONGEST, self.policy, self.copies_at_once)
+                    self.open(queue)
                     break
-                except OSError:
-                    if time.monotonic() > deadline:
+                except OSError as error:
+                    if error.errno != errno.EBUSY or time.monotonic() > deadline:
                         raise
                     time.sleep(0.005)
+
+    def close(self) -> None:
+        for queue in range(self.queues):
+            self.bridge.netdev_close_queue(self.port, queue)
+
+    def open(self, queue: int) -> None:
+        index = socket.if_nametoindex(self.ifname)
+        self.bridge.netdev_open_queue(self.port, queue, index, LONGEST, self.policy, self.copies_at_once)
 
     @property
     def stale(self) -> bool:
@@ -913,6 +920,161 @@ def test_whatever_came_and_went_the_books_balance(
     tx = a.stats(core.TX)
     assert tx.packets == 500
     assert tx.packets + tx.copies == out + sum(tx.drops.values())
+
+
+# ---- memory that is given up and taken back ----
+
+
+@dataclass
+class Balloon:
+    """A guest with pages that it gives up, takes back and sends from."""
+
+    driver: Driver
+    page: int
+    size: int = 2 * 4096
+
+    def cycle(self) -> None:
+        """The host's tables have the new pages before the daemon sees any of them."""
+        self.driver.memory.give_up(self.page, self.size)
+        self.driver.memory.write(self.page, bytes(self.size))
+
+    def send(self, mark: int, offset: int = 0) -> bytes:
+        at, sent = self.page + offset, full(mark)
+        self.driver.memory.write(at, bytes(12) + sent)
+        self.driver.pair.tx.add([Buffer(at, 12 + len(sent))], writable=False, owned=False)
+        self.driver.pair.tx.kick()
+        return sent
+
+
+def balloon(driver: Driver, page: int = 4096) -> Balloon:
+    return Balloon(driver, driver.memory.reserve(2 * page, page), 2 * page)
+
+
+# In the first page, across the border with the frame's end alone in the second, and in the second.
+@pytest.mark.parametrize("offset", [0, 4096 - 12 - 60, 4096 - 12 - 1399, 4096 - 12])
+@pytest.mark.parametrize("given_up", [0, 1, 2], ids=["first page", "second page", "both"])
+def test_a_frame_from_memory_that_was_given_up_and_taken_back_leaves_as_it_is_now(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired, offset: int, given_up: int
+) -> None:
+    a = balloon(guests(bridge))
+    port.renew()
+    with pair.wire() as wire:
+        assert a.send(1, offset) == wire.receive()
+        assert a.driver.pair.wait_sent()
+        assert port.sent == (1, 0)
+        start, size = (a.page + given_up * 4096, 4096) if given_up < 2 else (a.page, 2 * 4096)
+        a.driver.memory.give_up(start, size)
+        for i in range(2, 10):
+            assert a.send(i, offset) == wire.receive()
+            assert a.driver.pair.wait_sent()
+        touched = {offset // 4096, (offset + 12 + 1399) // 4096}  # the header's too
+        assert port.sent == ((1, 8) if touched & {0: {0}, 1: {1}, 2: {0, 1}}[given_up] else (9, 0))
+
+
+@pytest.mark.parametrize("policy", ["auto", "on"])
+def test_a_frame_from_huge_pages_that_were_given_up_and_taken_back_leaves_as_it_is_now(
+    huge_pages: None, make_bridge: MakeBridge, guests: MakeGuest, pair: Veth, policy: core.ZeroCopy
+) -> None:
+    bridge = make_bridge(netdev_queues=1, frames_per_queue=256, zerocopy=policy, copybreak=60)
+    span = Span(0x4000_0000, 8 * HUGE, 0x7F12_0000_0000, 0)
+    a = balloon(guests(bridge, spans=(span,), memfd_flags=os.MFD_HUGETLB), HUGE)
+    port = wired(bridge, pair, policy)
+    with pair.wire() as wire:
+        for i in range(2):
+            assert a.send(i) == wire.receive()
+            assert a.driver.pair.wait_sent()
+            assert port.sent == (1, i)
+            a.cycle()
+
+
+def test_a_guest_whose_memory_moved_is_copied_and_no_longer_pinned_and_the_others_go_on_in_place(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired
+) -> None:
+    a, b = balloon(guests(bridge)), guests(bridge)
+    port.renew()
+    with pair.wire() as wire:
+
+        def both(in_place: int) -> None:
+            before = port.sent
+            a.send(1)
+            assert full(1) == wire.receive()
+            b.pair.send(full(2))
+            assert wire.receive() == full(2)
+            assert port.sent == (before[0] + in_place, before[1] + 2 - in_place)
+            assert a.driver.pair.wait_sent()
+
+        both(in_place=2)
+        assert not bridge.guest_leave_umem(a.driver.port)
+        bridge.events()
+        a.cycle()
+        both(in_place=1)
+        assert eventually(lambda: bridge.events() & core.EVENT_UMEM)
+        assert not port.stale
+        before = bridge.netdev_xsk_stats(port.port, 0).umem
+        assert not bridge.guest_leave_umem(b.port)
+        assert bridge.guest_leave_umem(a.driver.port)
+        assert not bridge.guest_leave_umem(a.driver.port)
+        assert port.stale
+        both(in_place=1)
+        port.renew()
+        assert bridge.netdev_xsk_stats(port.port, 0).umem < before + a.driver.memory.size
+        both(in_place=1)
+        a.driver.memory.give_up(a.page, a.size)
+        have = os.fstat(a.driver.memory.fd).st_blocks
+        port.renew()
+        assert os.fstat(a.driver.memory.fd).st_blocks == have  # its balloon stays its own
+        both(in_place=1)
+        a.cycle()
+        # With another table, as after a reset of its driver, it begins anew.
+        bridge.guest_set_memory(a.driver.port, a.driver.memory.regions())
+        port.renew()
+        both(in_place=2)
+
+
+def test_pages_given_up_before_they_are_pinned_again_are_not_made_anew_and_the_guest_is_copied(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired
+) -> None:
+    """Nobody has touched them, so nobody knows yet: it shows when sockets are opened."""
+    a, b = balloon(guests(bridge)), guests(bridge)
+    a.driver.memory.give_up(a.page, a.size)
+    have = os.fstat(a.driver.memory.fd).st_blocks
+    bridge.events()
+    with pytest.raises(OSError, match="Bad address"):
+        port.renew()
+    assert bridge.events() & core.EVENT_UMEM
+    assert bridge.guest_leave_umem(a.driver.port)
+    port.renew()
+    assert os.fstat(a.driver.memory.fd).st_blocks == have
+    with pair.wire() as wire:
+        assert a.send(1) == wire.receive()
+        assert port.sent == (0, 1)
+        b.pair.send(full(2))
+        assert wire.receive() == full(2)
+    assert port.sent == (1, 1)
+
+
+def test_memory_that_moves_all_the_time_costs_no_frame(make_bridge: MakeBridge, guests: MakeGuest, pair: Veth) -> None:
+    """Several workers meet the pages that are gone, at the same time."""
+    bridge = make_bridge(workers=2, netdev_queues=2, frames_per_queue=1024, zerocopy="on", copybreak=0)
+    a = guests(bridge, pairs=2)
+    port = wired(bridge, pair)
+    pages = [a.memory.reserve(4096, 4096) for _ in range(64)]
+    with pair.wire() as wire:
+        for turn in range(20):
+            bridge.guest_set_memory(a.port, a.memory.regions())
+            port.renew()
+            for page in pages:
+                a.memory.give_up(page, 4096)
+            for mark, page in enumerate(pages):
+                a.memory.write(page, bytes(12) + full(100 * turn + mark))
+                a.pairs[mark % 2].tx.add([Buffer(page, 12 + 1400)], writable=False, owned=False)
+            for each in a.pairs:
+                each.tx.kick()
+            for each in a.pairs:
+                assert each.wait_sent()
+            got = sorted(filter(None, (wire.receive() for _ in pages)))
+            assert got == sorted(full(100 * turn + mark) for mark in range(64))
+    assert port.tx.packets == 20 * 64
 
 
 # ---- the interface's part ----

@@ -298,6 +298,11 @@ class Bridge:
         lib.xn_bridge_free(bridge)
 
     @property
+    def lends(self) -> bool:
+        """Whether interfaces can send guests' frames from where they lie at all."""
+        return bool(lib.xn_bridge_lends(self._bridge))
+
+    @property
     def event_fd(self) -> int:
         """Readable when events() has news."""
         return int(lib.xn_bridge_event_fd(self._bridge))
@@ -452,6 +457,11 @@ class Bridge:
         """Unmap the region with this guest address, user address and size; rings in it stop."""
         what = f"unmap region {region.guest_addr:#x}+{region.size:#x} of port {port}"
         _check(lib.xn_guest_remove_region(self._bridge, port, _region(region)), what)
+
+    def guest_leave_umem(self, port: int) -> bool:
+        """Keep memory whose pages were given up and taken back out of UMEMs; whether there was such news."""
+        what = f"keep memory of port {port} out of UMEMs"
+        return bool(_check(lib.xn_guest_leave_umem(self._bridge, port), what))
 
     def guest_set_features(self, port: int, features: int) -> None:
         """Set the negotiated virtio features; EBUSY if that would change the layout of a started ring."""

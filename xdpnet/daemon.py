@@ -107,6 +107,7 @@ class Daemon:
             # 2. The bridge: its arena and forwarding table; no worker runs yet.
             self.bridge = self._make_bridge()
             stack.callback(self.bridge.close)
+            self._advise_zerocopy()
 
             # 3. The interfaces: sockets bound, XDP attached.
             for wanted in self.config.netdevs:
@@ -192,6 +193,13 @@ class Daemon:
                 "a frontend can have it killed; set max_memory to what guests have, or raise the limit",
                 limit >> 20, guests >> 20,
             )  # fmt: skip
+
+    def _advise_zerocopy(self) -> None:
+        if self.config.zerocopy == "on" and not self.bridge.lends:
+            log.warning(
+                "zerocopy=on: frames are copied all the same, for it takes userfaultfd(2) to notice that a guest's "
+                "memory moves; a kernel with CONFIG_USERFAULTFD, and SystemCallFilter=userfaultfd in the unit"
+            )
 
     def _make_bridge(self) -> core.Bridge:
         config = self.config

@@ -16,8 +16,9 @@ OWN = 128  # standard streams, event loops, listening sockets, what libraries ke
 WORKER = 3
 NETDEV = 64  # program, maps, link, netlink; a socket for each of its queues
 ONE_MESSAGE = 253  # what one sendmsg() may bring, SCM_MAX_FD
-# Sockets, memory, half a message; what is being closed, of the frontend and of others that were turned away.
-GUEST = 4 + MAX_REGIONS + MAX_FDS + MAX_PENDING + ONE_MESSAGE + MAX_PENDING
+# Sockets; memory, and as much of the core's; half a message; what is being closed, of the frontend and of others that
+# were turned away.
+GUEST = 4 + 2 * MAX_REGIONS + MAX_FDS + MAX_PENDING + ONE_MESSAGE + MAX_PENDING
 QUEUE_PAIR = 2 * 3 * 2  # rings, each with three events, of which the core has copies
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@
     BROKEN   rings were latched broken: say so, not too often for each guest
     MEMORY   a guest's memory was taken away under us: end that connection, for its rings cannot go on
     SOCKET   a socket of an interface failed: have its watch look at it now
-    UMEM     guests' memory came or went, or a socket is stuck with some: have the interfaces see if they have all of it
+    UMEM     guests' memory came, went or moved, or a socket is stuck with some: a guest whose memory moved is copied,
+             and the interfaces see if they have all of the others'
 
 Reference: c/xdpnet.h, enum xn_event.
 """
@@ -71,6 +72,7 @@ class Reports:
             for netdev in self._netdevs.values():
                 netdev.poke()
         if events & core.EVENT_UMEM:
+            self._memory_moved()
             for netdev in self._netdevs.values():
                 netdev.memory_changed()
 
@@ -106,6 +108,22 @@ class Reports:
                 if suffix is not None:
                     log.warning("interface %s: steer %d addresses: %s%s", name, len(macs), error, suffix)
         self._bridge.fdb_steered(changes)
+
+    # ---- guests' memory ----
+
+    def _memory_moved(self) -> None:
+        for port, name in self._guests.items():
+            try:
+                moved = self._bridge.guest_leave_umem(port)
+            except OSError as error:  # copied it is all the same
+                log.debug("guest %s: %s", name, error)
+                continue
+            suffix = self._limit.allow((name, "moved")) if moved else None
+            if suffix is not None:
+                log.warning(
+                    "guest %s: some of its memory was given up and taken back (a balloon, free page reporting, "
+                    "virtio-mem), which zero copy cannot follow: its frames are copied from now on%s", name, suffix,
+                )  # fmt: skip
 
     # ---- broken rings ----
 
