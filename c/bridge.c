@@ -41,8 +41,9 @@ const char *xn_drop_name(uint32_t drop)
 	return drop < XN_DROP_COUNT ? drop_names[drop] : NULL;
 }
 
-static const char *const broken_names[] = {"",		"avail_jump", "head",	      "next",  "loop", "addr",
-					   "direction", "indirect",   "indirect_len", "chain", "id",   "memory"};
+static const char *const broken_names[] = {"",	   "avail_jump", "head",     "next",	     "loop",
+					   "addr", "direction",	 "indirect", "indirect_len", "chain",
+					   "id",   "position",	 "memory"};
 _Static_assert(ARRAY_LEN(broken_names) == XN_BROKEN_COUNT, "a name for every way to break");
 
 const char *xn_broken_name(uint32_t broken)

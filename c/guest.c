@@ -453,20 +453,28 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	/* What was taken was also given back, in order: used and available start at the same place. */
 	q->flood_next = 0;
 	q->steps_left = POLL_STEPS;
-	q->next = packed ? (struct cursor){config->base & 0x7fff, config->base >> 15 & 1}
-			 : (struct cursor){(u16)config->base, 0};
 	/*
-	 * So a split ring tells itself where it stands, and better than a frontend that has asked a backend restarted
-	 * meanwhile, which could only answer 0.
+	 * So a ring tells itself where it stands, and better than a frontend whose backend was restarted meanwhile: the
+	 * new one could only answer 0, and of a packed ring QEMU keeps no index of its own.
 	 */
-	if (!packed)
-		q->next.pos = g_load16(&q->split.used->idx);
-	q->used = q->next;
+	struct cursor base = packed ? cursor_of((u16)config->base) : (struct cursor){(u16)config->base, 0};
+	bool tells = true;
+
+	if (packed)
+		tells = packed_find(q, base, &base);
+	else
+		base.pos = g_load16(&q->split.used->idx);
+	q->next = q->used = base;
 	q->avail_idx = q->next.pos;
 	q->unchecked = 0;
 	q->signalled_valid = false;
 	q->broken = XN_RING_OK;
 	q->started = true;
+	vring_disarm(q);
+	if (packed)
+		vring_leave_mark(q);
+	if (!tells)
+		vring_break(q, XN_BROKEN_POSITION);
 	if (ring % 2 == XN_TX) {
 		q->source = (struct source){.ops = packed ? &packed_source : &split_source,
 					    .queue = ring,
@@ -476,7 +484,6 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 					    .bytes = {&q->stats.bytes, &q[-1].stats.bytes}};
 	} else {
 		/* Buffers are waited for only by frames that found none. An index just passed asks for one kick in 65536. */
-		vring_disarm(q);
 		if (!packed && q->event_idx)
 			g_store16(split_avail_event_at(q), (u16)(q->next.pos - 1));
 		q->source = (struct source){.ops = &receive_source,
@@ -498,7 +505,7 @@ out:
 /* As SET_VRING_BASE has it. Packed: 15 bits of index and the wrap counter, for available below, for used above. */
 static u32 ring_base(const struct virtqueue *q)
 {
-	return q->is_packed ? (q->next.pos | (u32)q->next.wrap << 15) * 0x10001u : q->next.pos;
+	return q->is_packed ? off_wrap_of(q->next) * 0x10001u : q->next.pos;
 }
 
 int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *base)

@@ -92,11 +92,11 @@ static bool packed_wants_call(const struct virtqueue *q, struct cursor old, stru
 	if (flags != VRING_PACKED_EVENT_FLAG_DESC || !q->event_idx || !q->signalled_valid)
 		return true;
 	u16 off_wrap = g_load16(&q->packed.driver->off_wrap);
-	u32 event = off_wrap & ((1u << VRING_PACKED_EVENT_F_WRAP_CTR) - 1);
+	u32 event = cursor_of(off_wrap).pos;
 	u32 new = until.pos, from = old.pos;
 
 	/* On one line with `until` as its end: what lies in the lap before is below zero, modulo 2^16. */
-	if (off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR != until.wrap)
+	if (cursor_of(off_wrap).wrap != until.wrap)
 		event -= q->num;
 	if (old.wrap != until.wrap)
 		from -= q->num;

@@ -49,6 +49,18 @@ struct cursor {
 	u16 wrap;
 };
 
+/* Packed: as indices and event indices have it, 15 bits and the wrap counter. */
+static inline u16 off_wrap_of(struct cursor c)
+{
+	return (u16)(c.pos | c.wrap << VRING_PACKED_EVENT_F_WRAP_CTR);
+}
+
+static inline struct cursor cursor_of(u16 off_wrap)
+{
+	return (struct cursor){off_wrap & ((1u << VRING_PACKED_EVENT_F_WRAP_CTR) - 1),
+			       off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR};
+}
+
 struct virtqueue {
 	/* Written by the control thread, while the workers are parked. */
 	union {
@@ -89,6 +101,7 @@ struct virtqueue {
 	u16 avail_idx;		 /* split: the guest's index, as last read */
 	u32 unchecked; /* descriptors (split: chains) published since the last notification check; may be more than a lap */
 	bool signalled_valid;
+	bool armed;	      /* packed: the device's off_wrap is where a kick is wanted, not where `used` stands */
 	u8 broken;	      /* enum xn_broken */
 	u32 hint;	      /* memory region of the last translation */
 	s32 steps_left;	      /* receive: that chains may take to walk before frames are dropped instead */
@@ -129,6 +142,11 @@ int split_walk(struct virtqueue *q, struct cursor at, bool writable, struct piec
 	       chain_t *chain, u32 *steps);
 int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
 		chain_t *chain, u32 *steps);
+/*
+ * Where a device stands in a packed ring that it has left at any moment, from what is in the ring; `base` is only what the
+ * frontend believes. Completes what was being published. False: the ring does not tell.
+ */
+bool packed_find(const struct virtqueue *q, struct cursor base, struct cursor *found);
 /* An indirect table; it lies in guest memory and may cross regions. */
 struct indirect {
 	const u8 *table; /* NULL: not in one piece, or at an odd address; it is read a descriptor at a time */
@@ -296,6 +314,7 @@ struct pushing {
 	u16 first_pos; /* packed: whose flags make them all visible, so they are stored last */
 	u16 first_flags;
 	bool any;
+	bool several; /* packed: some element stands for more descriptors than its own */
 };
 
 static always_inline struct pushing vring_begin(const struct virtqueue *q)
@@ -311,6 +330,7 @@ static always_inline void push_packed(const struct virtqueue *q, struct pushing 
 
 	g_store32(&d->len, written);
 	g_store16(&d->id, chain_id(chain));
+	p->several |= chain_descs(chain) > 1;
 	if (p->any) {
 		/* Release: length and id are visible before the flags. */
 		g_store16_release(&d->flags, flags);
@@ -349,8 +369,19 @@ static always_inline void vring_push_until(const struct virtqueue *q, struct pus
 		push_packed(q, p, last, 0);
 	else
 		push_split(q, p, last, 0);
-	p->any = true;
+	p->any = p->several = true;
 	p->at = after;
+}
+
+/*
+ * A device's event suppression is its own, and while it wants no kick its index means nothing to the driver (2.8.10): so it
+ * says where `used` stands to whoever finds the ring after us. It is written where the flags of the descriptors do not
+ * tell, and once a lap, so that those between it and `used` are all of one descriptor; see packed_find.
+ */
+static inline void vring_leave_mark(const struct virtqueue *q)
+{
+	if (!q->armed)
+		g_store16(&q->packed.device->off_wrap, off_wrap_of(q->used));
 }
 
 /* False: nothing was pushed. */
@@ -358,6 +389,8 @@ static always_inline bool vring_publish(struct virtqueue *q, const struct pushin
 {
 	if (!p->any)
 		return false;
+	bool unclear = packed && (p->several || p->at.wrap != q->used.wrap);
+
 	if (packed) {
 		g_store16_release(&q->packed.desc[p->first_pos].flags, p->first_flags);
 	} else {
@@ -366,6 +399,8 @@ static always_inline bool vring_publish(struct virtqueue *q, const struct pushin
 	}
 	q->unchecked += vring_distance(q, q->used, p->at);
 	q->used = p->at;
+	if (packed && unclear)
+		vring_leave_mark(q);
 	return true;
 }
 
@@ -408,19 +443,24 @@ static always_inline void packed_prefetch_ahead(const struct virtqueue *q, u32 p
 /* Stops asking for kicks. Split with event index: a stale index in the past does that by itself. */
 static inline void vring_disarm(struct virtqueue *q)
 {
-	if (q->is_packed)
+	if (q->is_packed) {
 		g_store16(&q->packed.device->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
-	else if (!q->event_idx)
+		q->armed = false;
+	} else if (!q->event_idx) {
 		g_store16(&q->split.used->flags, VRING_USED_F_NO_NOTIFY);
+	}
 }
 
 /* Asks for a kick at the chain at the cursor. True if it arrived meanwhile: the caller goes on instead of sleeping. */
 static inline bool vring_arm(struct virtqueue *q, struct cursor at)
 {
 	if (q->is_packed) {
-		u16 flags = q->event_idx ? VRING_PACKED_EVENT_FLAG_DESC : VRING_PACKED_EVENT_FLAG_ENABLE;
+		/* Ahead of `next` it would be no mark any more: then every chain may bring a kick. */
+		bool by_index = q->event_idx && at.pos == q->next.pos && at.wrap == q->next.wrap;
+		u16 flags = by_index ? VRING_PACKED_EVENT_FLAG_DESC : VRING_PACKED_EVENT_FLAG_ENABLE;
 
-		g_store16(&q->packed.device->off_wrap, (u16)(at.pos | at.wrap << VRING_PACKED_EVENT_F_WRAP_CTR));
+		g_store16(&q->packed.device->off_wrap, off_wrap_of(by_index ? at : q->used));
+		q->armed = by_index;
 		g_store16_release(&q->packed.device->flags, flags);
 	} else if (q->event_idx) {
 		g_store16(split_avail_event_at(q), at.pos);

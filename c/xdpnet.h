@@ -81,6 +81,7 @@ enum xn_broken {
 	XN_BROKEN_INDIRECT_LEN, /* an indirect table of no, partial or too many descriptors */
 	XN_BROKEN_CHAIN,	/* packed: a chain that runs into a descriptor which is not available */
 	XN_BROKEN_ID,		/* packed: a buffer id outside the ring */
+	XN_BROKEN_POSITION,	/* packed: its flags do not tell where a device that is gone has left it */
 	XN_BROKEN_MEMORY,	/* the memory under the ring was taken away (SIGBUS) */
 	XN_BROKEN_COUNT
 };

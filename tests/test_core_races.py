@@ -118,7 +118,7 @@ def test_b21_b22_b23_b24_b26_b27_rings_and_tables_rewritten_while_they_are_read(
     words = hostile_words(scene, buffers, dice)
     before = memory.snapshot()
     deadline = time.monotonic() + PATIENCE_S
-    with rewriting(rewriter, memory, words):
+    with rewriting(rewriter, memory, words) as rewriting_now:
         for turn in itertools.count():
             if turn >= 300 and all(enough(scene.bad.stats(index)) for index in range(2)):
                 break
@@ -127,7 +127,11 @@ def test_b21_b22_b23_b24_b26_b27_rings_and_tables_rewritten_while_they_are_read(
                 if scene.bad.state(index).broken:
                     bridge.ring_stop(scene.bad.port, index)
                     base = turn % NUM | (WRAP * (turn % 2) if packed else 0)
-                    bridge.ring_start(scene.bad.port, index, scene.ring(index).config(base))
+                    # One that makes no sense from the beginning is not looked at any further.
+                    with rewriting_now.paused():
+                        if packed:
+                            scene.ring(index).reset(base)
+                        bridge.ring_start(scene.bad.port, index, scene.ring(index).config(base))
             scene.ring(core.TX).kick(always=True)
             one.pair.send(frame(mac(0), mac(1), 60 + 8 * (turn % 180)))
             one.pair.send(frame(mac(2), mac(1), mark=turn.to_bytes(4, "big")))
@@ -323,7 +327,7 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
     seen: dict[int, int] = {}
     kinds = {76 - 12, *contents}
     deadline = time.monotonic() + PATIENCE_S
-    with rewriting(rewriter, memory, words):
+    with rewriting(rewriter, memory, words) as rewriting_now:
         for turn, base in enumerate(bases, start=1):
             if turn > 200 and set(seen) == kinds:
                 break
@@ -334,7 +338,11 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
                     memory.store16(ring.avail + 4 + 2 * i, i)
                 memory.store16(ring.used + 2, base)
                 memory.store16(ring.avail + 2, base + NUM)
-            bridge.ring_start(scene.bad.port, core.TX, ring.config(base & 0xFFFF))
+            with rewriting_now.paused():
+                if packed:  # a lap that is available as a whole
+                    for at in range(ring.parts()[0][0] + 8, ring.parts()[0][0] + 16 * NUM, 16):
+                        memory.write(at, words[at][0].to_bytes(8, "little"))
+                bridge.ring_start(scene.bad.port, core.TX, ring.config(base & 0xFFFF))
             assert eventually(lambda n=NUM * turn: scene.bad.stats(core.TX).chains == n)  # type: ignore[misc]
             for packet in sink.pair.packets():
                 size = len(packet.frame)

@@ -219,6 +219,34 @@ class TestPackedRings:
             stage.configure("packed", packed)
             assert loses_nothing(packed.check(f"ping -c 2 {topology.FAR_ADDRESS}"))
 
+    @pytest.mark.parametrize(
+        ("end", "way"),
+        [(Backend.kill, "-R"), (Backend.kill, ""), (Backend.stop, "")],
+        ids=["killed while it receives", "killed while it sends", "ended"],
+    )
+    def test_it_goes_on_behind_the_next_daemon(
+        self, stage: Stage, packed: Guest, end: Callable[[Backend], object], way: str
+    ) -> None:
+        """QEMU keeps no index of a packed ring: what it says to the next daemon is what it said to the first."""
+        net = stage.net
+        packed.check("rm -f /tmp/[0-9]")
+        for turn in range(2):
+            server = net.far.spawn(["iperf3", "-s", "-B", topology.FAR_ADDRESS], stage.directory / f"server-{turn}.log")
+            try:
+                before = bytes_moved(stage, "packed")
+                client = f"iperf3 -c {topology.FAR_ADDRESS} {way} -t 60"
+                packed.check(f"(until [ -e /tmp/{turn} ] || {client}; do sleep 0.1; done) >/dev/null 2>&1 &")
+                until(lambda before=before: bytes_moved(stage, "packed") > before + MIB)  # type: ignore[misc]
+                end(stage.backend)
+                stage.backend.start()
+                until(lambda: pings(net, ADDRESSES["packed"]))
+                packed.check(f"touch /tmp/{turn}; killall iperf3; true")
+            finally:
+                process.end(server)
+            assert loses_nothing(packed.check(f"ping -c 3 -s 4000 {topology.FAR_ADDRESS}"))
+        for reverse in (False, True):
+            assert stage.tcp(packed, reverse) > 0
+
     def test_it_reboots(self, stage: Stage, packed: Guest) -> None:
         packed.reboot()
         stage.configure("packed", packed)
@@ -286,6 +314,11 @@ def features(stage: Stage, name: str) -> tuple[str, ...]:
     guest = stage.backend.port(name).guest
     assert guest is not None
     return guest.features
+
+
+def bytes_moved(stage: Stage, name: str) -> int:
+    queues = stage.backend.port(name).queues
+    return sum(queue.rx.bytes + queue.tx.bytes for queue in queues)
 
 
 def xdp_attached(net: topology.Topology) -> bool:

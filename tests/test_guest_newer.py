@@ -31,6 +31,7 @@ from tests.guests import mac, rarp
 from tests.native import compile_program
 from tests.netns import Wire, call_in, packet_socket
 from tests.relay import relay
+from tests.remote import RemoteGuest
 from tests.rings import MODERN, RING_PACKED
 from tests.segments import UDP, UFO, Segment
 from tests.waiting import PATIENCE_S, until
@@ -360,3 +361,35 @@ def test_a_datagram_of_ufo_arrives_whole(stage: Stage, version: int) -> None:
     wanted = [(size, 0, zlib.adler32(payload(size, number))) for number, size in enumerate(sizes)]
     assert end.received() == wanted
     assert stage.control.call(lambda: driver.drops(TX)) == {}
+
+
+@pytest.mark.parametrize("client", [False, True], ids=["we listen", "QEMU listens"])
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_guest_goes_on_behind_the_next_daemon(stage: Stage, tmp_path: Path, packed: bool, client: bool) -> None:
+    """After the first, the index that QEMU sends is as old as the guest's driver."""
+    arguments = ["--guest", f"next,socket={tmp_path}/next.socket,client={str(client).lower()}"]
+    arguments += ["--guest", f"peer,socket={tmp_path}/peer.socket"]
+    backend = Backend(stage.net.host, tmp_path, arguments).start()
+    one = stage.ends["whole"].guest
+    card = Card(tmp_path / "next.socket", "52:54:00:78:66:09", packed=packed, server=client)
+    with ExitStack() as stack:
+        stack.callback(backend.stop)
+        guest = Guest(tmp_path, one.kernel, one.initrd, [card], one.accel, name="xdpn-next", qemu=newer.qemu())
+        stack.enter_context(closing(guest.start()))
+        guest.configure("10.80.0.1", 24)
+        target = socket.inet_aton("10.80.0.1")
+        question = b"\xff" * 6 + mac(1) + b"\x08\x06" + b"\0\1\x08\0\6\4\0\1" + mac(1)
+        question += socket.inet_aton("10.80.0.2") + bytes(6) + target
+
+        def answers(peer: RemoteGuest) -> bool:
+            peer.pair.fill()
+            peer.pair.send(question)
+            return any(frame[20:22] == b"\0\2" and frame[28:32] == target for frame in peer.pair.frames(timeout=1))
+
+        for turn in range(5):
+            with RemoteGuest(tmp_path / "peer.socket", MODERN).start() as peer:
+                until(lambda peer=peer: answers(peer))  # type: ignore[misc]
+                # Frames that are on their way when it ends, and rings that stand anywhere.
+                guest.check(f"ping -c {100 * turn + 7} -i 0.001 -W 1 10.80.0.2 >/dev/null 2>&1 &")
+            backend.kill()
+            backend.start()

@@ -281,6 +281,12 @@ static void start_ring(struct guest_of *g, struct ring *r, u16 base)
 		/* The wrap counter begins with one. */
 		base = (u16)(base % r->num);
 		config.base = base | 1u << 15;
+		/* As if all before had been used: a ring tells by that where it stands. */
+		for (u32 i = 0; i < base; i++) {
+			const u16 flags = packed_used_flags(1);
+
+			memcpy(g->memory + r->desc + 16 * i + 14, &flags, sizeof(flags));
+		}
 		r->next = (struct cursor){base, 1};
 	} else {
 		config.base = base;

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,9 +29,23 @@ def compile_program(name: str, into: Path, *flags: str) -> Path:
     return program
 
 
+class Rewriter:
+    """The process that rewrites."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+        yield
+        self._process.send_signal(signal.SIGCONT)
+
+
 @contextmanager
-def rewriting(program: Path, memory: GuestMemory, words: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """Another process stores values in words of the guest's memory, at random and without a pause."""
+def rewriting(program: Path, memory: GuestMemory, words: Mapping[int, Sequence[int]]) -> Iterator[Rewriter]:
+    """Another process stores values in words of the guest's memory, at random and without a pause but for paused()."""
     if len(words) > MAX_WORDS or any(len(values) > MAX_VALUES for values in words.values()):
         raise ValueError("more than the program holds")
     lines = [[memory.offset(addr), *values] for addr, values in words.items()]
@@ -49,7 +64,7 @@ def rewriting(program: Path, memory: GuestMemory, words: Mapping[int, Sequence[i
         process.stdin.close()
         assert process.stdout.readline() == "running\n"
         try:
-            yield
+            yield Rewriter(process)
             assert process.poll() is None
         finally:
             process.kill()
