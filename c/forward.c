@@ -9,8 +9,8 @@
 
 enum {
 	MAC_CONTROL = 0x8808,
-	/* Usually it is some 200, and 10000 where addresses come in numbers. */
-	STEERING_US = 100000
+	/* Usually it is some 200, and 10000 where addresses come in numbers. A guest that is not answered asks again in a second. */
+	STEERING_US = 1000000
 };
 /* No number of frames: one has been flooded to all ports, in parts. */
 enum { FLOODED = UINT32_MAX };

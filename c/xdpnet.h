@@ -277,7 +277,7 @@ int xn_fdb_dump(struct xn_bridge *b, struct xn_fdb_entry *out, uint32_t max, uin
 void xn_fdb_count(struct xn_bridge *b, uint32_t *given, uint32_t *learned);
 /*
  * How often guests have taught an address that was no guest's before. What a guest sends after that waits until this
- * number, read before the addresses, was given to xn_fdb_steered: then the answer finds its way. It waits for 100 ms at
+ * number, read before the addresses, was given to xn_fdb_steered: then the answer finds its way. It waits for a second at
  * most, and not at all before the first call of that.
  */
 uint32_t xn_fdb_changes(struct xn_bridge *b);

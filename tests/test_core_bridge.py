@@ -331,7 +331,7 @@ def test_64_a_guest_that_has_taught_an_address_waits_until_it_is_steered(
     assert bridge.fdb_changes() == changes
     # A control thread that is late is not waited for.
     assert not passes(drivers[2], frame(BROADCAST, mac(2)))
-    bridge.time_advance(99_000)
+    bridge.time_advance(999_000)
     assert not drivers[2].pair.wait_sent(0)
     bridge.time_advance(1_000)
     assert drivers[2].pair.wait_sent()
