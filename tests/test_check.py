@@ -272,6 +272,36 @@ def test_a_bridge_has_the_advice_that_run_gives(pair: Veth) -> None:
         command("ip", "link", "del", bridge)
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (errno.EACCES, "usermod -aG kvm"),
+        (errno.EPERM, "a container has to be given it"),
+        (errno.ENOENT, "firmware"),
+        (errno.ENODEV, "modprobe"),
+    ],
+)
+def test_why_kvm_cannot_be_opened_is_what_its_remedy_is_about(error: int, remedy: str) -> None:
+    assert remedy in check._kvm_remedy(OSError(error, os.strerror(error)))
+
+
+def test_a_kvm_that_is_not_there_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(check, "KVM", str(tmp_path / "kvm"))
+    line = check._check("KVM", check._kvm.__wrapped__, required=False)
+    assert (line.ok, line.required) == (False, False)
+    assert "No such file" in line.detail
+    assert "firmware" in line.remedy
+
+
+@needs.guest
+@pytest.mark.guest
+def test_kvm_is_believed_when_a_guest_has_booted_with_it() -> None:
+    if not os.access(check.KVM, os.R_OK | os.W_OK):
+        pytest.skip("needs /dev/kvm")
+    line = by_name(run_checks())["KVM"]
+    assert "boots a guest" in line.detail if line.ok else "ACCEL=tcg" in line.remedy
+
+
 def test_a_driver_without_native_xdp_is_told_before_it_is_tried() -> None:
     index = socket.if_nametoindex("lo")
     if xdp_features(index) is None:

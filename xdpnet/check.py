@@ -8,14 +8,18 @@ import os
 import re
 import resource
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from xdpnet import core, descriptors, netdev
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.config import MAX_PAIRS, MAX_PORTS
+from xdpnet.demo import initramfs
+from xdpnet.demo.guest import best_accelerator
 from xdpnet.errors import SetupError
 from xdpnet.holder import find_holder
 from xdpnet.link import (
@@ -30,6 +34,9 @@ from xdpnet.link import (
 
 AF_XDP = 44
 MIN_KERNEL = (5, 9)  # bpf_link for XDP
+KVM = "/dev/kvm"
+KVM_PATIENCE_S = 6.0  # a second or two is usual
+EMULATES = "QEMU can but emulate, slowly"
 QUEUE_MEMORY = 16 << 20  # locked for a queue: 4096 frames of 4 KiB
 
 CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_BPF = 12, 13, 14, 21, 39
@@ -167,15 +174,32 @@ def _guest_memory() -> str:
     )
 
 
+@cache
 def _kvm() -> str:
+    """Opened, and tried with a guest, for it may be there and yet not run a whole kernel."""
     try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
+        raise SetupError(f"{KVM}: {error.strerror}; {EMULATES}", _kvm_remedy(error)) from error
+    try:
+        kernel = initramfs.find_kernel()
+        with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
+            initrd = initramfs.build(kernel, Path(directory) / "initramfs", programs=())
+            accelerator = best_accelerator(kernel, initrd, Path(directory), KVM_PATIENCE_S)
+    except SetupError as error:
+        return f"{KVM} opened; no guest was booted: {error}"
+    if accelerator != "kvm":
         raise SetupError(
-            f"/dev/kvm: {error.strerror}; QEMU can but emulate, slowly",
-            "switch on virtualization in the firmware, or modprobe kvm_intel or kvm_amd",
-        ) from error
-    return "/dev/kvm opened"
+            f"{KVM} opened, but a guest does not boot with it in {KVM_PATIENCE_S:.0f} s; {EMULATES}",
+            "run guests as deploy/qemu.sh does with ACCEL=tcg, or libvirt's with deploy/libvirt-emulated.xml",
+        )
+    return f"{KVM} boots a guest"
+
+
+def _kvm_remedy(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"run QEMU as a member of the group of {KVM} (usermod -aG kvm USER); a container has to be given it"
+    return "switch on virtualization in the firmware, or modprobe kvm_intel or kvm_amd"
 
 
 def _interface(ifname: str) -> Iterator[Check]:

@@ -201,13 +201,13 @@ class Guest:
         self._shell_path.unlink(missing_ok=True)
 
 
-def best_accelerator(kernel: initramfs.Kernel, initrd: Path, directory: Path) -> str:
+def best_accelerator(kernel: initramfs.Kernel, initrd: Path, directory: Path, patience: float = KVM_PATIENCE) -> str:
     """KVM if a guest boots with it, else emulation: /dev/kvm may be there and yet not run a whole kernel."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     probe = Guest(directory, kernel, initrd, cards=(), accel="kvm", memory_mib=256, name="xdpn-probe")
     try:
-        probe.start(KVM_PATIENCE)
+        probe.start(patience)
     except GuestError:
         return "tcg"
     probe.close()
