@@ -12,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 
 readonly ROOT=$PWD VENV=$PWD/.venv
+LOG=/dev/null
 readonly RUNTIME=(ca-certificates gcc iproute2 libc6-dev linux-headers-amd64 linux-libc-dev
 	python3 python3-bpfcc python3-dev python3-venv)
 readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
@@ -21,11 +22,19 @@ readonly FUZZ=(clang llvm)
 readonly JOBS=4 # tests of the core at once: they wait more than they work
 readonly NEWER=trixie # and its backports: see newer_guest
 
-say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+say() {
+	if [ -t 2 ]; then printf '\033[1m==>\033[0m %s\n' "$*" >&2; else printf '==> %s\n' "$*" >&2; fi
+}
 
 fail() { # reason, remedy
 	printf 'bootstrap: %s\nremedy: %s\n' "$1" "$2" >&2
+	[ ! -s "$LOG" ] || printf 'log: %s\n' "$LOG" >&2
 	exit 1
+}
+
+# What the last command said is kept where it failed.
+tidy() { # exit status
+	[ "$1" != 0 ] && [ -s "$LOG" ] || rm -f "$LOG"
 }
 
 # What the last command complained of.
@@ -221,12 +230,12 @@ main() {
 	[ $# = 0 ] || shift
 	case $verb in
 	install | demo | test | fuzz | bench) ;;
-	-h | --help) sed -n '2,/^set/ { /^#/s/^# \{0,1\}//p }' "$0" && exit ;;
+	-h | --help) sed -n '2,/^set/ { /^#/s/^# \{0,1\}//p }' "$ROOT/deploy/bootstrap.sh" && exit ;;
 	*) fail "no such command: $verb" "one of: install, demo, test, fuzz, bench" ;;
 	esac
 	require_debian "$verb" "$@"
-	LOG=$(mktemp)
-	trap 'rm -f "$LOG"' EXIT
+	LOG=$(mktemp -t xdpnet-bootstrap.XXXXXX)
+	trap 'tidy $?' EXIT
 
 	packages "${RUNTIME[@]}"
 	case $verb in

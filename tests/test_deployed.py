@@ -60,3 +60,44 @@ def test_the_domain_shares_its_memory_and_its_card_is_the_configurations() -> No
     configured = (DEPLOY / "xdpnet.toml").read_text()
     assert f'socket = "{source.get("path")}"' in configured
     assert f'mac = "{mac.get("address")}"' in configured
+
+
+# ---- bootstrap.sh ----
+
+
+def bootstrap(*words: str, cwd: Path, path: str = "", script: str = str(DEPLOY / "bootstrap.sh")) -> tuple[int, str]:
+    """Its exit status and all that it said."""
+    done = subprocess.run(
+        [script, *words],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=cwd,
+        env=os.environ | {"PATH": path + os.environ["PATH"], "TMPDIR": str(cwd)},
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_bootstrap_explains_itself_wherever_it_is_called_from(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(DEPLOY / "bootstrap.sh")
+    called = (str(DEPLOY / "bootstrap.sh"), tmp_path), ("./bootstrap.sh", DEPLOY), ("./link", tmp_path)
+    said = {bootstrap("--help", cwd=cwd, script=script) for script, cwd in called}
+    assert len(said) == 1
+    ((status, text),) = said
+    assert status == 0
+    assert "deploy/bootstrap.sh demo" in text
+
+
+@needs.root
+def test_a_bootstrap_that_fails_keeps_its_log_and_names_it_without_escape_codes(tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, said in ("dpkg-query", ""), ("apt-get", "E: nothing\nE: goes\nE: today\nE: at all"):
+        (programs / name).write_text(f"#!/bin/sh\necho '{said}'\nexit 100\n")
+        (programs / name).chmod(0o755)
+    status, text = bootstrap("install", cwd=tmp_path, path=f"{programs}:")
+    assert status == 1
+    assert "\033" not in text
+    log = Path(text.splitlines()[-1].removeprefix("log: "))
+    assert log.read_text() == "E: nothing\nE: goes\nE: today\nE: at all\n"
+    assert log.parent == tmp_path
+    status, text = bootstrap("nonsense", cwd=tmp_path)
+    assert status == 1
+    assert "log:" not in text
