@@ -2,6 +2,7 @@
 #include "caller.h"
 
 #include <fcntl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -57,12 +58,17 @@ void caller_add(struct caller *c, int fd)
 void caller_flush(struct caller *c)
 {
 	struct aio_ring *ring = (struct aio_ring *)c->context;
+	const u64 one = 1;
 
 	for (u32 i = 0; i < c->n;) {
 		long done = syscall(SYS_io_submit, c->context, (long)(c->n - i), &c->list[i]);
 
-		/* What the kernel does not take as an eventfd has nobody who waits at it. */
-		i += done > 0 ? (u32)done : 1;
+		if (done > 0) {
+			i += (u32)done;
+		} else {
+			/* No eventfd: a socket. What is neither has nobody who waits at it. */
+			(void)!send((int)c->list[i++]->aio_resfd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL);
+		}
 		/* All have ended; how is of no interest. */
 		__atomic_store_n(&ring->head, __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
 	}

@@ -16,7 +16,7 @@ LOG=/dev/null
 readonly RUNTIME=(ca-certificates gcc iproute2 libc6-dev linux-headers-amd64 linux-libc-dev
 	python3 python3-bpfcc python3-dev python3-venv)
 readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
-readonly TEST=(bpftool dpdk-dev strace)
+readonly TEST=(bpftool dpdk-dev strace user-mode-linux)
 readonly BENCH=(sockperf)
 readonly FUZZ=(clang llvm)
 readonly JOBS=4 # tests of the core at once: they wait more than they work

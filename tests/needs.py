@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests import dpdk, newer
+from tests import uml as user_mode
 from xdpnet.demo import initramfs
 from xdpnet.errors import SetupError
 from xdpnet.link import kernel_version
@@ -35,6 +36,7 @@ fuse = _skip(None if os.geteuid() == 0 and os.path.exists("/dev/fuse") else "nee
 guest = _skip(_missing_guest())
 newer_guest = _skip(_missing_guest() or newer.missing())
 testpmd = _skip(dpdk.missing())
+uml = _skip(user_mode.missing())
 tx_metadata = _skip(_missing_tx_metadata())
 
 

@@ -7,6 +7,8 @@ writes to it. Each test reads the counter at its end, so that a core which did w
 import contextlib
 import os
 import select
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +117,36 @@ def test_a36_a_new_call_fd_that_is_full_and_blocks_holds_up_nobody(
         assert returns(lambda: bridge.ring_set_call(evil.port, 1, new))
         assert goes_on(pair)
     os.close(new)
+
+
+@pytest.mark.parametrize("end", ["read", "full", "closed"])
+def test_a36_a_socket_gets_a_call_in_eight_bytes_and_holds_up_nobody(
+    bridge: core.Bridge, guests: MakeGuest, pair: Pair, end: str
+) -> None:
+    evil = guests(bridge, features=VERSION_1)
+    evil.pair.fill()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        if end == "full":
+            theirs.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    theirs.send(bytes(8))
+            theirs.setblocking(True)
+        elif end == "closed":
+            ours.close()
+        bridge.ring_set_call(evil.port, core.RX, theirs.fileno())
+        calls = evil.stats(core.RX).calls
+        for turn in range(4):
+            evil.pair.packets()
+            pair[0].pair.send(frame(BROADCAST, mac(1)))
+            assert eventually(lambda turn=turn: evil.stats(core.RX).calls > calls + turn)  # type: ignore[misc]
+            assert goes_on(pair)
+        if end == "read":
+            got = ours.recv(1 << 16)
+            assert got == struct.pack("=Q", 1) * (len(got) // 8)
+            assert len(got) // 8 >= 5  # one for the new socket
+        assert returns(lambda: bridge.ring_stop(evil.port, core.RX))
 
 
 @pytest.mark.parametrize("value", [FULL - 1, FULL], ids=["one below", "full"])

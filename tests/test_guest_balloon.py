@@ -30,7 +30,7 @@ MEMORY_MIB = 256
 SMALL_MIB = 104  # with a balloon in it; less, and Linux ends processes for want of memory
 # What an interface is to cut or to sum is copied.
 PLAIN = "csum=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,gso=off"
-MODULES = ("virtio_balloon",)
+MODULES = (*initramfs.MODULES, "virtio_balloon")
 PORT = 9000
 RECEIVER = f"""
 import hashlib, socket
@@ -127,7 +127,7 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
     kernel = initramfs.find_kernel()
-    initrd = initramfs.build(kernel, tmp_path / "initramfs", more_modules=MODULES)
+    initrd = initramfs.build(kernel, tmp_path / "initramfs", modules=MODULES)
     accel = best_accelerator(kernel, initrd, tmp_path)
     with ExitStack() as stack:
         net = stack.enter_context(topology.topology())

@@ -37,6 +37,7 @@ NEAR, FAR, HERE = 1, 2, 3
 MACS = {NEAR: "52:54:00:78:66:01", FAR: "52:54:00:78:66:02"}
 # In the order in which they are loaded.
 MODULES = (
+    *initramfs.MODULES,
     *("llc", "stp", "garp", "mrp", "8021q", "udp_tunnel", "ip6_udp_tunnel", "ip_tunnel", "tunnel4", "tunnel6", "gre"),
     *("vxlan", "geneve", "ip_gre", "ip6_tunnel", "ip6_gre", "ipip", "sit", "fou", "mpls_router", "mpls_iptunnel"),
     *("l2tp_core", "l2tp_netlink", "l2tp_eth", "l2tp_ip"),

@@ -92,9 +92,15 @@ def refused(talk, reason, request, payload=b"", fds=()):
 
 
 def test_what_is_offered_is_what_is_answered(backend):
+    """Announcing by the guest takes a control queue: we know of one only where RARP was asked for, by QEMU."""
     frontend, _ = backend.connect()
-    assert frontend.ask_u64(Request.GET_FEATURES) == features.offered(1, None)
+    offered, announce = features.offered(1, None), mask(VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE)
+    assert frontend.ask_u64(Request.GET_FEATURES) == offered & ~announce
     assert frontend.ask_u64(Request.GET_PROTOCOL_FEATURES) == features.offered_protocol()
+    for protocol in features.offered_protocol(), mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK):
+        frontend.send(Request.SET_PROTOCOL_FEATURES, U64(protocol))
+        rarp = protocol & mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP)
+        assert frontend.ask_u64(Request.GET_FEATURES) == offered & ~(0 if rarp else announce)
 
 
 def test_the_number_of_queues_is_the_number_of_pairs(make_backend):
@@ -203,6 +209,15 @@ def test_hostile_a15_a_request_whose_feature_was_not_negotiated_ends_the_connect
 def test_without_reply_ack_a_served_request_gets_no_answer(backend):
     frontend, _ = backend.connect()
     frontend.send(Request.SET_OWNER, need_reply=True)
+    assert frontend.ask_u64(Request.GET_FEATURES)
+
+
+@pytest.mark.parametrize("protocol", [WITHOUT_ACK, ACK_AND_ALL])
+def test_the_request_that_negotiates_replies_may_ask_for_one(backend, protocol):
+    frontend, _ = backend.connect()
+    frontend.send(Request.SET_PROTOCOL_FEATURES, U64(protocol), need_reply=True)
+    if protocol == ACK_AND_ALL:
+        assert frontend.receive() == (Request.SET_PROTOCOL_FEATURES, U64(0).pack())
     assert frontend.ask_u64(Request.GET_FEATURES)
 
 
@@ -376,6 +391,22 @@ def test_hostile_a18_size_addresses_and_base_of_a_running_ring_are_fixed(running
     assert refused(running, "state", Request.SET_VRING_BASE, VringState(0, 1))
 
 
+def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend, running, memory):
+    """As user-mode Linux does; until it is kicked again it stands still."""
+    frontend, _ = running
+    for index in range(2):
+        assert frontend.tell(Request.SET_VRING_ENABLE, VringState(index, 0)) == 0
+        assert backend.started(index)
+        assert frontend.tell(Request.SET_VRING_NUM, VringState(index, 128)) == 0
+        assert not backend.started(index)
+        assert frontend.tell(Request.SET_VRING_BASE, VringState(index, 0)) == 0
+        assert frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(index, 128)) == 0
+        assert frontend.tell(Request.SET_VRING_ENABLE, VringState(index, 1)) == 0
+        assert not backend.started(index)
+        assert frontend.set_event(Request.SET_VRING_KICK, index, frontend.event()) == 0
+        assert backend.started(index)
+
+
 def test_the_same_addresses_may_be_set_again_on_a_running_ring(running, memory):
     assert running[0].tell(Request.SET_VRING_ADDR, memory.ring_addr(0, 256)) == 0
 
@@ -507,6 +538,18 @@ def odd_descriptor(kind):
 def test_hostile_a35_only_eventfds_are_events(talk, request_, kind):
     with odd_descriptor(kind) as fd:
         assert refused(talk, "event_fd", request_, VringFile(0, nofd=False), [fd])
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET], ids=lambda k: k.name)
+@pytest.mark.parametrize("request_", EVENT_REQUESTS, ids=lambda r: r.name)
+def test_hostile_a35_a_unix_stream_socket_may_take_calls_and_nothing_else_may(talk, request_, kind):
+    """Only such a one is written to without waiting for a lock, or for a program of the other side's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    with ours, theirs:
+        if request_ == Request.SET_VRING_CALL and kind == socket.SOCK_STREAM:
+            assert talk[0].set_event(request_, 0, theirs.fileno()) == 0
+        else:
+            assert refused(talk, "event_fd", request_, VringFile(0, nofd=False), [theirs.fileno()])
 
 
 def test_hostile_a35_memory_is_no_event(talk, memory):

@@ -83,9 +83,10 @@ def find_kernel(*roots: Path) -> Kernel:
     return max(kernels, key=lambda kernel: [int(number) for number in re.findall(r"\d+", kernel.release)])
 
 
-def build(kernel: Kernel, target: Path, programs: Iterable[str] = PROGRAMS, more_modules: Iterable[str] = ()) -> Path:
-    """Write the initramfs for `kernel` to `target`, with these programs, by name or by path, in /usr/bin."""
-    modules = [name for name in (*MODULES, *more_modules) if not is_built_in(kernel, name)]
+def build(kernel: Kernel, target: Path, programs: Iterable[str] = PROGRAMS, modules: Iterable[str] = MODULES) -> Path:
+    """Write the initramfs for `kernel` to `target`, with these programs, by name or by path, in /usr/bin, and with what
+    of these modules is not built in."""
+    modules = [name for name in modules if not is_built_in(kernel, name)]
     archive = Archive()
     archive.device("dev/console", 5, 1)
     archive.file("init", INIT.replace("MODULES", " ".join(modules)).encode(), 0o755)

@@ -181,7 +181,7 @@ class GuestDevice:
     # ---- rings ----
 
     def set_num(self, ring: Virtqueue, num: int) -> None:
-        _require_halted(ring, "size")
+        self._require_halted(ring, "size")
         if not 1 <= num <= MAX_RING or (num & (num - 1) and not self.packed):
             possible = f"1 to {MAX_RING}" if self.packed else f"powers of 2 to {MAX_RING}"
             raise ProtocolError("vring_num", f"ring {ring.index}: size {num}, possible are {possible}")
@@ -200,7 +200,7 @@ class GuestDevice:
             raise ProtocolError("ring_addr", f"ring {ring.index}: not aligned to 16, {align} and 4 bytes")
         if addr == ring.addr:
             return
-        _require_halted(ring, "addresses")
+        self._require_halted(ring, "addresses")
         old, ring.addr = ring.addr, addr
         try:
             self._start_if_complete(ring)
@@ -209,7 +209,7 @@ class GuestDevice:
             raise
 
     def set_base(self, ring: Virtqueue, base: int) -> None:
-        _require_halted(ring, "base")
+        self._require_halted(ring, "base")
         if self.packed:  # index and wrap counter; the upper half, of the used ring, is the same at every stop
             if (base & 0x7FFF) >= (ring.num or MAX_RING):
                 raise ProtocolError("vring_base", f"ring {ring.index}: base {base & 0x7FFF} of {ring.num} entries")
@@ -260,6 +260,13 @@ class GuestDevice:
             self._bridge.ring_start(self.port, ring.index, config)
         ring.running = True
 
+    def _require_halted(self, ring: Virtqueue, what: str) -> None:
+        """One that is disabled is stopped: user-mode Linux sets rings up anew without GET_VRING_BASE before."""
+        if ring.running and ring.enabled:
+            raise ProtocolError("state", f"ring {ring.index} runs: its {what} cannot change")
+        if ring.running:
+            self.stop(ring)
+
     def _halt(self, ring: Virtqueue) -> None:
         if ring.running:
             ring.base = self._bridge.ring_stop(self.port, ring.index)
@@ -299,11 +306,6 @@ def _refusing(reason: Reason, verb: str) -> Iterator[None]:
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "error")
         raise ProtocolError(reason, f"{verb}: {name}: {error}") from error
-
-
-def _require_halted(ring: Virtqueue, what: str) -> None:
-    if ring.running:
-        raise ProtocolError("state", f"ring {ring.index} runs: its {what} cannot change")
 
 
 def _core_region(region: MemoryRegion, fd: Fd | None) -> Region:

@@ -110,7 +110,8 @@ def _mtu_known(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
 # GUEST_ANNOUNCE costs us nothing: where it is negotiated, QEMU asks the guest to announce itself (configuration space
 # and control queue), in all its VLANs and with its IP addresses, and sends us no SEND_RARP (hw/virtio/vhost-user.c,
 # vhost_user_migration_done); not offered, QEMU takes the bit away from the guest. RARP is for the other guests.
-# To a guest without a control queue a frontend must not pass it on, as with MQ: Linux refuses such a card.
+# To a guest without a control queue a frontend must not pass it on, as with MQ: Linux refuses such a card. User-mode
+# Linux and cloud-hypervisor do; so it is for frontends that have asked for RARP before, as QEMU does.
 # RING_RESET is not offered, though rings stop and start one by one: QEMU would let the guest reset a ring and tell no
 # vhost-user backend of it (hw/net/virtio-net.c, virtio_net_queue_reset); the ring would be polled in memory given back.
 OFFERED: dict[VirtioFeature, Condition] = {
@@ -201,6 +202,11 @@ def modern_only(bits: int) -> int:
 def offered(pairs: int, mtu: int | None) -> int:
     """The answer to GET_FEATURES of a device with so many queue pairs and this MTU, if one is known."""
     return mask(*(bit for bit, condition in OFFERED.items() if condition(pairs, mtu)))
+
+
+def for_frontend(bits: int, rarp: bool) -> int:
+    """Those of the offered ones that a frontend is told of, which has negotiated RARP or has not (yet)."""
+    return bits if rarp else bits & ~mask(VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE)
 
 
 def offered_protocol() -> int:

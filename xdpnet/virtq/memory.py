@@ -82,12 +82,16 @@ def check_eventfd(fd: Fd) -> None:
     os.set_blocking(fd.fileno(), False)
 
 
+def check_call(fd: Fd) -> None:
+    """Accepts what the core can signal without waiting for anybody: eventfds and UNIX stream sockets (c/caller.h)."""
+    kind = _kind(fd)
+    if kind != "UNIX-STREAM":
+        check_eventfd(fd)
+
+
 def check_socket(fd: Fd) -> None:
     """Accepts UNIX sockets only, and makes them non-blocking."""
     kind = _kind(fd)
-    # Its family, without a question that a socket answers under its lock: somebody may hold that for long.
-    if kind.startswith("socket:["):
-        kind = os.getxattr(fd.fileno(), "system.sockprotoname").rstrip(b"\0").decode()
     if not kind.startswith("UNIX"):
         raise ProtocolError("fds", f"{kind} where a UNIX socket is needed")
     os.set_blocking(fd.fileno(), False)
@@ -102,7 +106,11 @@ def _check_range(region: MemoryRegion) -> None:
 
 
 def _kind(fd: Fd) -> str:
-    return os.readlink(f"/proc/self/fd/{fd.fileno()}")
+    kind = os.readlink(f"/proc/self/fd/{fd.fileno()}")
+    # Its family, without a question that a socket answers under its lock: somebody may hold that for long.
+    if kind.startswith("socket:["):
+        kind = os.getxattr(fd.fileno(), "system.sockprotoname").rstrip(b"\0").decode()
+    return kind
 
 
 def _name(region: MemoryRegion) -> str:

@@ -315,8 +315,9 @@ class MemoryTable:
         if not 1 <= count <= MAX_TABLE_REGIONS:
             raise ProtocolError("mem", f"memory table of {count} regions, possible are 1 to {MAX_TABLE_REGIONS}")
         size = cls.LAYOUT.size + count * MemoryRegion.LAYOUT.size
-        # Some frontends always send the array's full eight places.
-        if len(data) not in (size, cls.LAYOUT.size + MAX_TABLE_REGIONS * MemoryRegion.LAYOUT.size):
+        # Some frontends always send a whole array: of eight places, or of as many as they have (user-mode Linux: two).
+        most = cls.LAYOUT.size + MAX_TABLE_REGIONS * MemoryRegion.LAYOUT.size
+        if not size <= len(data) <= most or (len(data) - size) % MemoryRegion.LAYOUT.size:
             raise FramingError("size", f"memory table of {count} regions in {len(data)} bytes, expected {size}")
         places = range(cls.LAYOUT.size, size, MemoryRegion.LAYOUT.size)
         return cls(tuple(MemoryRegion(*MemoryRegion.LAYOUT.unpack_from(data, place)) for place in places))

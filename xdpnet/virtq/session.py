@@ -17,7 +17,7 @@ from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.features import ProtocolFeature
-from xdpnet.virtq.memory import check_eventfd, check_socket
+from xdpnet.virtq.memory import check_call, check_eventfd, check_socket
 from xdpnet.virtq.message import (
     MAX_FDS,
     REQUESTS,
@@ -59,13 +59,13 @@ class Session:
         self.counters.messages += 1
         self._fds = fds
         rule = RULES.get(message.header.request)
-        acked = (
-            message.header.need_reply
-            and self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK)
-            and not (rule and rule.own_reply)
-        )
+        asked = message.header.need_reply and not (rule and rule.own_reply)
+        acked = asked and self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK)
         try:
-            answer = self._serve(rule, message) or (SUCCESS if acked else None)
+            answer = self._serve(rule, message)
+            # The request that negotiates it may be the first that asks for it, as user-mode Linux does.
+            if answer is None and (acked or (asked and self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK))):
+                answer = SUCCESS
         except FramingError:
             raise
         except ProtocolError as error:
@@ -106,7 +106,8 @@ class Session:
     # ---- features ----
 
     def get_features(self, _: Nothing) -> Payload:
-        return U64(self.device.offered)
+        rarp = self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP)
+        return U64(features.for_frontend(self.device.offered, rarp))
 
     def set_features(self, bits: U64) -> None:
         self.device.set_features(bits.value)
@@ -203,7 +204,7 @@ class Session:
         self._fds.clear()  # the ring's now
 
     def set_vring_call(self, file: VringFile) -> None:
-        ring, fd = self._ring_file(file)
+        ring, fd = self._ring_file(file, check_call)
         self.device.set_call(ring, fd)
         self._fds.clear()  # the ring's now
 
@@ -212,7 +213,7 @@ class Session:
         self.device.set_err(ring, fd)
         self._fds.clear()  # the ring's now
 
-    def _ring_file(self, file: VringFile) -> tuple[Virtqueue, Fd | None]:
+    def _ring_file(self, file: VringFile, check: Callable[[Fd], None] = check_eventfd) -> tuple[Virtqueue, Fd | None]:
         ring = self._ring(file.index)
         if len(self._fds) != (0 if file.nofd else 1):
             raise ProtocolError(
@@ -220,7 +221,7 @@ class Session:
             )
         if file.nofd:
             return ring, None
-        check_eventfd(self._fds[0])
+        check(self._fds[0])
         return ring, self._fds[0]
 
 
