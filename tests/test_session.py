@@ -103,9 +103,29 @@ def test_what_is_offered_is_what_is_answered(backend):
         assert frontend.ask_u64(Request.GET_FEATURES) == offered & ~(0 if rarp else announce)
 
 
-def test_the_number_of_queues_is_the_number_of_pairs(make_backend):
-    frontend, _ = make_backend(pairs=4).connect()
-    assert frontend.ask_u64(Request.GET_QUEUE_NUM) == 4
+CLOUD_HYPERVISOR = mask(
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+)
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 16])
+def test_the_number_of_queues_is_that_of_pairs_for_qemu_and_of_virtqueues_for_others(make_backend, pairs):
+    """Each compares it with what it is about to use, in its own way of counting."""
+    for protocol, number in (ACK_AND_ALL, pairs), (CLOUD_HYPERVISOR, 2 * pairs):
+        frontend, _ = make_backend(pairs=pairs).connect()
+        frontend.negotiate(protocol=protocol)
+        assert frontend.ask_u64(Request.GET_QUEUE_NUM) == number
+
+
+def test_cloud_hypervisor_is_offered_what_goes_without_a_control_queue(backend):
+    """It passes all on that it knows: virtio-devices/src/vhost_user/net.rs."""
+    frontend, _ = backend.connect()
+    frontend.negotiate(protocol=CLOUD_HYPERVISOR)
+    offered = frontend.ask_u64(Request.GET_FEATURES)
+    assert not offered & mask(VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE, VirtioFeature.VIRTIO_NET_F_CTRL_VQ)
+    assert frontend.tell(Request.SET_FEATURES, U64(offered)) == 0
 
 
 def test_at_least_32_memory_slots_are_offered(talk):

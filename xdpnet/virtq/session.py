@@ -98,6 +98,10 @@ class Session:
     def _has(self, feature: ProtocolFeature) -> bool:
         return bool(self.protocol_features >> feature & 1)
 
+    @property
+    def _rarp(self) -> bool:
+        return self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP)
+
     def _ring(self, index: int) -> Virtqueue:
         if index >= len(self.device.rings):
             raise ProtocolError("index", f"ring {index}, there are {len(self.device.rings)}")
@@ -106,8 +110,7 @@ class Session:
     # ---- features ----
 
     def get_features(self, _: Nothing) -> Payload:
-        rarp = self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP)
-        return U64(features.for_frontend(self.device.offered, rarp))
+        return U64(features.for_frontend(self.device.offered, self._rarp))
 
     def set_features(self, bits: U64) -> None:
         self.device.set_features(bits.value)
@@ -122,7 +125,9 @@ class Session:
         self.protocol_features = bits.value
 
     def get_queue_num(self, _: Nothing) -> Payload:
-        return U64(self.device.pairs)  # of a network device, frontends count pairs
+        """Of pairs for QEMU, as DPDK's backend has it, and of virtqueues for others, as rust-vmm's have: the specification
+        does not say, and each frontend compares it with what it is about to use. Only QEMU asks for RARP before."""
+        return U64(self.device.pairs if self._rarp else len(self.device.rings))
 
     # ---- device ----
 
