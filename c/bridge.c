@@ -265,28 +265,45 @@ static u64 station(const uint8_t mac[6])
 	return mac_is_group(value) ? 0 : value;
 }
 
-int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], int check_source)
+/* Gives them to the port: all or none. */
+static int give(struct xn_bridge *b, u32 port, const u64 *macs, u32 n)
 {
-	u64 value = station(mac);
+	int r = 0;
+
+	for (u32 i = 0; i < n && !r; i++)
+		r = fdb_set_static(b->fdb, macs[i], port);
+	if (r)
+		fdb_flush(b->fdb, port, true);
+	return r;
+}
+
+int xn_port_set_macs(struct xn_bridge *b, uint32_t port, const uint8_t *macs, uint32_t n, int check_source)
+{
+	u64 values[XN_MAX_OWN_MACS];
 
 	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)
 		return -ENOENT;
-	if (!value)
+	if (!n || n > XN_MAX_OWN_MACS)
 		return -EINVAL;
+	for (u32 i = 0; i < n; i++) {
+		values[i] = station(&macs[i * ETH_ALEN]);
+		if (!values[i])
+			return -EINVAL;
+	}
 	workers_park(b);
-	u64 old = b->ports[port].mac;
+	struct port *p = &b->ports[port];
 
-	if (old && old != value)
+	if (p->macs_n && (p->macs_n != n || memcmp(p->macs, values, n * sizeof(*values))))
 		fdb_flush(b->fdb, port, true);
-	int r = fdb_set_static(b->fdb, value, port);
+	int r = give(b, port, values, n);
 
 	if (r) {
-		/* Its old place is free: nobody else runs. */
-		if (old)
-			(void)fdb_set_static(b->fdb, old, port);
+		/* Their old places are free: nobody else runs. */
+		(void)give(b, port, p->macs, p->macs_n);
 	} else {
-		b->ports[port].mac = value;
-		b->ports[port].check_source = check_source;
+		memcpy(p->macs, values, n * sizeof(*values));
+		p->macs_n = n;
+		p->check_source = check_source;
 	}
 	guests_settle_lending(b);
 	workers_resume(b);

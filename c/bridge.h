@@ -15,6 +15,9 @@
 
 _Static_assert(2 * XN_MAX_PAIRS <= 32, "a bit for every ring of a guest");
 
+/* No part of an address. */
+#define STRAY (1ull << 63)
+
 enum port_kind { PORT_NONE, PORT_GUEST, PORT_NETDEV };
 
 struct guest {
@@ -30,6 +33,7 @@ struct guest {
 	struct mem_alarms alarms;
 	u32 taught;		 /* of the bridge's changes, the last that this guest has taught ... */
 	u64 taught_at;		 /* ... in cycles */
+	u64 stray;		 /* STRAY | the source of a frame that was dropped for it; 0: none of late */
 	u32 broke;		 /* rings that broke since the control thread asked, one bit each */
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
 	u64 umem;		 /* the first UMEM that has all its memory */
@@ -60,7 +64,8 @@ struct port {
 	enum port_kind kind;
 	u32 id;
 	struct xn_bridge *bridge;
-	u64 mac; /* 0: learned */
+	u32 macs_n; /* 0: learned */
+	u64 macs[XN_MAX_OWN_MACS];
 	bool check_source;
 	bool allocated;
 	union {
@@ -88,6 +93,15 @@ struct xn_bridge {
 	int event_fd;
 	u32 events;
 };
+
+/* Whether the address was given to the port. */
+static inline bool port_owns(const struct port *p, u64 mac)
+{
+	for (u32 i = 0; i < p->macs_n; i++)
+		if (p->macs[i] == mac)
+			return true;
+	return false;
+}
 
 /* Tells the control thread. */
 void bridge_event(struct xn_bridge *b, enum xn_event event);

@@ -26,7 +26,7 @@ static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan
 
 	if (from->kind == PORT_GUEST) {
 		/* Its own was given: there is nothing to learn. */
-		if (from->mac && src == from->mac)
+		if (port_owns(from, src))
 			return GOOD;
 		if (from->check_source)
 			return XN_DROP_SPOOF;
@@ -107,6 +107,8 @@ static struct ways classify(struct worker *w, struct port *from, struct view *vi
 		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
 			fault = learn(w, from, src, dst, vlan, stats);
 		if (unlikely(fault != GOOD)) {
+			if (fault == XN_DROP_SPOOF)
+				__atomic_store_n(&from->guest.stray, STRAY | src, __ATOMIC_RELAXED);
 			view_drop(v, fault);
 			last_dst = NO_MAC;
 			continue;

@@ -73,7 +73,7 @@ static enum xn_zerocopy may_lend(const struct xn_bridge *b, const struct port *p
 	if (!mem_is_huge(p->guest.mem))
 		return XN_ZEROCOPY_ON;
 	for (u32 i = 0; i < b->ports_n; i++)
-		if (&b->ports[i] != p && b->ports[i].kind == PORT_GUEST && b->ports[i].mac)
+		if (&b->ports[i] != p && b->ports[i].kind == PORT_GUEST && b->ports[i].macs_n)
 			return XN_ZEROCOPY_ON;
 	return XN_ZEROCOPY_AUTO;
 }
@@ -394,6 +394,18 @@ int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], 
 		bridge_event(b, XN_EVENT_FDB);
 		return 0;
 	}
+}
+
+int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6])
+{
+	struct port *p = bridge_port(b, port, PORT_GUEST);
+
+	if (!p)
+		return -ENOENT;
+	u64 stray = __atomic_exchange_n(&p->guest.stray, 0, __ATOMIC_RELAXED), value = htole64(stray);
+
+	memcpy(mac, &value, ETH_ALEN);
+	return !!stray;
 }
 
 static struct virtqueue *ring_of(struct xn_bridge *b, u32 port, u32 ring)

@@ -23,6 +23,7 @@ enum xn_limit {
 	XN_MAX_RING = 32768,
 	XN_FRAME_SIZE = 4096,
 	XN_MAX_IPS = 16,	 /* that a guest is given */
+	XN_MAX_OWN_MACS = 16,	 /* that a port is given */
 	XN_MAX_MACS = 4096,	 /* that one guest may teach */
 	XN_MAX_GIVEN = 16384,	 /* addresses that are given, to guests and as those of the host */
 	XN_MAX_STATIONS = 65536, /* of the wire, that are known at once; the longest silent are forgotten for others */
@@ -288,7 +289,11 @@ int xn_fdb_flush(struct xn_bridge *b, uint32_t port); /* forget what this port t
 
 int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs);   /* port id */
 int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues); /* port id */
-int xn_port_set_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], int check_source);
+/*
+ * The port's own addresses, n times six bytes, in place of those that it had: nobody else may use them, and with
+ * check_source it uses no other. -EEXIST: one is another port's; then all is as it was.
+ */
+int xn_port_set_macs(struct xn_bridge *b, uint32_t port, const uint8_t *macs, uint32_t n, int check_source);
 int xn_port_remove(struct xn_bridge *b, uint32_t port);
 /* queue: pair (guest) or socket (netdev) number */
 int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t direction, struct xn_queue_stats *out);
@@ -305,6 +310,8 @@ int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips
  * use; -ENOSPC: it has taught its share.
  */
 int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan);
+/* 1: since the last call a frame of the guest was dropped for its source address (XN_DROP_SPOOF), which is put into mac. */
+int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6]);
 /* Replaces the memory table (n may be 0). Started rings are translated anew; one that no longer lies in memory is stopped. */
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n);
 int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);

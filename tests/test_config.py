@@ -199,6 +199,30 @@ def test_two_guests_share_no_name_socket_or_address(second: dict[str, str], key:
     assert 'is also that of guest "web"' in fault
 
 
+def test_36_a_guest_may_have_several_addresses_in_the_file_and_in_a_flag() -> None:
+    wrong: list[str] = []
+    flag = config.parse_flag("web,socket=/a,mac=52:54:00:00:00:01+52:54:00:00:00:02", "name", wrong)
+    file = {"name": "web", "socket": "/a", "mac": ["52:54:00:00:00:01", "52:54:00:00:00:02"]}
+    made = config.parse({"guest": [flag]})
+    assert made == config.parse({"guest": [file]})
+    assert made.guests[0].macs == (b"\x52\x54\0\0\0\1", b"\x52\x54\0\0\0\2")
+    assert made.guests[0].checks_source
+    assert not wrong
+    most = [f"52:54:00:00:00:{number:02x}" for number in range(17)]
+    config.parse(guest(mac=most[:16]))
+    for macs, reason in (
+        (most, "must be 1..16 addresses"),
+        ([], "must be 1..16 addresses"),
+        ([most[0], "x"], "must be six bytes"),
+        ([most[0], most[0]], "names an address twice"),
+        (f"{most[0]}+", "must be six bytes"),
+    ):
+        found = faults(guest(mac=macs))
+        assert reason in found[0]
+    others = [{"name": "web", "socket": "/a", "mac": most[:3]}, {"name": "db", "socket": "/b", "mac": most[2].upper()}]
+    assert faults({"guest": others}) == [f'guest "db": mac = "{most[2]}": is also that of guest "web"']
+
+
 def test_a_guest_and_an_interface_share_no_name_for_both_are_ports() -> None:
     (fault,) = faults(raw(netdev=[{"interface": "web"}]))
     assert fault == 'netdev "web": name = "web": is also that of guest "web"'

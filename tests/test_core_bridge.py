@@ -430,6 +430,38 @@ def test_an_address_is_given_once(bridge: core.Bridge, guests: MakeGuest) -> Non
     assert known(bridge) == {(mac(1), 0xFFFF, one.port), (mac(3), 0xFFFF, two.port)}
 
 
+def test_36_a_port_has_up_to_16_addresses_of_its_own_and_no_more(bridge: core.Bridge, guests: MakeGuest) -> None:
+    drivers = three(bridge, guests)
+    many = [mac(number) for number in range(1, 17)]
+    bridge.set_macs(drivers[1].port, many, True)
+    assert known(bridge) == {(each, 0xFFFF, drivers[1].port) for each in many}
+    send(drivers[0], *(frame(each, mac(99), vlan=7) for each in many))
+    assert [len(received(driver)) for driver in drivers] == [0, 16, 0]
+    send(drivers[1], *(frame(BROADCAST, each) for each in [*many, mac(17)]))
+    assert drivers[1].drops(core.TX) == {"spoof": 1}
+    assert bridge.guest_stray(drivers[1].port) == mac(17)
+    assert bridge.guest_stray(drivers[1].port) is None
+    send(drivers[2], frame(BROADCAST, many[15]))
+    assert drivers[2].drops(core.TX) == {"spoof": 1}
+    for wrong in ([*many, mac(17)], [], [mac(1), ZERO], [BROADCAST]):
+        with pytest.raises(OSError, match="Invalid argument"):
+            bridge.set_macs(drivers[1].port, wrong, True)
+    # All of them or none.
+    bridge.set_macs(drivers[2].port, [mac(30), mac(31)], True)
+    with pytest.raises(OSError, match="File exists"):
+        bridge.set_macs(drivers[2].port, [mac(40), mac(16)], True)
+    given = {(each, 0xFFFF, drivers[1].port) for each in many}
+    assert known(bridge) >= given | {(mac(30), 0xFFFF, drivers[2].port), (mac(31), 0xFFFF, drivers[2].port)}
+    bridge.set_macs(drivers[1].port, many[:2], True)
+    bridge.set_macs(drivers[2].port, [mac(31), mac(16)], True)
+    assert known(bridge) - {(mac(99), 7, drivers[0].port)} == {
+        (mac(1), 0xFFFF, drivers[1].port),
+        (mac(2), 0xFFFF, drivers[1].port),
+        (mac(31), 0xFFFF, drivers[2].port),
+        (mac(16), 0xFFFF, drivers[2].port),
+    }
+
+
 @pytest.mark.parametrize("address", [ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
 def test_a_port_cannot_have_a_group_address(bridge: core.Bridge, address: bytes) -> None:
     port = bridge.add_guest(1)

@@ -23,6 +23,8 @@ OF_GUESTS: dict[str, Call] = {
     "remove region": lambda bridge, port, _: bridge.guest_remove_region(port, REGION),
     "set features": lambda bridge, port, _: bridge.guest_set_features(port, 0),
     "set ips": lambda bridge, port, _: bridge.guest_set_ips(port, [IPv4Address("10.0.0.1")]),
+    "remember": lambda bridge, port, _: bridge.guest_remember(port, mac(1), 0),
+    "stray": lambda bridge, port, _: bridge.guest_stray(port),
     "announce": lambda bridge, port, _: bridge.guest_announce(port, mac(1)),
 }
 OF_RINGS: dict[str, Call] = {

@@ -45,7 +45,7 @@ def with_bridge(
         with core.Bridge() as bridge:
             port = bridge.add_guest(1)
             bridge.start()
-            reports = Reports(bridge, {port: "web"}, {"eth1": interface}, lambda _: None, spent)
+            reports = Reports(bridge, {port: "web"}, {"eth1": interface}, lambda _: None, spent=spent)
             try:
                 await steps(bridge, port, interface)
             finally:
@@ -144,6 +144,40 @@ def test_64_what_a_guest_sends_first_goes_out_when_its_address_is_steered() -> N
         core.time_release()
     assert early
     assert not any(early)
+
+
+def test_36_a_guest_whose_frames_are_dropped_for_their_source_is_told_of_once_with_the_remedy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    async def run() -> None:
+        names = {driver.port: name for driver, name in zip(drivers, ("web", "db", "odd"), strict=True)}
+        reports = Reports(bridge, names, {}, lambda _: None, {drivers[0].port})
+        for _ in range(3):
+            reports.say_strays()
+            for driver, source in zip(drivers, (mac(9), mac(1), BROADCAST), strict=True):
+                driver.pair.send_all([frame(BROADCAST, source), frame(BROADCAST, mac(1)[:5] + bytes([driver.port]))])
+        reports.say_strays()
+        reports.close()
+
+    with contextlib.ExitStack() as stack:
+        bridge = stack.enter_context(core.Bridge())
+        drivers = [stack.enter_context(contextlib.closing(Driver(bridge).start())) for _ in range(3)]
+        bridge.set_macs(drivers[0].port, [mac(1), mac(0)], True)
+        bridge.start()
+        asyncio.run(run())
+    assert caplog.messages == [
+        (
+            "guest web: frames from 52:54:00:00:00:09 are dropped (spoof): it is not its mac; if it is a bridge for "
+            "other stations, name them too (mac=MAC+MAC) or set check_source=false"
+        ),
+        (
+            "guest db: frames from 52:54:00:00:00:01 are dropped (spoof): that is another guest's mac, or the host's "
+            "address on an interface; give it one of its own"
+        ),
+        "guest odd: frames from ff:ff:ff:ff:ff:ff are dropped (spoof): that is no station's address; see to its driver",
+    ]
 
 
 # ---- broken rings ----

@@ -87,8 +87,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--guest",
         action="append",
         metavar="NAME,socket=PATH[,KEY=VALUE...]",
-        help="a guest: mac=MAC, queues=1..16, client=true, mtu=N, check_source=false, ips=IP+IP, user=USER, poll=true, "
-        "max_memory=SIZE; repeatable",
+        help="a guest: mac=MAC+MAC, queues=1..16, client=true, mtu=N, check_source=false, ips=IP+IP, user=USER, "
+        "poll=true, max_memory=SIZE; repeatable",
     )
     add(
         "--netdev",

@@ -28,6 +28,7 @@ MAX_NETDEV_QUEUES = 16
 MAX_WORKERS = 16
 MAX_CPU = 4095
 MAX_IPS = 16
+MAX_OWN_MACS = 16
 FRAMES = (256, 65536)
 MTU = (68, 65535)  # virtio 1.2, 5.1.4.1
 MEMORY = (1 << 20, 8 << 40)  # of one guest
@@ -141,6 +142,19 @@ def parse_mac(value: object) -> bytes:
     return mac
 
 
+def parse_macs(value: object) -> tuple[bytes, ...]:
+    """The addresses of "52:54:00:12:34:56+52:54:00:12:34:57"; a list of strings is taken too."""
+    words = value.split("+") if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        words = [words]
+    if not 1 <= len(words) <= MAX_OWN_MACS:
+        raise ValueError(f"must be 1..{MAX_OWN_MACS} addresses")
+    macs = tuple(parse_mac(word) for word in words)
+    if len(macs) != len(set(macs)):
+        raise ValueError("names an address twice")
+    return macs
+
+
 def parse_cpus(value: object) -> tuple[int, ...]:
     """(0, 2, 3) of "0,2-3"; a list of numbers is taken too."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -222,7 +236,7 @@ class GuestConfig(BaseModel):
     name: Annotated[str, _text(_name)]
     socket: SocketPath | None = None
     fd: Annotated[int, _integer(0, (1 << 20) - 1)] | None = None
-    mac: Mac | None = None
+    macs: Annotated[tuple[bytes, ...], BeforeValidator(parse_macs)] = Field(default=(), alias="mac")
     queues: Annotated[int, _integer(1, MAX_PAIRS)] = 1
     client: Boolean = False
     mtu: Annotated[int, _integer(*MTU)] | None = None
@@ -237,7 +251,7 @@ class GuestConfig(BaseModel):
     @property
     def checks_source(self) -> bool:
         """Whether frames from another source address are dropped: on wherever the address is known."""
-        return self.mac is not None if self.check_source is None else self.check_source
+        return bool(self.macs) if self.check_source is None else self.check_source
 
 
 class NetdevConfig(BaseModel):
@@ -424,11 +438,19 @@ def _relations(raw: Raw) -> Iterator[str]:
             yield f"{where}: socket = {_show(table['socket'])}: is the control socket"
     yield from _duplicates(guests, "socket")
     yield from _duplicates(guests, "fd")
-    yield from _duplicates(guests, "mac")
+    yield from _duplicates([(where, {"mac": mac}) for where, table in guests for mac in _macs(table)], "mac")
     names = [(where, {"name": table.get("name", table.get("interface"))}) for where, table in guests + netdevs]
     yield from _duplicates(names, "name")
     yield from _counts(raw)
     yield from _memory(raw, [table for _, table in guests])
+
+
+def _macs(table: Raw) -> Sequence[object]:
+    """As they are spelt, each alone."""
+    macs = table.get("mac")
+    if isinstance(macs, str):
+        return macs.split("+")
+    return macs if isinstance(macs, list) else []
 
 
 def _memory(raw: Raw, guests: Sequence[Raw]) -> Iterator[str]:

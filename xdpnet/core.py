@@ -29,6 +29,7 @@ MAX_PAIRS: int = lib.XN_MAX_PAIRS
 MAX_NETDEV_QUEUES: int = lib.XN_MAX_NETDEV_QUEUES
 MAX_WORKERS: int = lib.XN_MAX_WORKERS
 MAX_REGIONS: int = lib.XN_MAX_REGIONS
+MAX_OWN_MACS: int = lib.XN_MAX_OWN_MACS
 MAX_GIVEN: int = lib.XN_MAX_GIVEN
 MAX_STATIONS: int = lib.XN_MAX_STATIONS
 MAX_RING: int = lib.XN_MAX_RING
@@ -337,9 +338,21 @@ class Bridge:
 
     def set_mac(self, port: int, mac: bytes, check_source: bool) -> None:
         """Give the port an address of its own; with `check_source` it may send from no other."""
-        if len(mac) != 6:
-            raise ValueError(f"MAC address of {len(mac)} bytes")
-        _check(lib.xn_port_set_mac(self._bridge, port, mac, check_source), f"set address {mac.hex(':')} of port {port}")
+        self.set_macs(port, [mac], check_source)
+
+    def set_macs(self, port: int, macs: Sequence[bytes], check_source: bool) -> None:
+        """Give the port these addresses, 1 to 16, in place of those that it had; EEXIST if one is another port's."""
+        for mac in macs:
+            if len(mac) != 6:
+                raise ValueError(f"MAC address of {len(mac)} bytes")
+        what = f"set address {', '.join(mac.hex(':') for mac in macs)} of port {port}"
+        _check(lib.xn_port_set_macs(self._bridge, port, b"".join(macs), len(macs), check_source), what)
+
+    def guest_stray(self, port: int) -> bytes | None:
+        """The source of a frame that was dropped as `spoof` since the last call, if there was one."""
+        mac = ffi.new("uint8_t[6]")
+        found = _check(lib.xn_guest_stray(self._bridge, port, mac), f"read what port {port} may not send")
+        return bytes(mac) if found else None
 
     def guest_set_ips(self, port: int, ips: Sequence[IPv4Address | IPv6Address]) -> None:
         """The IP addresses that the guest may use as its own; none: any."""

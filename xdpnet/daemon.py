@@ -131,7 +131,8 @@ class Daemon:
                 self._watchdog = Watchdog(period_s, lambda: self._watch_workers.stalls)
 
             # 6. What the core reports; what becomes of the interfaces.
-            self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection)
+            checked = {guest.device.port for guest in self.guests if guest.config.checks_source}
+            self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection, checked)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
             await stack.enter_async_context(self._tasks())
@@ -236,12 +237,12 @@ class Daemon:
         if guest.fd is not None and not _is_socket(guest.fd):
             raise SetupError(f"guest {guest.name}: descriptor {guest.fd} is not an open socket", "pass one with --fd")
         port = self.bridge.add_guest(guest.queues)
-        if guest.mac is not None:
+        if guest.macs:
             try:
-                self.bridge.set_mac(port, guest.mac, guest.checks_source)
+                self.bridge.set_macs(port, guest.macs, guest.checks_source)
             except OSError as error:
                 raise SetupError(
-                    f"guest {guest.name}: mac {guest.mac.hex(':')}: {error.strerror}",
+                    f"guest {guest.name}: mac {_macs(guest)}: {error.strerror}",
                     "choose an address that no interface of this daemon has",
                 ) from error
         self.bridge.guest_set_ips(port, guest.ips)
@@ -281,6 +282,7 @@ class Daemon:
                 self._watchdog.beat()
             try:
                 self.reports.sync_addresses()
+                self.reports.say_strays()
                 self._keep_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
@@ -329,7 +331,7 @@ def _describe(port: GuestPort) -> Guest:
         socket=config.socket or "",
         client=config.client,
         connected=port.socket.connected,
-        mac=config.mac.hex(":") if config.mac else "",
+        mac=_macs(config),
         features=tuple(features.names(port.device.features)),
         messages=counters.messages,
         connects=counters.connects,
@@ -340,6 +342,11 @@ def _describe(port: GuestPort) -> Guest:
         errors=dict(counters.errors),
         refused=dict(counters.refused),
     )
+
+
+def _macs(guest: GuestConfig) -> str:
+    """As a flag has them."""
+    return "+".join(mac.hex(":") for mac in guest.macs)
 
 
 def _access(guest: GuestConfig) -> Access:

@@ -13,7 +13,7 @@ Reference: c/xdpnet.h, enum xn_event.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 from xdpnet import core
@@ -22,6 +22,7 @@ from xdpnet.ration import RateLimit
 SETTLE_S = 0.01  # a flood of new addresses costs a hundred updates a second, not a million ...
 SHARE = 0.05  # ... and this part of the thread's time, however many addresses there are
 LOG_PAUSE_S = 5.0  # between two lines about the rings of a guest
+STRAY_PAUSE_S = 3600.0  # and between two that say what one is to do whose frames are dropped as `spoof`
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +44,19 @@ class Reports:
         guests: Mapping[int, str],
         netdevs: Mapping[str, Steering],
         end_connection: Callable[[int], None],
+        checked: Container[int] = (),
         spent: Callable[[], float] = time.thread_time,
     ) -> None:
-        """guests: port -> name; spent: seconds of processor time."""
+        """guests: port -> name; checked: those whose source addresses are; spent: seconds of processor time."""
         self._bridge = bridge
         self._guests = guests
         self._netdevs = netdevs
         self._end_connection = end_connection
         self._loop = asyncio.get_running_loop()
         self._spent = spent
+        self._checked = checked
         self._limit = RateLimit(LOG_PAUSE_S)
+        self._strays = RateLimit(STRAY_PAUSE_S)
         self._settling: asyncio.TimerHandle | None = None
         self._changed_again = False
         self._loop.add_reader(bridge.event_fd, self._read)
@@ -108,6 +112,25 @@ class Reports:
                 if suffix is not None:
                     log.warning("interface %s: steer %d addresses: %s%s", name, len(macs), error, suffix)
         self._bridge.fdb_steered(changes)
+
+    def say_strays(self) -> None:
+        """The remedy for frames that were dropped for their source address; asked for now and then."""
+        for port, name in self._guests.items():
+            mac = self._bridge.guest_stray(port)
+            suffix = self._strays.allow(name) if mac is not None else None
+            if mac is not None and suffix is not None:
+                log.warning("guest %s: %s%s", name, self._stray(port, mac), suffix)
+
+    def _stray(self, port: int, mac: bytes) -> str:
+        what = f"frames from {mac.hex(':')} are dropped (spoof): "
+        if mac[0] & 1 or not any(mac):
+            return what + "that is no station's address; see to its driver"
+        if port in self._checked:
+            return what + (
+                "it is not its mac; if it is a bridge for other stations, name them too (mac=MAC+MAC) "
+                "or set check_source=false"
+            )
+        return what + "that is another guest's mac, or the host's address on an interface; give it one of its own"
 
     # ---- guests' memory ----
 

@@ -737,7 +737,7 @@ static void add_guest(struct input *in, u32 index)
 		core_ring(g, &g->rings[i])->backlog.room = 128 * 1024;
 	g->checked = what & 32;
 	if (what & 16)
-		(void)xn_port_set_mac(bridge, (u32)g->port, macs[index], g->checked);
+		(void)xn_port_set_macs(bridge, (u32)g->port, macs[index], 1, g->checked);
 	else
 		g->checked = false;
 	if (what & 64) {
@@ -858,8 +858,8 @@ static UNSEEN void check_addresses(void)
 	int n = xn_fdb_dump(bridge, entries, ARRAY_LEN(entries), XN_MAX_STATIONS);
 
 	for (u32 i = 0; i < bridge->ports_n; i++)
-		if (bridge->ports[i].kind != PORT_NONE && bridge->ports[i].mac)
-			MUST(fdb_lookup(bridge->fdb, bridge->ports[i].mac, 1, bridge->workers[0]->now) == i);
+		if (bridge->ports[i].kind != PORT_NONE && bridge->ports[i].macs_n)
+			MUST(fdb_lookup(bridge->fdb, bridge->ports[i].macs[0], 1, bridge->workers[0]->now) == i);
 	for (int i = 0; i < n && i < (int)ARRAY_LEN(entries); i++)
 		for (u32 k = 0; k < guests_n; k++)
 			if (guests[k].port == (int)entries[i].port && guests[k].checked)
@@ -1016,7 +1016,7 @@ static void control(struct input *in, u32 index)
 		(void)xn_guest_set_features(bridge, port, g->features ^ 1ull << more % 64);
 		break;
 	case 7:
-		if (!xn_port_set_mac(bridge, port, macs[index], more & 1)) {
+		if (!xn_port_set_macs(bridge, port, macs[index], 1, more & 1)) {
 			g->checked = false;
 			(void)xn_fdb_flush(bridge, port);
 		}
