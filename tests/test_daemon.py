@@ -1,6 +1,7 @@
 """The daemon as a process: it starts in order, serves, ends in order, and leaves nothing."""
 
 import errno
+import grp
 import http.client
 import json
 import os
@@ -505,6 +506,34 @@ def test_a_guests_socket_is_its_users(tmp_path: Path) -> None:
             (os.geteuid(), 2, 0o620),
         ]
         assert running.end() == 0
+
+
+CONNECT = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+
+
+@needs_root
+def test_58_the_socket_of_a_guest_may_be_another_groups_and_a_directory_that_bars_it_is_named(tmp_path: Path) -> None:
+    for above in list(tmp_path.parents)[:2]:
+        above.chmod(0o711)
+
+    def connects(name: str, group: int) -> bool:
+        words = [sys.executable, "-c", CONNECT, str(tmp_path / f"{name}.sock")]
+        child = subprocess.run(words, user=65534, group=group, extra_groups=[], check=False, capture_output=True)
+        return child.returncode == 0
+
+    words = ("--guest", guest(tmp_path, more=",group=daemon"), "--guest", guest(tmp_path, "db", ",user=nobody"))
+    for mode, warned in ((0o711, False), (0o750, True)):
+        tmp_path.chmod(mode)
+        with daemon(tmp_path, *words) as running:
+            running.ready()
+            found = (tmp_path / "web.sock").stat()
+            assert (found.st_gid, found.st_mode & 0o777) == (grp.getgrnam("daemon").gr_gid, 0o660)
+            assert connects("web", found.st_gid) is not warned
+            assert connects("web", found.st_gid + 1) is False
+            for name, whom in (("web", "group daemon"), ("db", "user nobody")):
+                line = f"guest {name}: its socket is for {whom}, who may not pass {tmp_path}; chmod o+x {tmp_path}"
+                assert (line in running.log) is warned
+            assert running.end() == 0
 
 
 def test_a_user_that_does_not_exist_is_named(tmp_path: Path) -> None:

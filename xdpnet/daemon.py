@@ -27,7 +27,7 @@ from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.orders import Orders
 from xdpnet.reports import Reports
-from xdpnet.sockets import Access
+from xdpnet.sockets import Access, barred_by
 from xdpnet.stalls import StallWatch
 from xdpnet.virtq import features
 from xdpnet.virtq.device import GuestDevice
@@ -145,6 +145,7 @@ class Daemon:
             # 8. The guests: from here on frontends are served.
             for port in self.guests:
                 await port.socket.start()
+                _advise_way(port.config)
                 stack.push_async_callback(port.socket.stop)
 
             # 9. The control socket and the metrics.
@@ -359,6 +360,23 @@ def _access(guest: GuestConfig) -> Access:
         raise SetupError(f"guest {guest.name}: {error.args[0]}", "name one of this machine, or a number") from error
     mode = guest.mode if guest.mode is not None else 0o660 if guest.user is None else 0o600
     return Access(uid, gid, mode)
+
+
+def _advise_way(guest: GuestConfig) -> None:
+    """Whom a socket is given to has to get there."""
+    if guest.socket is None or guest.client:
+        return
+    with contextlib.suppress(OSError):
+        if directory := barred_by(guest.socket, _access(guest)):
+            log.warning(
+                "guest %s: its socket is for %s, who may not pass %s; chmod o+x %s, which shows nobody what is in it "
+                "(RuntimeDirectoryMode=0751 in the unit), or another path",
+                guest.name, " and ".join(f"{key} {value}" for key, value in _named(guest)), directory, directory,
+            )  # fmt: skip
+
+
+def _named(guest: GuestConfig) -> list[tuple[str, str | int]]:
+    return [(key, value) for key, value in (("user", guest.user), ("group", guest.group)) if value is not None]
 
 
 def _is_socket(fd: int) -> bool:

@@ -11,12 +11,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import pwd
 import socket
 import stat
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -118,6 +120,23 @@ def listen_unix(path: str, access: Access) -> ListeningSocket:
         return listening
     finally:
         os.close(directory)
+
+
+def barred_by(path: str, access: Access) -> str:
+    """The first directory on the way to path that whom the access is for may not pass; "": none, or nobody is named."""
+    if (access.uid, access.gid) == (-1, -1) or not access.uid:
+        return ""
+    groups = {access.gid}
+    with contextlib.suppress(KeyError):  # a number without a name has no other group
+        user = pwd.getpwuid(access.uid)
+        groups.update(os.getgrouplist(user.pw_name, user.pw_gid))
+    for directory in reversed(Path(os.path.abspath(path)).parents):
+        found = directory.stat()
+        bit = stat.S_IXUSR if found.st_uid == access.uid else stat.S_IXGRP if found.st_gid in groups else stat.S_IXOTH
+        # With an access control list the bits do not tell.
+        if not found.st_mode & bit and "system.posix_acl_access" not in os.listxattr(directory):
+            return str(directory)
+    return ""
 
 
 def _give(path: str, access: Access) -> None:
