@@ -104,6 +104,23 @@ def test_a_wrong_configuration_ends_with_2_and_every_fault() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (("--guest", "web,socket=/no/such/web.sock"), 0, ""),
+        (("--guest", "web,socket=/run/x,queues=17"), 2, 'xdpnet: guest "web": queues = "17": must be 1..16\n'),
+        (
+            ("--guest", "web,socket=/run/x,user=no-such-user"),
+            1,
+            "xdpnet: guest web: getpwnam(): name not found: 'no-such-user'; name one of this machine, or a number\n",
+        ),
+    ],
+)
+def test_a_configuration_is_looked_at_without_a_start(words: tuple[str, ...], status: int, told: str) -> None:
+    done = xdpnet("run", "--check", *words)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", told)
+
+
 def test_options_without_a_command_run_as_the_backend_conventions_call_it() -> None:
     done = xdpnet("--socket-path=/run/x.sock", "--workers=99")
     assert done.returncode == 2

@@ -62,6 +62,16 @@ def test_the_domain_shares_its_memory_and_its_card_is_the_configurations() -> No
     assert f'mac = "{mac.get("address")}"' in configured
 
 
+def test_the_unit_serves_qemu_that_listens() -> None:
+    """tests/deploy/ tries it: QEMU makes the socket, and makes it for itself alone."""
+    unit = (DEPLOY / "xdpnet.service").read_text()
+    assert "\nExecStartPre=install -d -m 1770 /run/xdpnet/client\n" in unit
+    assert "CAP_DAC_OVERRIDE" in unit.partition("\nCapabilityBoundingSet=")[2].partition("\n")[0]
+    assert "\nRuntimeDirectoryPreserve=yes\n" in unit
+    for file in "libvirt-domain.xml", "xdpnet.toml":
+        assert "/run/xdpnet/client" in (DEPLOY / file).read_text()
+
+
 # ---- bootstrap.sh ----
 
 

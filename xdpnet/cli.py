@@ -105,6 +105,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--max-memory", metavar="SIZE", help="memory that one guest may have, as 64GiB (256GiB)")
     add("--metrics", metavar="HOST:PORT", help="serve /metrics and /healthz")
     add("--control", metavar="PATH", help=f"control socket, '' for none ({DEFAULT_CONTROL})")
+    add("--check", action="store_true", help="look whether this can be served here, change nothing, and end")
     add("--verbose", "-v", action="store_true", help="say more")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--socket-path", metavar="PATH", help="serve one guest at this socket (backend conventions)")
@@ -118,6 +119,9 @@ def _run(options: argparse.Namespace) -> int:
     from xdpnet import daemon
 
     config = _configure(options)
+    if options.check:
+        daemon.vet(config)
+        return 0
     _set_up_logging(logging.DEBUG if options.verbose else logging.INFO)
     try:
         asyncio.run(daemon.run(config, lambda: _configure(options)))

@@ -6,6 +6,7 @@ happens after SIGTERM, the process is gone within END_S.
 """
 
 import asyncio
+import contextlib
 import faulthandler
 import grp
 import logging

@@ -125,8 +125,11 @@ class Session:
         self.protocol_features = bits.value
 
     def get_queue_num(self, _: Nothing) -> Payload:
-        """Of pairs for QEMU, as DPDK's backend has it, and of virtqueues for others, as rust-vmm's have: the specification
-        does not say, and each frontend compares it with what it is about to use. Only QEMU asks for RARP before."""
+        """Of pairs for QEMU, as DPDK's backend has it, and of virtqueues for others, as rust-vmm's have.
+
+        The specification does not say, and each frontend compares it with what it is about to use. Only QEMU asks for
+        RARP before.
+        """
         return U64(self.device.pairs if self._rarp else len(self.device.rings))
 
     # ---- device ----
