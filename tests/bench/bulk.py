@@ -4,17 +4,20 @@ Guests run on CPU 1 under emulation, the worker on CPU 0. What the far end sends
 has them, but for DPDK, which passes them on as they are. "tap" is QEMU's own virtio device on taps of a kernel bridge.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from tests.bench.lab import BACKENDS, GENERIC, MAC, PEER_MAC, Contender, Lab, Row, Values
 from tests.bench.latency import linux_guest, taps
+from tests.netns import call_in
 from xdpnet.demo import await_listener, iperf_client, process, topology
 from xdpnet.demo.guest import Card, Guest
 
 UNITS = {"rate": "Gb/s", "retransmits": "segments sent again", "cpu": "% of a core per Gb/s, backend"}
 SECONDS = 4
+DATAGRAMS = 800
 MACS = (MAC, PEER_MAC)
 
 # Guests with the backend's process id, if it is a process of its own.
@@ -54,13 +57,14 @@ def client(guest: Guest, server: str, flags: str, pid: int | None) -> Values:
     return values
 
 
-def with_far_end(scene: Scene, reverse: bool) -> Callable[[Lab], Values]:
+def with_far_end(scene: Scene, reverse: bool, streams: int = 1) -> Callable[[Lab], Values]:
     def measure(lab: Lab) -> Values:
         with scene(lab, 1) as (net, (guest,), pid):
             server = net.far.spawn(["iperf3", "-s", "-1", "-B", topology.FAR_ADDRESS], lab.directory / "iperf3.log")
             try:
                 await_listener(net.far, 5201)
-                return client(guest, topology.FAR_ADDRESS, "-R" if reverse else "", pid)
+                flags = f"-P {streams} {'-R' if reverse else ''}"
+                return client(guest, topology.FAR_ADDRESS, flags, pid)
             finally:
                 process.end(server)
 
@@ -73,6 +77,29 @@ def between_guests(scene: Scene) -> Callable[[Lab], Values]:
             two.check("iperf3 -s -D")
             time.sleep(1)
             return client(one, topology.GUEST_ADDRESSES[1], "", pid)
+
+    return measure
+
+
+def burst(scene: Scene) -> Callable[[Lab], Values]:
+    """Datagrams that the far end sends as fast as it can, to a port where nobody listens."""
+
+    def measure(lab: Lab) -> Values:
+        with scene(lab, 1) as (net, (guest,), _):
+
+            def arrived() -> int:
+                return int(guest.check("awk '/^Udp:/ && ++n == 2 {print $3}' /proc/net/snmp"))  # NoPorts
+
+            def send() -> None:
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                    for _ in range(DATAGRAMS):
+                        with suppress(ConnectionRefusedError):
+                            sender.sendto(bytes(100), (topology.GUEST_ADDRESSES[0], 9))
+
+            before = arrived()
+            call_in(str(net.far.path), send)
+            time.sleep(1)
+            return {"received": arrived() - before}
 
     return measure
 
@@ -103,5 +130,24 @@ ROWS = [
         "TCP between two Linux guests",
         UNITS,
         {name: between_guests(SCENES[name]) for name in ("xdpnet", "tap")},
+    ),
+    *(
+        Row(
+            f"tcp-{way}-{streams}",
+            f"{streams} flows of TCP {title}",
+            UNITS,
+            {name: with_far_end(SCENES[name], way == "host-to-guest", streams) for name in ("xdpnet", "tap")},
+        )
+        for way, title in (
+            ("host-to-guest", "from the far end to a Linux guest"),
+            ("guest-to-host", "of a Linux guest to the far end"),
+        )
+        for streams in (16, 32, 128)
+    ),
+    Row(
+        "burst",
+        f"{DATAGRAMS} datagrams at once to a Linux guest with a ring of 256",
+        {"received": "datagrams"},
+        {name: burst(SCENES[name]) for name in ("xdpnet", "tap")},
     ),
 ]
