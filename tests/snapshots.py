@@ -34,7 +34,7 @@ def ring(**fields: Any) -> Ring:
 def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
     guest = Guest(
         "/run/web.sock", False, True, "52:54:00:00:00:01", ("VIRTIO_F_VERSION_1", "VIRTIO_RING_F_EVENT_IDX"),
-        *(42, 1, 0, 0, 2, 3), {"size": 0, "order": 2}, {"busy": 1, "resources": 0},
+        *(42, 1, 0, 0, 2, 3), {"size": 0, "order": 2}, {"busy": 1, "resources": 0}, 9000,
     )  # fmt: skip
     rx = traffic(12_345_678, {"no_buffer": 22}, calls=900, calls_saved=99_000, waited=41)
     tx = traffic(1_000, {"spoof": 10}, copies=5, kicks=30, kicks_saved=970, unlearned=8)
@@ -43,7 +43,7 @@ def guest_port(name: str = "web", number: int = 0, **fields: Any) -> Port:
 
 
 def netdev_port(**fields: Any) -> Port:
-    netdev = Netdev("eth1", 7, True, "native", False, "auto", {"guest": 12_345_700, "group": 0, "host": 17}, 6, 2)
+    netdev = Netdev("eth1", 7, True, "native", False, "auto", {"guest": 12_345_700, "group": 0, "host": 17}, 6, 2, 1500)
     xsk = Xsk(True, False, {name: at for at, name in enumerate(XDP_STATISTICS)}, 2048, 2040, 8, 3, 1 << 24)
     queue = Queue(0, traffic(12_345_700), traffic(995, kicks=40, kicks_saved=3), xsk=xsk)
     return Port("eth1", 1, (queue,), netdev=replace(netdev, **fields))

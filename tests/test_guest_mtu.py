@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.waiting import eventually
 from xdpnet.demo import initramfs, iperf, topology
 from xdpnet.demo.backend import Backend, balanced
 from xdpnet.demo.guest import Card, Guest, best_accelerator
@@ -40,5 +41,27 @@ def test_frames_of_mtu_9000_pass_both_ways(tmp_path: Path) -> None:
                     assert iperf(guest, net, tmp_path, 2, reverse) > 0
                 snapshot = backend.settled()
                 assert balanced(snapshot), snapshot.totals
+        finally:
+            backend.stop()
+
+
+def test_34_a_guest_that_qemu_alone_has_told_9000_is_named_with_the_remedy(tmp_path: Path) -> None:
+    kernel = initramfs.find_kernel()
+    initrd = initramfs.build(kernel, tmp_path / "initramfs")
+    accel = best_accelerator(kernel, initrd, tmp_path)
+    with topology.topology() as net:
+        guests = f"one,socket={tmp_path}/socket,mac={MAC}"
+        backend = Backend(net.host, tmp_path, ["--netdev", topology.HOST_IF, "--guest", guests]).start()
+        try:
+            card = Card(tmp_path / "socket", MAC, mtu=9000)
+            with closing(Guest(tmp_path, kernel, initrd, [card], accel=accel).start()) as guest:
+                guest.configure(ADDRESS, topology.PREFIX)
+                backend.await_guest("one")
+                assert guest.check("cat /sys/class/net/eth0/mtu").strip() == "9000"
+                told = (
+                    f"one: its frontend has told it an MTU of 9000 (QEMU: host_mtu), and interface {topology.HOST_IF}"
+                )
+                assert eventually(lambda: told in backend.log.read_text())
+                assert backend.port("one").guest.mtu == 9000  # type: ignore[union-attr]
         finally:
             backend.stop()

@@ -83,7 +83,19 @@ def test_json_of_another_version_is_refused() -> None:
 @pytest.mark.parametrize("width", [100, 140])
 def test_the_table_shows_every_kind_of_count_without_cutting_a_heading(width: int) -> None:
     text = page(snapshot(), width=width)
-    words = ("web", "eth1", "no_buffer 22", "spoof 10", "XDP native", "copy mode", "790.1 MB", "99,000", "guest 12.35M")
+    words = (
+        "web",
+        "eth1",
+        "no_buffer 22",
+        "spoof 10",
+        "XDP native",
+        "copy mode",
+        "MTU 1500",
+        "MTU 9000",
+        "790.1 MB",
+        "99,000",
+        "guest 12.35M",
+    )
     for word in words:
         assert word in text
     for words in "lost: group 6", "not learned: addresses 8":  # which may stand on two lines
@@ -155,6 +167,8 @@ def test_every_queue_has_its_packets_bytes_and_drops_by_reason() -> None:
         'xdpnet_xdp_verdicts_total{interface="eth1",verdict="host"} 17.0',
         'xdpnet_netdev_group_frames_lost_total{interface="eth1"} 6.0',
         'xdpnet_netdev_unserved_queues{interface="eth1"} 2.0',
+        'xdpnet_netdev_mtu{interface="eth1"} 1500.0',
+        'xdpnet_guest_mtu{port="web"} 9000.0',
         'xdpnet_queue_unlearned_total{direction="tx",port="web",queue="0"} 8.0',
         'xdpnet_queue_waited_total{direction="rx",port="web",queue="0"} 41.0',
         'xdpnet_ring_waiting_frames{direction="rx",port="web",queue="0"} 0.0',

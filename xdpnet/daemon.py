@@ -26,6 +26,7 @@ from xdpnet.control import ControlServer, directory_of
 from xdpnet.errors import SetupError, XdpnetError
 from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
+from xdpnet.mtu import MtuWatch
 from xdpnet.orders import Orders
 from xdpnet.reports import Reports
 from xdpnet.sockets import Access, barred_by
@@ -136,6 +137,8 @@ class Daemon:
             self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection, checked)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
+            self._mtus = MtuWatch((guest.device for guest in self.guests), self.netdevs)
+            self._mtus.look()
             await stack.enter_async_context(self._tasks())
 
             # 7. The control socket's directory, where guests' sockets may be too.
@@ -285,6 +288,7 @@ class Daemon:
             try:
                 self.reports.sync_addresses()
                 self.reports.say_strays()
+                self._mtus.look()
                 self._keep_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
@@ -334,6 +338,7 @@ def _describe(port: GuestPort) -> Guest:
         client=config.client,
         connected=port.socket.connected,
         mac=_macs(config),
+        mtu=port.device.told_mtu,
         features=tuple(features.names(port.device.features)),
         messages=counters.messages,
         connects=counters.connects,

@@ -493,6 +493,11 @@ class Netdev:
         return self._group_lost + (self._group.lost() if self._group else 0)
 
     @property
+    def mtu(self) -> int:
+        """Of the interface; 0 while it is away."""
+        return self._mtu if self._link_fd >= 0 else 0
+
+    @property
     def unserved(self) -> int:
         """Queues of the interface that have no socket while others have: guests' frames on them go to the host."""
         return max(0, self._rx_queues - self.queues) if self._link_fd >= 0 else 0

@@ -210,6 +210,7 @@ def _netdevs(snapshot: Snapshot) -> Iterator[Metric]:
         "Receive queues of the interface without an AF_XDP socket: guests' frames on them go to the host.",
         labels=["interface"],
     )
+    mtu = GaugeMetricFamily("xdpnet_netdev_mtu", "MTU of the interface in bytes; 0: it is away.", labels=["interface"])
     for port in snapshot.ports:
         if port.netdev is None:
             continue
@@ -220,12 +221,16 @@ def _netdevs(snapshot: Snapshot) -> Iterator[Metric]:
             verdicts.add_metric([port.name, verdict], count)
         lost.add_metric([port.name], netdev.group_lost)
         unserved.add_metric([port.name], netdev.unserved)
-    yield from (up, info, verdicts, lost, unserved)
+        mtu.add_metric([port.name], netdev.mtu)
+    yield from (up, info, verdicts, lost, unserved, mtu)
 
 
 def _guests(snapshot: Snapshot) -> Iterator[Metric]:
     connected = GaugeMetricFamily("xdpnet_guest_connected", "1 if a frontend is connected.", labels=["port"])
     feature = GaugeMetricFamily("xdpnet_guest_feature", "1 for each negotiated feature.", labels=["port", "feature"])
+    mtu = GaugeMetricFamily(
+        "xdpnet_guest_mtu", "What the guest was told that it may send, bytes; 0: nothing.", labels=["port"]
+    )
     errors = CounterMetricFamily(
         "xdpnet_vhost_user_errors", "Messages of the frontend that were refused.", labels=["port", "reason"]
     )
@@ -251,6 +256,7 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
         if guest is None:
             continue
         connected.add_metric([port.name], guest.connected)
+        mtu.add_metric([port.name], guest.mtu)
         for name in guest.features:
             feature.add_metric([port.name, name], 1)
         for reason, count in guest.errors.items():
@@ -259,4 +265,4 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
             refused.add_metric([port.name, reason], count)
         for name, counter in counters.items():
             counter.add_metric([port.name], getattr(guest, name))
-    yield from (connected, feature, errors, refused, *counters.values())
+    yield from (connected, feature, mtu, errors, refused, *counters.values())

@@ -101,7 +101,10 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A vhost-user socket: features as negotiated, errors and refused connections by reason."""
+    """A vhost-user socket: features as negotiated, errors and refused connections by reason.
+
+    mtu: what the guest was told that it may send, by the configuration or its frontend; 0: nothing.
+    """
 
     socket: str
     client: bool
@@ -116,6 +119,7 @@ class Guest:
     rarp_limited: int
     errors: dict[str, int]
     refused: dict[str, int]
+    mtu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ class Netdev:
     verdicts: dict[str, int]
     group_lost: int
     unserved: int
+    mtu: int = 0  # 0: away
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,6 +135,7 @@ def _port_line(port: Port) -> Text:
         text.append(*(("connected", "green") if guest.connected else ("waiting for the frontend", "yellow")))
         text.append(f"  {guest.socket or 'inherited descriptor'}{' (client)' if guest.client else ''}")
         text.append(f"  {guest.mac}" if guest.mac else "")
+        text.append(f"  MTU {guest.mtu}" if guest.mtu else "")
         text.append("  " + " ".join(_short_feature(name) for name in guest.features), style="dim")
         _append_counts(text, "vhost-user errors", guest.errors)
         _append_counts(text, "refused", guest.refused)
@@ -143,6 +144,7 @@ def _port_line(port: Port) -> Text:
         netdev = port.netdev
         text.append(f"XDP {netdev.mode or 'detached'}", style="green" if netdev.alive else "bold red")
         text.append(f", {'zero copy' if netdev.zerocopy else 'copy mode'}")
+        text.append(f", MTU {netdev.mtu}" if netdev.mtu else "")
         in_place = sum(queue.tx.in_place for queue in port.queues)
         text.append(f"  sent in place: {netdev.policy}, {count(in_place)}", style="dim")
         text.append("" if netdev.alive else "  interface gone", style="bold red")

@@ -51,6 +51,8 @@ class NetdevSource(Protocol):
     @property
     def unserved(self) -> int: ...
     @property
+    def mtu(self) -> int: ...
+    @property
     def ifindex(self) -> int: ...
     @property
     def mode(self) -> str: ...
@@ -123,6 +125,7 @@ def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
         verdicts=dict(source.verdicts()),
         group_lost=source.group_lost,
         unserved=source.unserved,
+        mtu=source.mtu,
     )
     return Port(name, source.port, queues, netdev=netdev)
 

@@ -93,6 +93,11 @@ class GuestDevice:
             raise ProtocolError("mtu", f"MTU {mtu}, possible are {MIN_MTU} to {limit}")
         self.guest_mtu = mtu
 
+    @property
+    def told_mtu(self) -> int:
+        """What the guest was told that it may send, as far as we know; 0: nothing."""
+        return self.guest_mtu or self.mtu or 0
+
     def announce(self, mac: bytes) -> bool:
         """SEND_RARP: the network learns that this address is here; False if it was told too often lately.
 
