@@ -679,9 +679,49 @@ def test_hostile_a30_memory_opened_read_only_is_refused(talk, memory):
 
 
 def test_hostile_a30_a_file_on_a_disk_is_refused(talk, memory):
+    with on_disk(memory.size) as fd:
+        assert table_refused(talk, "mem_fd", [memory.region()], [fd])
+
+
+@contextlib.contextmanager
+def on_disk(size):
     with tempfile.TemporaryFile(dir=os.path.dirname(__file__)) as file:
-        file.truncate(memory.size)
-        assert table_refused(talk, "mem_fd", [memory.region()], [file.fileno()])
+        file.truncate(size)
+        yield file.fileno()
+
+
+def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(backend, running, memory, caplog):
+    """An NVDIMM on a disk, say, in one table with the guest's memory, and plugged later."""
+    frontend, guest = running
+    foreign = region(memory, guest_addr=1 << 40, user_addr=1 << 44)
+    with on_disk(memory.size) as fd:
+        for table in ([memory.region(), foreign], [memory.fd, fd]), ([foreign, memory.region()], [fd, memory.fd]):
+            regions, fds = table
+            assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds) == 0
+            assert backend.started(0)
+        assert "region 0x10000000000+0x200000: not a file on tmpfs or hugetlbfs: left out" in caplog.text
+        assert frontend.tell(Request.REM_MEM_REG, SingleRegion(foreign)) == 0
+        assert refused(running, "mem", Request.REM_MEM_REG, SingleRegion(foreign))
+        assert frontend.tell(Request.ADD_MEM_REG, SingleRegion(foreign), [fd]) == 0
+        assert refused(running, "mem", Request.ADD_MEM_REG, SingleRegion(foreign), [fd])  # it is there
+        assert frontend.tell(Request.REM_MEM_REG, SingleRegion(foreign)) == 0
+    assert guest.counters.errors["mem_fd"] == 0
+    assert backend.started(0)
+    assert frontend.remove_memory(memory) == 0
+    assert not backend.started(0)
+
+
+def test_a_ring_in_a_region_that_was_left_out_waits(backend, talk, memory):
+    frontend, _ = talk
+    with on_disk(memory.size) as fd:
+        foreign = region(memory, guest_addr=1 << 40)
+        elsewhere = region(memory, user_addr=1 << 44)
+        table = MemoryTable((foreign, elsewhere))
+        assert frontend.tell(Request.SET_MEM_TABLE, table, [fd, memory.fd]) == 0
+        assert frontend.tell(Request.SET_VRING_NUM, VringState(0, 256)) == 0
+        assert frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(0, 256)) == 0
+        assert refused(talk, "ring_addr", Request.SET_VRING_KICK, VringFile(0, nofd=False), [frontend.event()])
+        assert frontend.set_memory(memory) == 0
 
 
 @needs.fuse
@@ -827,9 +867,8 @@ def test_every_pair_may_add_and_remove_the_same_region_once(make_backend, memory
 
 
 def test_a_refused_table_leaves_the_old_one_in_use(backend, running, memory):
-    with odd_descriptor("zero") as fd:
-        other = region(memory, guest_addr=1 << 40, user_addr=1 << 41)
-        assert table_refused(running, "mem_fd", [memory.region(), other], [memory.fd, fd])
+    other = region(memory, guest_addr=1 << 40, user_addr=1 << 41, size=2 * memory.size)
+    assert table_refused(running, "mem_size", [memory.region(), other], [memory.fd, memory.fd])
     assert backend.started(0)
     assert backend.device.memory == [memory.region()]
 

@@ -117,15 +117,28 @@ class GuestDevice:
 
     def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> int:
         check_table(regions)
-        files = {region: check_file(region, fd) for region, fd in zip(regions, fds, strict=True)}
+        files: dict[MemoryRegion, File] = {}
+        foreign: list[ProtocolError] = []
+        for region, fd in zip(regions, fds, strict=True):
+            try:
+                files[region] = check_file(region, fd)
+            except ProtocolError as error:
+                if error.reason != "mem_fd":
+                    raise
+                foreign.append(error)
+        if not files:
+            raise foreign[0]
         check_total(files.values(), self.max_memory)
-        table = [_core_region(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        table = [_core_region(region, file.fd) for region, file in files.items()]
         with _refusing("mem", "map the memory table"):
             self._bridge.guest_set_memory(self.port, table)
         self.memory = list(regions)
         self._keep_files(files)
-        self._say_sparse(fds)
+        self._say_left_out(foreign)
+        self._say_sparse([file.fd for file in files.values()])
         self._follow_memory()
+        for fd in set(fds) - {file.fd for file in files.values()}:
+            fd.close()
         return sum(not file.sealed for file in files.values())
 
     def add_region(self, region: MemoryRegion, fd: Fd) -> int:
@@ -137,7 +150,15 @@ class GuestDevice:
         if len(set(self.memory)) >= MAX_REGIONS:
             raise ProtocolError("mem_limit", f"all {MAX_REGIONS} memory slots are in use")
         check_table([*set(self.memory), region])
-        file = check_file(region, fd)
+        try:
+            file = check_file(region, fd)
+        except ProtocolError as error:
+            if error.reason != "mem_fd" or not self._files:
+                raise
+            self.memory.append(region)
+            self._say_left_out([error])
+            fd.close()
+            return 0
         check_total([*self._files.values(), file], self.max_memory)
         with _refusing("mem", "map the region"):
             self._bridge.guest_add_region(self.port, _core_region(region, fd))
@@ -152,7 +173,7 @@ class GuestDevice:
         known = next((have for have in self.memory if _identity(have) == _identity(region)), None)
         if known is None:
             raise ProtocolError("mem", f"no region at {region.guest_addr:#x} of {region.size:#x} bytes")
-        if self.memory.count(known) == 1:
+        if self.memory.count(known) == 1 and known in self._files:
             with _refusing("mem", "unmap the region"):
                 self._bridge.guest_remove_region(self.port, _core_region(known, None))
         self.memory.remove(known)
@@ -164,6 +185,12 @@ class GuestDevice:
         old, self._files = self._files, files
         for fd in {file.fd for file in old.values()} - {file.fd for file in files.values()}:
             fd.close()
+
+    def _say_left_out(self, errors: Sequence[ProtocolError]) -> None:
+        """Pages of a disk come when they like, and no worker waits for that: such a region is no memory for us. In an
+        NVDIMM no driver has its buffers; in a DIMM it may."""
+        for error in errors:
+            self.log.warning("%s: left out, and buffers there break their ring; use memory-backend-memfd", error)
 
     def _say_sparse(self, fds: Sequence[Fd]) -> None:
         """Once: how often it comes to this is the frontend's choice."""
@@ -259,7 +286,7 @@ class GuestDevice:
 
     def _start_if_complete(self, ring: Virtqueue) -> None:
         config = ring.config()
-        if ring.running or config is None or not self.memory:
+        if ring.running or config is None or not self._files:
             return
         with _refusing("ring_addr", f"start ring {ring.index}"):
             self._bridge.ring_start(self.port, ring.index, config)

@@ -49,7 +49,7 @@ def check_total(files: Iterable[File], limit: int) -> None:
 
 
 def check_file(region: MemoryRegion, fd: Fd) -> File:
-    """The file behind a region."""
+    """The file behind a region. Refused as `mem_fd`: one that is no memory for us, whatever the region says."""
     number = fd.fileno()
     try:
         seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
