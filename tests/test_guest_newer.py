@@ -363,6 +363,25 @@ def test_a_datagram_of_ufo_arrives_whole(stage: Stage, version: int) -> None:
     assert stage.control.call(lambda: driver.drops(TX)) == {}
 
 
+class Unshared(Guest):
+    """As libvirt and people start it who know nothing of vhost-user."""
+
+    def command(self) -> list[str]:
+        return [word.replace("-memfd,", "-ram,").replace("share=on", "share=off") for word in super().command()]
+
+
+def test_a_guest_whose_memory_is_not_shared_is_told_of(stage: Stage, tmp_path: Path) -> None:
+    backend = Backend(stage.net.host, tmp_path, ["--guest", f"one,socket={tmp_path}/one.socket"]).start()
+    one = stage.ends["whole"].guest
+    card = Card(tmp_path / "one.socket", "52:54:00:78:66:09")
+    with ExitStack() as stack:
+        stack.callback(backend.stop)
+        guest = Unshared(tmp_path, one.kernel, one.initrd, [card], one.accel, name="xdpn-unshared", qemu=newer.qemu())
+        stack.enter_context(closing(guest.start()))
+        until(lambda: (found := backend.port("one").guest) and found.lacks_memory)
+        assert backend.log.read_text().count("no memory has come") == 1
+
+
 @pytest.mark.parametrize("client", [False, True], ids=["we listen", "QEMU listens"])
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_a_guest_goes_on_behind_the_next_daemon(stage: Stage, tmp_path: Path, packed: bool, client: bool) -> None:

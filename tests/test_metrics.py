@@ -104,6 +104,13 @@ def test_the_table_shows_every_kind_of_count_without_cutting_a_heading(width: in
     assert "…" not in text
 
 
+def test_a_guest_whose_memory_is_not_shared_is_marked() -> None:
+    assert "its memory is not shared" not in page(snapshot())
+    without = snapshot(guest_port(lacks_memory=True))
+    assert "its memory is not shared" in " ".join(page(without).split())
+    assert 'xdpnet_guest_lacks_memory{port="web"} 1.0' in exposition(without)
+
+
 def test_frames_on_their_way_are_named() -> None:
     assert "+5 on their way" in page(snapshot(Port("db", 0, (Queue(0, traffic(), traffic(5)),), guest_port().guest)))
 
@@ -173,6 +180,7 @@ def test_every_queue_has_its_packets_bytes_and_drops_by_reason() -> None:
         'xdpnet_queue_waited_total{direction="rx",port="web",queue="0"} 41.0',
         'xdpnet_ring_waiting_frames{direction="rx",port="web",queue="0"} 0.0',
         'xdpnet_guest_connected{port="web"} 1.0',
+        'xdpnet_guest_lacks_memory{port="web"} 0.0',
         'xdpnet_vhost_user_errors_total{port="web",reason="order"} 2.0',
         'xdpnet_fdb_entries{port="web",type="learned"} 1.0',
         'xdpnet_build_info{version="1.2.3"} 1.0',

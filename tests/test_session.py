@@ -711,6 +711,27 @@ def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(back
     assert not backend.started(0)
 
 
+def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(make_backend, memory, caplog):
+    """QEMU has its rings ready and adds no region, if the guest's memory is not shared."""
+    backend = make_backend()
+    for _ in range(2):
+        frontend, guest = backend.connect()
+        frontend.negotiate()
+        caplog.clear()
+        for index in range(2):
+            assert not backend.device.lacks_memory or index
+            assert frontend.tell(Request.SET_VRING_NUM, VringState(index, 256)) == 0
+            assert frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(index, 256)) == 0
+            assert frontend.set_event(Request.SET_VRING_KICK, index, frontend.event()) == 0
+            assert backend.device.lacks_memory
+        assert caplog.text.count("no memory has come: it has to be shared") == 1
+        assert frontend.set_memory(memory) == 0
+        assert backend.started(0)
+        assert not backend.device.lacks_memory
+        frontend.close()
+        backend.control.run(guest.ended.wait())
+
+
 def test_a_ring_in_a_region_that_was_left_out_waits(backend, talk, memory):
     frontend, _ = talk
     with on_disk(memory.size) as fd:

@@ -339,6 +339,7 @@ def _describe(port: GuestPort) -> Guest:
         connected=port.socket.connected,
         mac=_macs(config),
         mtu=port.device.told_mtu,
+        lacks_memory=port.device.lacks_memory,
         features=tuple(features.names(port.device.features)),
         messages=counters.messages,
         connects=counters.connects,

@@ -231,6 +231,9 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
     mtu = GaugeMetricFamily(
         "xdpnet_guest_mtu", "What the guest was told that it may send, bytes; 0: nothing.", labels=["port"]
     )
+    lacks_memory = GaugeMetricFamily(
+        "xdpnet_guest_lacks_memory", "1 if its rings are ready and its frontend has shared no memory.", labels=["port"]
+    )
     errors = CounterMetricFamily(
         "xdpnet_vhost_user_errors", "Messages of the frontend that were refused.", labels=["port", "reason"]
     )
@@ -257,6 +260,7 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
             continue
         connected.add_metric([port.name], guest.connected)
         mtu.add_metric([port.name], guest.mtu)
+        lacks_memory.add_metric([port.name], guest.lacks_memory)
         for name in guest.features:
             feature.add_metric([port.name, name], 1)
         for reason, count in guest.errors.items():
@@ -265,4 +269,4 @@ def _guests(snapshot: Snapshot) -> Iterator[Metric]:
             refused.add_metric([port.name, reason], count)
         for name, counter in counters.items():
             counter.add_metric([port.name], getattr(guest, name))
-    yield from (connected, feature, mtu, errors, refused, *counters.values())
+    yield from (connected, feature, mtu, lacks_memory, errors, refused, *counters.values())

@@ -103,7 +103,8 @@ class Queue:
 class Guest:
     """A vhost-user socket: features as negotiated, errors and refused connections by reason.
 
-    mtu: what the guest was told that it may send, by the configuration or its frontend; 0: nothing.
+    mtu: what the guest was told that it may send, by the configuration or its frontend; 0: nothing. lacks_memory: its
+    rings are ready, and no memory was handed over.
     """
 
     socket: str
@@ -120,6 +121,7 @@ class Guest:
     errors: dict[str, int]
     refused: dict[str, int]
     mtu: int = 0
+    lacks_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

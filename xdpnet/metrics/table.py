@@ -133,6 +133,7 @@ def _port_line(port: Port) -> Text:
     if port.guest:
         guest = port.guest
         text.append(*(("connected", "green") if guest.connected else ("waiting for the frontend", "yellow")))
+        text.append("  its memory is not shared" if guest.lacks_memory else "", style="bold red")
         text.append(f"  {guest.socket or 'inherited descriptor'}{' (client)' if guest.client else ''}")
         text.append(f"  {guest.mac}" if guest.mac else "")
         text.append(f"  MTU {guest.mtu}" if guest.mtu else "")

@@ -62,6 +62,7 @@ class GuestDevice:
         self.door = Allowance(bridge)  # for meeting them, and others who come
         self._bridge = bridge
         self._said_sparse = False
+        self._said_no_memory = False  # to this frontend
 
     # ---- features ----
 
@@ -112,6 +113,11 @@ class GuestDevice:
         with _refusing("rarp", "announce the guest"):
             self._bridge.guest_announce(self.port, mac)
         return True
+
+    @property
+    def lacks_memory(self) -> bool:
+        """The driver has its rings ready, and they cannot run: of its memory the frontend has handed over none."""
+        return not self._files and any(ring.config() for ring in self.rings)
 
     # ---- memory: each tells how many of its regions the frontend can shrink; descriptors are taken over ----
 
@@ -261,6 +267,10 @@ class GuestDevice:
         except ProtocolError:
             ring.stop()
             raise
+        if self.lacks_memory and not self._said_no_memory:
+            self._said_no_memory = True
+            remedy = "it has to be shared, by QEMU's memory-backend-memfd with share=on"
+            self.log.warning("its driver has started, and no memory has come: %s", remedy)
 
     def stop(self, ring: Virtqueue) -> int:
         """GET_VRING_BASE: once this returns nothing touches the ring; the index at which to go on."""
@@ -328,6 +338,7 @@ class GuestDevice:
             self._bridge.guest_set_memory(self.port, [])
         self.memory = []
         self._keep_files({})
+        self._said_no_memory = False
 
 
 @contextmanager
