@@ -302,9 +302,25 @@ static u32 take_one_way(const struct view *views, u64 *mask, u8 *which)
 	return n;
 }
 
-static bool floods_to(const struct port *from, const struct port *to)
+/* To one station, of which nobody knows where it is. */
+static bool is_unknown(const struct view *v)
 {
-	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV);
+	return !mac_is_group(view_dst(v));
+}
+
+/* An unknown station is not behind a guest that may have its own addresses only: these are known. */
+static bool floods_to(const struct port *from, const struct port *to, bool unknown)
+{
+	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV) &&
+	       !(unknown && to->kind == PORT_GUEST && to->check_source);
+}
+
+static void count_copies(struct xn_queue_stats *stats, u32 ports, u32 n)
+{
+	if (ports)
+		count(&stats->copies, (u64)(ports - 1) * n);
+	else
+		count(&stats->drops[XN_DROP_NO_PORT], n);
 }
 
 /* Delivers to all ports. */
@@ -312,21 +328,30 @@ static void flood(struct worker *w, struct port *from, u32 queue, struct view *v
 		  struct xn_queue_stats *stats)
 {
 	struct xn_bridge *b = w->bridge;
-	u8 which[XN_BURST];
-	u32 n = 0, ports = 0;
+	u8 all[XN_BURST], to_many[XN_BURST];
+	u32 n = 0, many = 0, ports = 0, open_ports = 0;
 
-	for (; mask; mask &= mask - 1)
-		which[n++] = (u8)__builtin_ctzll(mask);
-	for (u32 i = 0; i < b->ports_n; i++) {
-		if (!floods_to(from, &b->ports[i]))
-			continue;
-		ports++;
-		deliver(w, &b->ports[i], queue, views, which, n, plain, stats);
+	for (; mask; mask &= mask - 1) {
+		u8 i = (u8)__builtin_ctzll(mask);
+
+		all[n++] = i;
+		if (!is_unknown(&views[i]))
+			to_many[many++] = i;
 	}
-	if (ports)
-		count(&stats->copies, (u64)(ports - 1) * n);
-	else
-		count(&stats->drops[XN_DROP_NO_PORT], n);
+	for (u32 i = 0; i < b->ports_n; i++) {
+		struct port *to = &b->ports[i];
+
+		if (floods_to(from, to, true)) {
+			open_ports++;
+			deliver(w, to, queue, views, all, n, plain, stats);
+		} else if (floods_to(from, to, false)) {
+			ports++;
+			if (many)
+				deliver(w, to, queue, views, to_many, many, plain, stats);
+		}
+	}
+	count_copies(stats, ports + open_ports, many);
+	count_copies(stats, open_ports, n - many);
 }
 
 /* ---- what one poll takes on ---- */
@@ -342,12 +367,12 @@ static u64 price_of(const struct view *v)
 	return price;
 }
 
-static u32 flooded_ports(const struct worker *w, const struct port *from)
+static u32 flooded_ports(const struct worker *w, const struct port *from, bool unknown)
 {
 	u32 ports = 0;
 
 	for (u32 i = 0; i < w->bridge->ports_n; i++)
-		ports += floods_to(from, &w->bridge->ports[i]);
+		ports += floods_to(from, &w->bridge->ports[i], unknown);
 	return ports;
 }
 
@@ -355,13 +380,15 @@ static u32 flooded_ports(const struct worker *w, const struct port *from)
 static __attribute__((noinline)) u32 affordable(struct worker *w, const struct port *from, const struct view *views,
 						u32 n, u64 *price)
 {
-	u32 ports = 0, i = 0;
+	u32 ports[2] = {0}, i = 0;
 
 	do {
-		if (views[i].port == VIEW_FLOOD && !ports)
-			ports = flooded_ports(w, from);
+		bool floods = views[i].port == VIEW_FLOOD, unknown = is_unknown(&views[i]);
+
+		if (floods && !ports[unknown])
+			ports[unknown] = flooded_ports(w, from, unknown);
 		if (views[i].port != VIEW_DROPPED)
-			*price += price_of(&views[i]) * (views[i].port == VIEW_FLOOD ? ports : 1);
+			*price += price_of(&views[i]) * (floods ? ports[unknown] : 1);
 		i++;
 	} while (i < n && *price <= POLL_NS);
 	return i;
@@ -376,13 +403,14 @@ static bool flood_part(struct worker *w, struct port *from, u32 queue, struct vi
 {
 	struct xn_bridge *b = w->bridge;
 	const u64 price = price_of(v);
+	const bool unknown = is_unknown(v);
 	u64 paid = 0;
 	u8 which = 0;
 
 	/* A loan would be of a chain that is taken anew. */
 	w->lender = NULL;
 	for (bool first = !*next; *next < b->ports_n; ++*next) {
-		if (!floods_to(from, &b->ports[*next]))
+		if (!floods_to(from, &b->ports[*next], unknown))
 			continue;
 		if (paid > POLL_NS)
 			break;

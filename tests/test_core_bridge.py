@@ -293,6 +293,31 @@ def test_a_removed_port_takes_its_addresses_along(bridge: core.Bridge, guests: M
     assert len(received(drivers[1])) == 1
 
 
+@pytest.mark.parametrize("size", [64, 30000])
+@pytest.mark.parametrize("others", [1, 40])
+def test_47_an_unknown_unicast_is_not_flooded_to_guests_that_have_their_own_addresses_only(
+    bridge: core.Bridge, guests: MakeGuest, size: int, others: int
+) -> None:
+    """Of which there can be so many that a frame to all is sent in parts."""
+    sender, free = guests(bridge), guests(bridge)
+    free.pair.fill()
+    checked = [guests(bridge) for _ in range(others)]
+    for number, driver in enumerate(checked):
+        bridge.set_mac(driver.port, mac(number), True)
+        driver.pair.fill()
+    to_all, to_nobody = (frame(to, mac(1000), size) for to in (BROADCAST, mac(999)))
+    send(sender, to_all, to_nobody, to_nobody, to_all)
+    assert free.pair.frames(4) == [to_all, to_nobody, to_nobody, to_all]
+    for driver in checked:
+        assert driver.pair.frames(2) == [to_all, to_all]
+    assert sender.stats(core.TX).copies == 2 * others
+    free.stop()
+    send(sender, to_nobody)
+    assert sender.drops(core.TX) == {"no_port": 1}
+    into, out = ledger(bridge, {driver.port: 1 for driver in (sender, free, *checked)})
+    assert into == out
+
+
 # ---- steering ----
 
 
