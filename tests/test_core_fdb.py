@@ -34,13 +34,13 @@ def test_47_with_65536_addresses_known_no_frame_leaks(make_bridge: MakeBridge, g
 
     for number, teacher in enumerate(teachers):
         teacher.pair.send_all(frame(mac(1), address, vlan=vlan) for address, vlan in addresses(number))
+        teacher.stop()  # what is for it is counted, and takes no time
     assert bridge.fdb_count()[1] == [4096] * 16 + [0] * (core.MAX_PORTS - 16)
     sent = 0
     for number, teacher in enumerate(teachers):
         some = addresses(number)[number % 8 :: 8]
-        before = sum(teacher.drops(core.RX).values())
         asker.pair.send_all(frame(address, mac(1), vlan=vlan) for address, vlan in some)
-        assert sum(teacher.drops(core.RX).values()) - before == len(some)
+        assert teacher.drops(core.RX) == {"not_ready": len(some)}
         sent += len(some)
     stats = asker.stats(core.TX)
     assert (stats.packets, stats.copies, asker.drops(core.TX)) == (sent, 0, {})
@@ -51,9 +51,10 @@ def test_47_one_address_on_every_vlan_is_found_on_each(make_bridge: MakeBridge, 
     router, other, asker = (guests(bridge) for _ in range(3))
     bridge.set_mac(asker.port, mac(1), True)
     router.pair.send_all(frame(mac(1), mac(2), vlan=vlan) for vlan in range(4096))
+    router.stop()
     asker.pair.send_all(frame(mac(2), mac(1), vlan=vlan) for vlan in range(4096))
     assert asker.stats(core.TX).copies == 0
-    assert router.drops(core.RX) == {"no_buffer": 4096}
+    assert router.drops(core.RX) == {"not_ready": 4096}
     assert other.drops(core.RX) == {}
 
 

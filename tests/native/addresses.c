@@ -49,7 +49,7 @@ static int flood(void)
 		if (fdb_set_static(f, taught(GUESTS + guest, 0), guest))
 			return 1;
 		for (u32 i = 0; i < MACS; i++)
-			if (fdb_learn(f, taught(guest, i), i % VLANS, guest, FDB_GUEST, now) != FDB_LEARNED)
+			if (fdb_learn(f, taught(guest, i), i % VLANS, guest, FDB_GUEST, now) != FDB_NEW)
 				return 1;
 	}
 	/* A thousand a second, on two interfaces. */
