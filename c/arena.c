@@ -73,7 +73,8 @@ static int reserve(u8 *at, u64 length)
 
 int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy)
 {
-	*a = (struct arena){.sets = sets, .frames = frames, .set_size = (u64)frames * XN_FRAME_SIZE, .watch = -1};
+	*a = (struct arena){
+		.sets = sets, .frames = frames, .set_size = (u64)frames * XN_FRAME_SIZE, .watch = -1, .ready.fd = -1};
 	if (!sets)
 		return 0;
 	a->owner = calloc(sets, sizeof(*a->owner));
@@ -120,7 +121,9 @@ void arena_release(struct arena *a)
 	free(a->windows);
 	if (a->watch >= 0)
 		close(a->watch);
-	*a = (struct arena){.watch = -1};
+	if (a->ready.fd >= 0)
+		close(a->ready.fd);
+	*a = (struct arena){.watch = -1, .ready.fd = -1};
 }
 
 bool arena_wants(const struct arena *a, bool huge)

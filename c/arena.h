@@ -37,6 +37,14 @@ struct arena {
 	u32 windows_n;
 	u32 windows_room;
 	u64 changes; /* made to the windows so far */
+
+	/* A UMEM that is registered already, for the next socket that wants it; fd -1: none. */
+	struct umem {
+		int fd;
+		u64 number;
+		bool metadata;
+		bool rings; /* have their sizes */
+	} ready;
 };
 
 /* Reserves room for windows unless zerocopy is off; without that, or a watch, it does with private frames. */

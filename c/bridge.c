@@ -77,7 +77,7 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 		return NULL;
 	b->config = *config;
 	b->event_fd = -1;
-	b->arena.watch = -1;
+	b->arena.watch = b->arena.ready.fd = -1;
 	pthread_mutex_init(&b->parking.mutex, NULL);
 	pthread_cond_init(&b->parking.changed, NULL);
 	b->cycles_per_us = clock_cycles_per_us();

@@ -94,6 +94,19 @@ void netdev_release(struct port *p)
 	*d = (struct netdev){.group_fd = -1};
 }
 
+int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, uint32_t zerocopy, uint32_t flags)
+{
+	if (!bridge_port(b, port, PORT_NETDEV))
+		return -ENOENT;
+	if (zerocopy > XN_ZEROCOPY_ON)
+		return -EINVAL;
+	int r = xsk_prepare(&b->arena, max_frame, zerocopy, flags);
+
+	if (r == -EFAULT)
+		bridge_event(b, XN_EVENT_UMEM);
+	return r;
+}
+
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
 			 uint32_t zerocopy, uint32_t flags)
 {

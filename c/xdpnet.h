@@ -361,8 +361,16 @@ enum xn_netdev_flag {
 	/* Unless it has zero copy, the driver's interface completes partial checksums that it is told of by metadata. */
 	XN_MAKES_CSUM = 2,
 	/* Several that the kernel has in one may come, in several buffers as if they were longer (below). */
-	XN_JOINED = 4
+	XN_JOINED = 4,
+	/* The driver has no zero copy: to ask it takes as long as to bind, where guests have much memory. */
+	XN_COPY = 8
 };
+
+/*
+ * Registers the UMEM that the socket would have, if none has it yet, so that it does not take the time when xn_netdev_open_queue
+ * needs it: some 100 ms for each GiB of guests' memory. Until then it is kept; at most one is.
+ */
+int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, uint32_t zerocopy, uint32_t flags);
 
 /*
  * Opens and binds the AF_XDP socket of a queue; frames flow once its fd is in the XSKMAP. -EBUSY: try again for a second.

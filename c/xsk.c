@@ -53,37 +53,80 @@ static const struct xsk *sharer(const struct arena *a, u64 umem, bool sg)
 	return NULL;
 }
 
-static int register_umem(struct xsk *x, struct arena *a)
+static int register_umem(struct arena *a, struct umem *u)
 {
-	const u32 flags = x->umem ? XDP_UMEM_UNALIGNED_CHUNK_FLAG : 0;
+	const u32 flags = u->number ? XDP_UMEM_UNALIGNED_CHUNK_FLAG : 0;
 	/* struct xdp_umem_reg, with what it has had since Linux 6.8. */
 	struct {
 		u64 addr, len;
 		u32 chunk_size, headroom, flags, tx_metadata_len;
 	} umem = {.addr = (u64)(uintptr_t)a->base,
-		  .len = x->umem_len,
+		  .len = arena_umem_length(a, u->number),
 		  .chunk_size = XN_FRAME_SIZE,
 		  .flags = flags | XDP_UMEM_TX_METADATA_LEN,
 		  .tx_metadata_len = TX_METADATA};
-	int r = x->umem ? arena_fill_holes(a) : 0;
+	int r = u->number ? arena_fill_holes(a) : 0;
 
 	if (!r) {
-		r = set_option(x->fd, XDP_UMEM_REG, &umem, sizeof(umem));
-		x->metadata = !r;
+		r = set_option(u->fd, XDP_UMEM_REG, &umem, sizeof(umem));
+		u->metadata = !r;
 		if (r == -EINVAL) {
 			umem.flags = flags;
 			umem.tx_metadata_len = 0;
-			r = set_option(x->fd, XDP_UMEM_REG, &umem, sizeof(umem));
+			r = set_option(u->fd, XDP_UMEM_REG, &umem, sizeof(umem));
 		}
 	}
-	if (x->umem)
+	if (u->number)
 		arena_empty_holes(a);
-	if (x->umem && r && arena_find_moved(a))
+	if (u->number && r && arena_find_moved(a))
 		r = -EFAULT;
 	return r;
 }
 
-static int make_rings(struct xsk *x, u32 entries)
+/* A socket with this UMEM registered, or, of one that shares it, without. */
+static int open_socket(struct arena *a, struct umem *u, bool registered)
+{
+	if (registered && a->ready.fd >= 0) {
+		const struct umem ready = a->ready;
+
+		a->ready.fd = -1;
+		if (ready.number == u->number) {
+			*u = ready;
+			return 0;
+		}
+		/* Of guests that are gone, or not wanted: it is not to be pinned for nothing. */
+		close(ready.fd);
+	}
+	u->fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
+	if (u->fd < 0)
+		return -errno;
+	int r = registered ? register_umem(a, u) : 0;
+
+	if (r) {
+		close(u->fd);
+		u->fd = -1;
+	}
+	return r;
+}
+
+static bool wants_sg(u32 max_frame, u32 flags)
+{
+	return max_frame > XN_MAX_PLAIN_FRAME || flags & XN_JOINED;
+}
+
+int xsk_prepare(struct arena *a, u32 max_frame, enum xn_zerocopy policy, u32 flags)
+{
+	struct umem u = {.fd = -1, .number = arena_umem(a, policy != XN_ZEROCOPY_OFF)};
+
+	if (sharer(a, u.number, wants_sg(max_frame, flags)) || (a->ready.fd >= 0 && a->ready.number == u.number))
+		return 0;
+	int r = open_socket(a, &u, true);
+
+	a->ready = u;
+	return r;
+}
+
+static int make_rings(struct xsk *x, u32 entries, bool sized)
 {
 	const struct {
 		struct xsk_ring *ring;
@@ -105,7 +148,7 @@ static int make_rings(struct xsk *x, u32 entries)
 	socklen_t len = sizeof(offsets);
 	int r = 0;
 
-	for (u32 i = 0; i < ARRAY_LEN(rings) && !r; i++)
+	for (u32 i = 0; i < ARRAY_LEN(rings) && !r && !sized; i++)
 		r = set_option(x->fd, rings[i].option, &entries, sizeof(entries));
 	if (!r && getsockopt(x->fd, SOL_XDP, XDP_MMAP_OFFSETS, &offsets, &len) < 0)
 		r = -errno;
@@ -115,7 +158,7 @@ static int make_rings(struct xsk *x, u32 entries)
 	return r;
 }
 
-static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 queue)
+static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 queue, bool copy)
 {
 	struct sockaddr_xdp sxdp = {.sxdp_family = AF_XDP, .sxdp_ifindex = ifindex, .sxdp_queue_id = queue};
 	/* A shared UMEM brings its mode along: the flag must stand alone then. Zero copy first, else the kernel copies. */
@@ -128,7 +171,7 @@ static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 
 		sxdp.sxdp_shared_umem_fd = (u32)first->fd;
 		return bind(x->fd, (struct sockaddr *)&sxdp, sizeof(sxdp)) < 0 ? -errno : 0;
 	}
-	for (u32 i = 0; i < ARRAY_LEN(flags); i++) {
+	for (u32 i = copy; i < ARRAY_LEN(flags); i++) {
 		sxdp.sxdp_flags = flags[i];
 		r = bind(x->fd, (struct sockaddr *)&sxdp, sizeof(sxdp)) < 0 ? -errno : 0;
 		if (!r || r == -EBUSY || r == -ENODEV)
@@ -142,7 +185,7 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 {
 	struct xsk *x = aligned_alloc(XN_CACHELINE, (sizeof(*x) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
 	u64 umem = arena_umem(a, policy != XN_ZEROCOPY_OFF);
-	bool sg = max_frame > XN_MAX_PLAIN_FRAME || flags & XN_JOINED;
+	bool sg = wants_sg(max_frame, flags);
 	const struct xsk *first = sharer(a, umem, sg);
 	u32 half = a->frames / 2;
 	struct xdp_options options = {0};
@@ -171,20 +214,15 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	x->lent = umem ? calloc(half, sizeof(*x->lent)) : NULL;
 	if (!x->free || (umem && !x->lent))
 		goto fail;
-	x->fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
-	r = -errno;
-	if (x->fd < 0)
-		goto fail;
-	if (first) {
-		x->metadata = first->metadata;
-		r = 0;
-	} else {
-		r = register_umem(x, a);
-	}
+	struct umem u = {.fd = -1, .number = umem};
+
+	r = open_socket(a, &u, !first);
+	x->fd = u.fd;
+	x->metadata = first ? first->metadata : u.metadata;
 	if (!r)
-		r = make_rings(x, half);
+		r = make_rings(x, half, u.rings);
 	if (!r)
-		r = bind_socket(x, first, ifindex, queue);
+		r = bind_socket(x, first, ifindex, queue, flags & XN_COPY);
 	if (r)
 		goto fail;
 	/* Old kernels take 32 frames a call and no option; then it takes more calls. */
@@ -203,6 +241,11 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	*out = x;
 	return 0;
 fail:
+	/* It is tried again in a moment, and what took long is kept. */
+	if (r == -EBUSY && !first && a->ready.fd < 0) {
+		a->ready = (struct umem){.fd = x->fd, .number = umem, .metadata = x->metadata, .rings = true};
+		x->fd = -1;
+	}
 	xsk_close(x);
 	return r;
 }

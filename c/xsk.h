@@ -102,6 +102,8 @@ struct xsk {
 	u32 queue;
 };
 
+/* Registers the UMEM that such a socket would have, unless an open one has it already: it is there when that is opened. */
+int xsk_prepare(struct arena *a, u32 max_frame, enum xn_zerocopy policy, u32 flags);
 int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
 	     u32 flags);
 /* Whatever is lent is returned: the kernel has let go of it, sent or not. */

@@ -1137,6 +1137,56 @@ def test_sockets_are_renewed_as_guests_come_and_go_and_the_link_stays(
         netdev.close()
 
 
+def test_sockets_are_renewed_one_after_another_with_memory_that_was_registered_before(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, quickly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netdev = Netdev(bridge, pair.ifname, zerocopy="on")
+    netdev.open()
+    assert netdev.queues == 2
+    opens = bridge.netdev_open_queue
+    found: list[tuple[int, list[int], int, object]] = []
+
+    def sockets() -> int:
+        return sum("socket" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+
+    def watched(port: int, queue: int, *arguments: object, **options: object) -> None:
+        others = [each for each in range(2) if each != queue and bridge.netdev_xsk_stats(port, each).open]
+        before = sockets()
+        opens(port, queue, *arguments, **options)  # type: ignore[arg-type]
+        found.append((queue, others, sockets() - before, options["copy"]))
+
+    async def life() -> None:
+        task = asyncio.create_task(netdev.watch(lambda _: None))
+        try:
+            guests(bridge)
+            await Watched(netdev, bridge).until(lambda: len(found) == 2)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    monkeypatch.setattr(bridge, "netdev_open_queue", watched)
+    with contextlib.closing(netdev):
+        asyncio.run(life())
+        # The first takes the socket that has the memory; veth has no zero copy, which is not asked again.
+        assert found == [(0, [1], 0, True), (1, [0], 1, True)]
+
+
+def test_memory_that_is_registered_and_gone_before_it_is_used_is_registered_anew(
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired
+) -> None:
+    a, b = Driver(bridge).start(), guests(bridge)
+    for _ in range(2):  # again: what is there is enough
+        bridge.netdev_prepare(port.port, LONGEST, "on")
+    a.close()
+    port.renew()
+    assert not port.stale
+    with pair.wire() as wire:
+        b.pair.send(full(1))
+        assert wire.receive() == full(1)
+    assert port.sent == (1, 0)
+    bridge.netdev_prepare(port.port, LONGEST, "on")  # an open one has it
+
+
 def test_memory_that_cannot_be_pinned_is_said_and_frames_are_copied(
     bridge: core.Bridge, guests: MakeGuest, pair: Veth, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -553,12 +553,19 @@ class Bridge:
         copies_at_once: bool = False,
         makes_csum: bool = False,
         joined: bool = False,
+        copy: bool = False,
     ) -> None:
         """Open and bind the AF_XDP socket of a queue; EBUSY for a moment after another socket left it."""
         what = f"bind AF_XDP socket to queue {queue} of interface {ifindex}"
         policy = ZEROCOPY[zerocopy]
         flags = lib.XN_COPIES_AT_ONCE * copies_at_once | lib.XN_MAKES_CSUM * makes_csum | lib.XN_JOINED * joined
+        flags |= lib.XN_COPY * copy
         _check(lib.xn_netdev_open_queue(self._bridge, port, queue, ifindex, max_frame, policy, flags), what)
+
+    def netdev_prepare(self, port: int, max_frame: int, zerocopy: ZeroCopy, joined: bool = False) -> None:
+        """Register the UMEM that the next sockets will have, before they are needed."""
+        what = f"register UMEM of port {port}"
+        _check(lib.xn_netdev_prepare(self._bridge, port, max_frame, ZEROCOPY[zerocopy], lib.XN_JOINED * joined), what)
 
     def netdev_is_stale(self, port: int, zerocopy: ZeroCopy) -> bool:
         """Whether the open sockets would have other guest memory if opened again, or the core had to close one."""

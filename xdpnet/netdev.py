@@ -116,6 +116,7 @@ class Netdev:
         self._wanted_queues = queues or 0  # 0: all that the interface has
         self._rx_queues = 0  # that the interface has, as found last
         self._said_of_queues = ""
+        self._copies = False  # the driver has no zero copy, as was found
         self._closed_at = 0.0  # a socket, by ourselves: the kernel frees its queue a moment later
         self._wanted_mode = mode
         self._native_refused = 0, 0  # index and MTU of the interface then
@@ -208,7 +209,8 @@ class Netdev:
 
     def _attach_in(self, mode: Mode, link: Link, program: loader.Program) -> None:
         with ExitStack() as undo:
-            # 2. An AF_XDP socket a queue, known to the program.
+            # 2. An AF_XDP socket a queue, known to the program. The first asks the driver for zero copy.
+            self._copies = False
             undo.callback(self._close_queues, range(self.room))
             self.queues = min(link.rx_queues, self.room)
             for queue in range(self.queues):
@@ -274,7 +276,7 @@ class Netdev:
         copies = link.kind in COPYING
         makes_csum = copies and features(link.name).get(MAKES_CSUM, False)
         opens = partial(self._bridge.netdev_open_queue, self.port, queue, link.index, link.mtu + ETH_OVERHEAD)
-        opens = partial(opens, makes_csum=makes_csum, joined=mode == "generic" and has_frags())
+        opens = partial(opens, makes_csum=makes_csum, joined=joins(mode), copy=self._copies)
         try:
             opens(zerocopy=self.zerocopy, copies_at_once=copies)
         except OSError as error:
@@ -289,6 +291,7 @@ class Netdev:
             except OSError:
                 raise failure from error
             log.warning("%s with guest memory; frames are copied", failure.message)
+        self._copies = not self._bridge.netdev_xsk_stats(self.port, queue).zerocopy
         if self._program:
             socket_fd = self._bridge.netdev_queue_fd(self.port, queue)
             core.bpf_map_update(self._program.xsks_fd, struct.pack("=I", queue), struct.pack("=I", socket_fd))
@@ -297,9 +300,15 @@ class Netdev:
         """Close and open the sockets, which then have guest memory as it is now; the link stays."""
         if not self._bridge.netdev_is_stale(self.port, self.zerocopy):
             return
-        self._close_queues(range(self.queues))
+        try:
+            # What can be done before comes first, while there are sockets; then each queue is without one for a moment.
+            self._bridge.netdev_prepare(self.port, link.mtu + ETH_OVERHEAD, self.zerocopy, joins(self.mode))
+        except OSError as error:
+            log.debug("%s: %s", self.name, error)  # said by whoever needs it
         try:
             for queue in range(self.queues):
+                await asyncio.sleep(0)  # others' turn
+                self._close_queues([queue])
                 await self._reopen_queue(link, queue)
             self._log.info("sockets renewed: guest memory has changed, or one had lost frames")
         except (SetupError, OSError) as error:
@@ -712,6 +721,11 @@ def stripping(ifname: str) -> list[str]:
 def has_frags() -> bool:
     """Whether this kernel's AF_XDP has frames in several buffers."""
     return kernel_version() >= FRAGS_KERNEL
+
+
+def joins(mode: str) -> bool:
+    """Whether sockets may get several frames in one, as the kernel has joined them."""
+    return mode == "generic" and has_frags()
 
 
 def needs_frags(link: Link) -> SetupError:
