@@ -26,6 +26,7 @@ class Scene:
             if number:
                 driver.pair.fill()
         bridge.events()
+        assert eventually(self.bad.pair.tx.waits)  # its worker writes no more to it, of its own accord
         self.bad.memory.watch()
 
     def ring(self, index: int) -> Ring:
