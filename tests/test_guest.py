@@ -294,6 +294,30 @@ def test_a_daemon_killed_under_load_leaves_the_host_alone_and_its_successor_serv
     assert stage.tcp(stage.two) > 0
 
 
+@pytest.mark.parametrize("server", [False, True], ids=["we listen", "QEMU listens"])
+def test_a_card_with_more_queues_than_the_guest_has_here_is_told_of_once(
+    stage: Stage, tmp_path: Path, server: bool
+) -> None:
+    """QEMU itself says so, in its own log, and tries again without a pause."""
+    words = f"many,socket={tmp_path}/many.socket,client={str(server).lower()}"
+    backend = Backend(stage.net.host, tmp_path, ["--guest", words]).start()
+    card = Card(tmp_path / "many.socket", "52:54:00:78:64:09", queues=4, server=server)
+    guest = Guest(tmp_path, stage.one.kernel, stage.one.initrd, [card], accel=stage.one.accel, name="xdpn-many")
+    qemu = process.spawn(guest.command(), tmp_path / "qemu.log")
+
+    def connects() -> int:
+        found = backend.port("many").guest
+        assert found is not None
+        return found.connects
+
+    try:
+        until(lambda: connects() >= 6)
+        assert backend.log.read_text().count("leaves as soon as it hears of 1 queue pairs: it wants more") == 1
+    finally:
+        process.end(qemu)
+        backend.stop()
+
+
 def test_an_idle_daemon_takes_little_memory_and_next_to_no_processor_time(
     stage: Stage, record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

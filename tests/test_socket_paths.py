@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -195,6 +196,52 @@ def test_a_frontend_that_comes_and_goes_without_end_leaves_a_few_lines_and_a_cou
                 assert frontend.is_disconnected()
             assert eventually(lambda count=count: guest.counters.disconnects == count)
     assert len(caplog.messages) == LINES
+
+
+def ask_and_leave(frontend):
+    """As QEMU whose card has more queues than there are."""
+    with frontend:
+        frontend.negotiate()
+        frontend.ask_u64(Request.GET_QUEUE_NUM)
+
+
+@pytest.mark.parametrize("client", [False, True], ids=["we listen", "it listens"])
+def test_a_frontend_that_wants_more_queues_is_told_of_once(backend, path, caplog, client):
+    guest = backend.open(path, client=client)
+    meet = Frontend.accept if client else Frontend.connect
+    for count in range(1, 5):
+        ask_and_leave(meet(path))
+        assert eventually(lambda count=count: guest.counters.disconnects == count)
+        assert caplog.text.count("leaves as soon as it hears of 1 queue pairs: it wants more") == (count > 1)
+    # One that stays is as welcome as ever.
+    with meet(path) as frontend, GuestMemory() as memory:
+        frontend.negotiate()
+        frontend.ask_u64(Request.GET_QUEUE_NUM)
+        assert frontend.set_memory(memory) == 0
+    assert eventually(lambda: guest.counters.disconnects == 5)
+    assert guest.held_s() == 0
+    ask_and_leave(meet(path))
+    assert eventually(lambda: guest.counters.disconnects == 6)
+    assert guest.held_s() == 0
+    assert caplog.text.count("it wants more") == 1
+
+
+def test_a_frontend_that_wants_more_queues_is_held_off_for_longer_and_longer(backend, path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=clock))
+    guest = backend.open(path)
+    held = []
+    for count in range(1, 8):
+        clock.now += guest.held_s()
+        ask_and_leave(Frontend.connect(path))
+        assert eventually(lambda count=count: guest.counters.disconnects == count)
+        held.append(guest.held_s())
+    assert held == pytest.approx([0, 0.2, 0.4, 0.8, 1, 1, 1])
+    with Frontend.connect(path) as frontend:
+        backend.settle()
+        assert guest.counters.connects == 7  # it waits in the kernel
+        clock.now += 1
+        assert frontend.ask_u64(Request.GET_FEATURES)
 
 
 def test_a_frontend_that_comes_back_before_we_saw_it_go_is_served(backend, path):

@@ -32,6 +32,7 @@ class Connection:
     def __init__(self, sock: socket.socket, session: Session, counters: Counters, on_close: Callable[[], None]) -> None:
         sock.setblocking(False)
         self.socket = sock
+        self.left = False  # it was the frontend that ended it
         self._session = session
         self._counters = counters
         self._on_close = on_close
@@ -86,6 +87,7 @@ class Connection:
             self.fail(error)
         except (ConnectionError, EOFError) as error:
             self._log.info("the frontend is gone: %s", error)
+            self.left = True
             self.close()
         except Exception:
             self._log.exception("internal error, the frontend is disconnected")

@@ -51,6 +51,8 @@ class Session:
         self.counters = counters
         self.protocol_features = 0
         self.status = 0
+        self.asked_queues = False  # and was answered how many there are
+        self.had_memory = False
         self.backend_channel: Fd | None = None
         self._fds: list[Fd] = []  # of the request being served; a handler takes out what it keeps
 
@@ -130,6 +132,7 @@ class Session:
         The specification does not say, and each frontend compares it with what it is about to use. Only QEMU asks for
         RARP before.
         """
+        self.asked_queues = True
         return U64(self.device.pairs if self._rarp else len(self.device.rings))
 
     # ---- device ----
@@ -175,6 +178,7 @@ class Session:
         if len(self._fds) != len(table.regions):
             raise ProtocolError("mem", f"{len(table.regions)} regions with {len(self._fds)} descriptors")
         self.counters.mem_unsealed += self.device.set_memory(table.regions, tuple(self._fds))
+        self.had_memory = True
         self._fds.clear()  # the device's now
 
     def get_max_mem_slots(self, _: Nothing) -> Payload:
@@ -182,6 +186,7 @@ class Session:
 
     def add_mem_reg(self, single: SingleRegion) -> None:
         self.counters.mem_unsealed += self.device.add_region(single.region, self._fds[0])
+        self.had_memory = True
         self._fds.clear()  # the device's now
 
     def rem_mem_reg(self, single: SingleRegion) -> None:
