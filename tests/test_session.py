@@ -280,6 +280,16 @@ def test_hostile_a42_requests_that_we_do_not_offer_are_refused(talk, request_):
     assert refused(talk, "unsupported", request_, bytes(16))
 
 
+def test_rings_of_the_other_byte_order_are_refused_and_ours_go_on(backend, running):
+    """Legacy drivers of s390x and POWER have them. Without CROSS_ENDIAN QEMU starts none, and says so."""
+    cross_endian = mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_CROSS_ENDIAN)
+    assert not running[0].ask_u64(Request.GET_PROTOCOL_FEATURES) & cross_endian
+    assert refused(running, "features", Request.SET_PROTOCOL_FEATURES, U64(ACK_AND_ALL | cross_endian))
+    for big in 0, 1:
+        assert refused(running, "unsupported", Request.SET_VRING_ENDIAN, VringState(0, big))
+    assert backend.started(0)
+
+
 # ---- rings ----
 
 
