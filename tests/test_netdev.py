@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -730,6 +731,59 @@ def test_an_interface_moved_to_another_namespace_is_let_go(opened: Netdev, pair:
 
     asyncio.run(story())
     assert steers(opened, pair)
+
+
+def test_a_renamed_interface_stays_the_same_and_one_that_comes_back_is_known_by_its_name(
+    bridge: core.Bridge, guest: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
+        set_channels(pair, 2, 1)
+        port.open()
+        port.sync_macs([GUEST])
+        link_fd, renamed = port._link_fd, f"xdpn{os.getpid()}v997"
+
+        async def story() -> None:
+            async with Watched(port) as watch:
+                command("ip", "link", "set", pair.ifname, "down")
+                await watch.reach("down")
+                command("ip", "link", "set", pair.ifname, "name", renamed, "up")
+                await watch.reach("down", "up")
+                assert f"is called {renamed} now" in caplog.text
+                assert port._link_fd == link_fd
+                assert all_cross(guest, pair)
+                # All that is asked of the kernel by name is asked by the new one.
+                set_channels(dataclasses.replace(pair, ifname=renamed), 1, 2)
+                await watch.until(lambda: port.queues == 2)
+                command("ip", "link", "set", renamed, "mtu", "1400")
+                await watch.until(lambda: port._link_fd not in (-1, link_fd))
+                assert all_cross(guest, pair)
+                remove(renamed)
+                await watch.until(lambda: port.state == "gone")
+                add_veth(pair.ifname, pair.namespace, 1)
+                await watch.until(lambda: port.alive and port.state == "up")
+                assert all_cross(guest, pair)
+
+        with caplog.at_level("INFO"):
+            asyncio.run(story())
+
+
+@pytest.mark.parametrize("name", ["xdpnalias", "xdpn-a-name-that-is-longer-than-others"])
+def test_an_interface_is_known_by_an_alternative_name(bridge: core.Bridge, guest: Driver, name: str) -> None:
+    with veth(queues=2) as pair:
+        set_channels(pair, 2, 1)
+        command("ip", "link", "property", "add", "dev", pair.ifname, "altname", name)
+        with contextlib.closing(Netdev(bridge, name)) as port:
+            port.open()
+            port.sync_macs([GUEST])
+
+            async def story() -> None:
+                async with Watched(port) as watch:
+                    set_channels(pair, 1, 2)
+                    await watch.until(lambda: port.queues == 2)
+
+            asyncio.run(story())
+            assert port.state == "up"
+            assert all_cross(guest, pair)
 
 
 def test_down_and_up_again_needs_no_new_sockets(opened: Netdev, pair: Veth) -> None:

@@ -34,7 +34,7 @@ MTU = (68, 65535)  # virtio 1.2, 5.1.4.1
 MEMORY = (1 << 20, 8 << 40)  # of one guest
 ADDRESS_SPACE = 64 << 40  # of 47 bits, half: a table of memory is mapped before the one that it replaces goes
 NO_ID = (1 << 32) - 1  # of chown(2): leave it as it is
-IFNAME_MAX = 15  # IFNAMSIZ, less its terminating zero
+IFNAME_MAX = 127  # of an alternative name: ALTIFNAMSIZ, less its terminating zero
 
 # Our numbers, each with its reason.
 DEFAULT_CONTROL = "/run/xdpnet/control.sock"

@@ -65,16 +65,12 @@ class _NetdevMessage(genlmsg):  # type: ignore[misc]  # pyroute2 is untyped
     )
 
 
-def _fetch(query: dict[str, object]) -> list[Any]:
-    def question() -> list[Any]:
+def link_names() -> list[str]:
+    def question() -> list[str]:
         with IPRoute() as netlink:
-            return list(netlink.get_links(**query))
+            return [message.get("ifname") for message in netlink.get_links()]
 
     return threads.answer(question)
-
-
-def link_names() -> list[str]:
-    return [message.get("ifname") for message in _fetch({})]
 
 
 def kernel_version() -> tuple[int, ...]:
@@ -82,17 +78,19 @@ def kernel_version() -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
 
 
-def find_link(ifname: str) -> Link | None:
-    """None if there is no such interface in this network namespace."""
+def find_link(wanted: str | int) -> Link | None:
+    """By a name, which may be an alternative one, or by index; None if this network namespace has no such interface."""
+
+    def question() -> list[Any]:
+        with IPRoute() as netlink:
+            return list(netlink.link("get", **({"index": wanted} if isinstance(wanted, int) else {"altname": wanted})))
+
     try:
-        answer = _fetch({"ifname": ifname})
+        message = threads.answer(question)[0]
     except NetlinkError as error:
         if error.code in (errno.ENODEV, errno.ENOENT, errno.ERANGE, errno.EINVAL):
             return None  # ERANGE, EINVAL: not even a name
-        raise SetupError(f"interface {ifname}: the kernel did not answer: {error}") from error
-    if not answer:
-        return None
-    message = answer[0]
+        raise SetupError(f"interface {wanted}: the kernel did not answer: {error}") from error
     xdp = message.get("xdp")
     info = message.get("linkinfo")
     name = message.get("ifname")

@@ -102,7 +102,9 @@ class Netdev:
         mode: Mode = "auto",
         zerocopy: core.ZeroCopy = "auto",
     ) -> None:
-        self.name = ifname
+        self.name = ifname  # as configured, maybe an alternative one
+        self._ifname = ifname  # its own, now
+        self._index = 0  # of the interface that we have had: it stays ours when it is renamed
         self._log = RationedLog(log, ifname)  # for what guests can provoke
         self.port = -1
         self.room = 0  # sockets that there may be, whatever becomes of the interface
@@ -227,6 +229,7 @@ class Netdev:
             undo.callback(self._unlink)
             self._attached = undo.pop_all()
         self._group, self.mode = group, mode
+        self._index, self._ifname = link.index, link.name
         self.ifindex, self._mtu, self._rx_queues = link.index, link.mtu, link.rx_queues
         self.queues_had = max(self.queues_had, self.queues)
         log.info("%s: attached, %s XDP, queues: %d, ifindex %d", self.name, mode, self.queues, link.index)
@@ -402,7 +405,7 @@ class Netdev:
         except OSError as error:
             failure = setup_error(f"interface {self.name}: attach in {mode} mode", error)
             if error.errno in (errno.EBUSY, errno.EEXIST):
-                raise occupied(require_link(self.name)) from error
+                raise occupied(require_link(link.name)) from error
             if error.errno == errno.EPERM:
                 raise failure from error
             raise NotLinkedError(failure.message, failure.remedy) from error
@@ -535,7 +538,8 @@ class Netdev:
         self._wake.set()
 
     async def watch(self, on_change: Callable[["Netdev"], None]) -> None:
-        """Follow the interface until cancelled: detach when it goes, attach when it is back, by name.
+        """Follow the interface until cancelled: detach when it goes, attach when it is back. Renamed it stays the same;
+        one that comes back is known by its name.
 
         on_change is called whenever .state has changed. rtnetlink only says when to look; what counts is what is found.
         """
@@ -563,7 +567,7 @@ class Netdev:
 
     def _drain_uevents(self, events: socket.socket) -> None:
         """rtnetlink does not tell of queues."""
-        ours = f"/net/{self.name}/queues/".encode()
+        ours = f"/net/{self._ifname}/queues/".encode()
         for message in received(events):
             if message is None or ours in message:
                 self._wake.set()
@@ -575,7 +579,7 @@ class Netdev:
         quiet_until = 0.0
         while True:
             try:
-                link = find_link(self.name)
+                link = self._find()
             except SetupError as error:  # the question failed, which says nothing about the interface
                 log.warning("%s", error)
                 await asyncio.sleep(BACKOFF_S[1])
@@ -620,6 +624,19 @@ class Netdev:
             else:  # our own attempts make events too: here time alone counts
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, BACKOFF_S[1])
+
+    def _find(self) -> Link | None:
+        """The interface that we had, whatever its name is now; once that is gone, the one with the name."""
+        link = None
+        if self._index and (self._link_fd < 0 or self.alive):  # else another may have the index
+            link = find_link(self._index)
+            if link is None:
+                self._index = 0
+        link = link or find_link(self.name)
+        if link and link.name != self._ifname:
+            log.info("%s: the interface is called %s now", self.name, link.name)
+            self._ifname = link.name
+        return link
 
     def _state_of(self, link: Link | None) -> State:
         if link is None:
