@@ -1344,10 +1344,64 @@ def test_a_link_is_found_inside_and_outside_of_asyncio(pair: Veth) -> None:
     assert (link.kind, link.address, link.mtu, link.up) == ("veth", pair.mac, 1500, True)
 
 
+@contextlib.contextmanager
+def child(pair: Veth, kind: str, mode: str) -> Iterator[str]:
+    name = f"xdpn{os.getpid()}v995"
+    command("ip", "link", "add", "link", pair.ifname, "name", name, "type", kind, "mode", mode)
+    try:
+        command("ip", "link", "set", name, "up")
+        yield name
+    finally:
+        remove(name)
+
+
 def test_a_device_without_a_mac_address_is_refused(pair: Veth) -> None:
     link = Link(**{**vars(require_link(pair.ifname)), "address": b""})
     with pytest.raises(SetupError, match="not an Ethernet device"):
         netdev.check_link(link)
+
+
+@pytest.mark.parametrize("mode", ["bridge", "private", "vepa"])
+@pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
+def test_a_child_that_gets_no_frames_of_guests_is_refused_with_what_works(
+    bridge: core.Bridge, pair: Veth, kind: str, mode: str
+) -> None:
+    with child(pair, kind, mode) as name, pytest.raises(SetupError, match=f"a {kind} in {mode} mode") as failure:
+        Netdev(bridge, name).open()
+    assert "passthru" in failure.value.remedy
+    assert pair.ifname in failure.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
+def test_a_child_that_gets_all_frames_serves_a_guest(bridge: core.Bridge, pair: Veth, guest: Driver, kind: str) -> None:
+    with child(pair, kind, "passthru") as name, contextlib.closing(Netdev(bridge, name)) as port:
+        port.open()
+        port.sync_macs([GUEST])
+        guest.pair.fill()
+        with pair.wire() as wire:
+            wire.send(frame(GUEST))
+            assert guest.pair.frames() == [frame(GUEST)]
+            guest.pair.send(frame(pair.peer_mac, GUEST))
+            assert wire.receive(lambda got: got == frame(pair.peer_mac, GUEST)) is not None
+
+
+def test_the_loopback_interface_is_refused_for_what_it_is(bridge: core.Bridge) -> None:
+    with pytest.raises(SetupError, match="interface lo: its frames come from this host"):
+        Netdev(bridge, "lo").open()
+
+
+def test_an_ifb_is_refused(bridge: core.Bridge) -> None:
+    name = f"xdpn{os.getpid()}v996"
+    try:
+        command("ip", "link", "add", name, "type", "ifb")
+    except RuntimeError as error:
+        pytest.skip(f"no ifb here: {error}")
+    try:
+        command("ip", "link", "set", name, "up")
+        with pytest.raises(SetupError, match="it sends frames on only that were redirected to it"):
+            Netdev(bridge, name).open()
+    finally:
+        remove(name)
 
 
 # ---- VLAN tags ----

@@ -25,6 +25,7 @@ from xdpnet import threads
 from xdpnet.errors import SetupError
 
 IFF_UP = 1
+IFF_LOOPBACK = 8
 IFF_RUNNING = 0x40
 AF_BRIDGE = 7
 RTM_NEWLINK, RTM_DELLINK = 16, 17
@@ -45,7 +46,8 @@ class Link:
     mtu: int
     up: bool
     running: bool  # up and with a carrier
-    kind: str  # "veth", "tun"...; empty for hardware
+    kind: str  # "veth", "tun"..., "loopback"; empty for hardware
+    mode: str  # of a macvlan or macvtap: "bridge", "passthru"...; else empty
     rx_queues: int  # in use now
     max_rx_queues: int  # ethtool -L can make it so many
     peer: str  # of a veth, the other end if it is in this network namespace; else empty
@@ -93,6 +95,7 @@ def find_link(wanted: str | int) -> Link | None:
         raise SetupError(f"interface {wanted}: the kernel did not answer: {error}") from error
     xdp = message.get("xdp")
     info = message.get("linkinfo")
+    kind = "loopback" if message["flags"] & IFF_LOOPBACK else (info.get_attr("IFLA_INFO_KIND") if info else None) or ""
     name = message.get("ifname")
     queues, most = _rx_queues(name)
     queues = queues or message.get("num_rx_queues") or 1
@@ -103,7 +106,8 @@ def find_link(wanted: str | int) -> Link | None:
         mtu=message.get("mtu"),
         up=bool(message["flags"] & IFF_UP),
         running=bool(message["flags"] & IFF_RUNNING),
-        kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
+        kind=kind,
+        mode=_mode(kind, info),
         rx_queues=queues,
         max_rx_queues=max(queues, most or message.get("num_rx_queues") or 1),
         peer=_peer(message),
@@ -171,6 +175,11 @@ def _peer(message: Any) -> str:
         return socket.if_indextoname(message.get("link"))
     except OSError:
         return ""
+
+
+def _mode(kind: str, info: Any) -> str:
+    data = info.get_attr("IFLA_INFO_DATA") if kind in ("macvlan", "macvtap") else None
+    return (data.get_attr(f"IFLA_{kind.upper()}_MODE") if data else None) or ""
 
 
 def _rx_queues(ifname: str) -> tuple[int, int]:

@@ -60,6 +60,11 @@ FORGETFUL = frozenset({"veth"})
 VLAN_STRIPPING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 # ... but one of these has it as the peer has sent it, whatever its own features say.
 STRIPPED_BY_PEER = frozenset({"veth"})
+# What no frame of a guest comes from, or goes to.
+UNFIT = {
+    "loopback": "its frames come from this host and go to it (a veth pair does that for guests)",
+    "ifb": "it sends frames on only that were redirected to it, and has none for guests",
+}
 RTMGRP_LINK = 1
 NETLINK_KOBJECT_UEVENT = 15
 UEVENTS = 1  # of the kernel, not those that udev passes on
@@ -694,6 +699,13 @@ def check_link(link: Link) -> None:
     """SetupError unless AF_XDP sockets and a program can be put on it now."""
     if len(link.address) != 6:
         raise SetupError(f"interface {link.name}: not an Ethernet device", "choose one with a MAC address")
+    if link.kind in UNFIT:
+        raise SetupError(f"interface {link.name}: {UNFIT[link.kind]}", "choose another")
+    if link.mode in ("bridge", "private", "vepa"):
+        raise SetupError(
+            f"interface {link.name}: a {link.kind} in {link.mode} mode gets frames for its own address alone",
+            f"make it with mode passthru, or take the interface that it is on ({link.peer or 'ip -d link'})",
+        )
     if link.xdp_id:
         raise occupied(link)
     if not link.up:
