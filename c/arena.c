@@ -71,6 +71,17 @@ static int reserve(u8 *at, u64 length)
 	return mmap(at, length, PROT_NONE, flags, -1, 0) == MAP_FAILED ? -errno : 0;
 }
 
+/* What was not reserved again may be anybody's the next moment: nothing of the reservation is used any more. */
+static void give_back(struct arena *a, u8 *at, u64 length)
+{
+	if (!reserve(at, length))
+		return;
+	munmap(at, length);
+	a->spoiled = true;
+	a->zerocopy = XN_ZEROCOPY_OFF;
+	a->changes++;
+}
+
 int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy)
 {
 	*a = (struct arena){
@@ -116,7 +127,7 @@ int arena_init(struct arena *a, u32 sets, u32 frames, enum xn_zerocopy zerocopy)
 void arena_release(struct arena *a)
 {
 	if (a->base)
-		munmap(a->base, a->length);
+		munmap(a->base, a->spoiled ? arena_private(a) : a->length);
 	free(a->owner);
 	free(a->windows);
 	if (a->watch >= 0)
@@ -185,12 +196,12 @@ int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page
 		int r = -errno;
 
 		/* A mapping that fails may have unmapped what was there. */
-		(void)reserve(base, map->length);
+		give_back(a, base, map->length);
 		return r;
 	}
 	/* They are found at once; one that was punched meanwhile, and cannot be had again, must not be missed later. */
 	if (madvise(base, map->length, MADV_POPULATE_WRITE) < 0 || watch(a->watch, base, map->length) < 0) {
-		(void)reserve(base, map->length);
+		give_back(a, base, map->length);
 		return -ENOSPC;
 	}
 	/* To map it elsewhere, should it move. */
@@ -198,7 +209,7 @@ int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page
 	if (map->fd < 0) {
 		int r = -errno;
 
-		(void)reserve(base, map->length);
+		give_back(a, base, map->length);
 		return r;
 	}
 	map->offset = offset;
@@ -219,14 +230,14 @@ void arena_unmap(struct arena *a, struct mapping *map)
 		at++;
 	a->windows_n--;
 	memmove(&a->windows[at], &a->windows[at + 1], (a->windows_n - at) * sizeof(*a->windows));
-	(void)reserve(map->base, map->length);
+	give_back(a, map->base, map->length);
 	close(map->fd);
 	a->changes++;
 }
 
 u64 arena_umem(const struct arena *a, bool windows)
 {
-	return windows && a->windows_n ? a->changes : 0;
+	return windows && a->windows_n && !a->spoiled ? a->changes : 0;
 }
 
 u64 arena_umem_length(const struct arena *a, u64 umem)
@@ -236,8 +247,9 @@ u64 arena_umem_length(const struct arena *a, u64 umem)
 	return last ? (u64)(last->base + last->length - a->base) : arena_private(a);
 }
 
-static int fill(u8 *from, const u8 *to, int fd)
+static int fill(struct arena *a, u8 *from, const u8 *to, int fd)
 {
+	(void)a;
 	while (from < to) {
 		u64 part = (u64)(to - from) < FILLER ? (u64)(to - from) : FILLER;
 
@@ -249,23 +261,24 @@ static int fill(u8 *from, const u8 *to, int fd)
 }
 
 /* Visits every stretch between the private frames and the last window that no window covers. */
-static int each_hole(struct arena *a, int (*visit)(u8 *from, const u8 *to, int fd), int fd)
+static int each_hole(struct arena *a, int (*visit)(struct arena *a, u8 *from, const u8 *to, int fd), int fd)
 {
 	u8 *from = a->base + arena_private(a);
 	int r = 0;
 
 	for (u32 i = 0; i < a->windows_n && !r; i++) {
 		if (from < a->windows[i]->base)
-			r = visit(from, a->windows[i]->base, fd);
+			r = visit(a, from, a->windows[i]->base, fd);
 		from = a->windows[i]->base + a->windows[i]->length;
 	}
 	return r;
 }
 
-static int empty(u8 *from, const u8 *to, int fd)
+static int empty(struct arena *a, u8 *from, const u8 *to, int fd)
 {
 	(void)fd;
-	return reserve(from, (u64)(to - from));
+	give_back(a, from, (u64)(to - from));
+	return 0;
 }
 
 int arena_fill_holes(struct arena *a)
@@ -281,7 +294,7 @@ int arena_fill_holes(struct arena *a)
 	/* What was taken away holds zeroes, and its rings are broken: it is not worth the pages. */
 	for (u32 i = 0; i < a->windows_n && !r; i++)
 		if (__atomic_load_n(&a->windows[i]->alarms->lost, __ATOMIC_ACQUIRE))
-			r = fill(a->windows[i]->base, a->windows[i]->base + a->windows[i]->length, fd);
+			r = fill(a, a->windows[i]->base, a->windows[i]->base + a->windows[i]->length, fd);
 	close(fd);
 	return r;
 }

@@ -32,8 +32,9 @@ struct arena {
 	u64 length;	    /* bytes that are mapped at base, windows included */
 
 	enum xn_zerocopy zerocopy; /* OFF: no window is taken, nor is one in any UMEM */
-	int watch;		   /* userfaultfd; -1: none, and no windows */
-	struct mapping **windows;  /* by address */
+	bool spoiled; /* behind the private frames some of the reservation is no more ours: then it is OFF */
+	int watch;    /* userfaultfd; -1: none, and no windows */
+	struct mapping **windows; /* by address */
 	u32 windows_n;
 	u32 windows_room;
 	u64 changes; /* made to the windows so far */
