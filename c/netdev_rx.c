@@ -12,12 +12,23 @@
 #include "packet.h"
 #include "vnet.h"
 
+#ifndef VIRTIO_NET_HDR_GSO_UDP_L4 /* Linux 6.2 */
+#define VIRTIO_NET_HDR_GSO_UDP_L4 5
+#endif
+
 enum {
 	/* Room before a group frame, for the VLAN tag that the kernel took off. */
 	VLAN_TAG = 4,
 	/* The rest of a chain comes at once, or never. */
 	UNFINISHED_US = 1000000,
 	BAD_FRAMES = 3
+};
+
+/* In front of a frame, where the XDP program tells what is several in one: xdpnet/bpf/steer.c has the same. */
+struct told {
+	u16 gso_size;
+	u8 gso_type; /* of a virtio_net_hdr, or one that is none */
+	u8 zero[5];
 };
 
 /* The view of a frame in memory of ours. A virtual interface may have left its checksum partial. */
@@ -56,6 +67,7 @@ static bool is_ours(const struct xsk *x, const struct xdp_desc *d)
 	u64 in_set = xsk_place(d->addr) - x->first;
 
 	return in_set < x->arena->set_size / 2 && d->len <= XN_FRAME_SIZE - in_set % XN_FRAME_SIZE &&
+	       in_set % XN_FRAME_SIZE >= (x->tells ? sizeof(struct told) : 0) &&
 	       !(d->options & (x->sg ? (u32)~XDP_PKT_CONTD : UINT32_MAX));
 }
 
@@ -68,6 +80,55 @@ static __attribute__((noinline)) void drop_bad_frame(struct xsk *x, struct view 
 		return;
 	x->stuck = true;
 	bridge_event(x->port->bridge, XN_EVENT_UMEM);
+}
+
+/* A frame of the TCP in which frames are that nobody has told the size of, but that each was one of the interface. */
+static u16 any_size(const struct xsk *x, const struct packet *tcp)
+{
+	return (u16)(x->max_frame - VLAN_TAG - ETH_HLEN - (tcp->payload - tcp->l3));
+}
+
+/*
+ * Several frames of a flow that the kernel has in one (generic XDP: GRO, TSO at the peer of a veth). Where nobody tells
+ * of what size they were (gso_size is 0), any will do for TCP; datagrams joined would be another datagram.
+ */
+static __attribute__((noinline)) void open_joined(const struct xsk *x, struct view *v, struct told told)
+{
+	const u8 *p = v->pieces->ptr;
+	const u32 have = min_u32(v->pieces->len, PACKET_HEADERS);
+	struct virtio_net_hdr hdr = v->vnet;
+	struct packet at;
+	bool tcp = packet_parse(p, have, v->len, &at) && !at.fragment && at.protocol == IPPROTO_TCP;
+
+	/* In a tunnel, or its checksum is not the kernel's to make: nothing that can be cut here. */
+	if (v->needs != NEED_CSUM || (!tcp && (!told.gso_size || told.gso_type != VIRTIO_NET_HDR_GSO_UDP_L4))) {
+		view_drop(v, XN_DROP_OVERSIZE);
+		return;
+	}
+	hdr.gso_type = told.gso_type;
+	hdr.gso_size = told.gso_size;
+	if (tcp) {
+		hdr.gso_type = at.version == 4 ? VIRTIO_NET_HDR_GSO_TCPV4 : VIRTIO_NET_HDR_GSO_TCPV6;
+		if (!told.gso_size || (at.end - at.payload) / told.gso_size >= GSO_MAX_SEGMENTS)
+			hdr.gso_size = any_size(x, &at);
+		if (p[at.l4 + TCP_FLAGS] & TCP_CWR)
+			hdr.gso_type |= VIRTIO_NET_HDR_GSO_ECN;
+	}
+	v->needs = 0;
+	vnet_judge(v, &hdr, UINT8_MAX, p, have);
+}
+
+/* Where the program tells, several in one that are no longer than a frame of the interface are known, too. */
+static always_inline void look_if_joined(const struct xsk *x, struct view *v)
+{
+	struct told told = {0};
+
+	if (likely(!x->tells && v->len <= x->max_frame))
+		return;
+	if (x->tells)
+		memcpy(&told, v->pieces->ptr - sizeof(told), sizeof(told));
+	if ((told.gso_size || v->len > x->max_frame) && v->port != VIEW_DROPPED)
+		open_joined(x, v, told);
 }
 
 static u32 xsk_poll(struct worker *w, struct source *s)
@@ -93,6 +154,8 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 		}
 		w->pieces[i] = (struct piece){x->arena->base + xsk_place(d->addr), d->len};
 		open_frame(v, &w->pieces[i], 1, d->len);
+		if (unlikely(x->tells))
+			look_if_joined(x, v);
 	}
 	bridge_forward(w, x->port, x->queue, w->views, n, stats, NULL);
 	for (u32 i = 0; i < n; i++)
@@ -116,30 +179,6 @@ static u32 chain_length(const struct xsk *x, u32 i, u32 n)
 	return 0;
 }
 
-/*
- * More than the interface carries: several frames of a flow that the kernel has in one (generic XDP, TSO at the peer of a
- * veth), and of what size it does not tell. Of TCP any size will do. Datagrams joined would be another datagram.
- */
-static __attribute__((noinline)) void open_joined(const struct xsk *x, struct view *v)
-{
-	const u8 *p = v->pieces->ptr;
-	struct packet at;
-
-	if (v->needs != NEED_CSUM || !packet_parse(p, v->pieces->len, v->len, &at) || at.fragment ||
-	    at.protocol != IPPROTO_TCP || v->vnet.csum_start != at.l4 || at.end != v->len) {
-		view_drop(v, XN_DROP_OVERSIZE);
-		return;
-	}
-	v->needs |= at.version == 4 ? NEED_TSO4 : NEED_TSO6;
-	v->vnet.gso_type = at.version == 4 ? VIRTIO_NET_HDR_GSO_TCPV4 : VIRTIO_NET_HDR_GSO_TCPV6;
-	v->vnet.hdr_len = at.payload;
-	v->vnet.gso_size = (u16)(x->max_frame - VLAN_TAG - ETH_HLEN - (at.payload - at.l3));
-	if (p[at.l4 + TCP_FLAGS] & TCP_CWR) {
-		v->needs |= NEED_ECN;
-		v->vnet.gso_type |= VIRTIO_NET_HDR_GSO_ECN;
-	}
-}
-
 static void open_chain(struct xsk *x, struct view *v, struct piece *pieces, u32 i, u32 n)
 {
 	u32 len = 0;
@@ -155,8 +194,7 @@ static void open_chain(struct xsk *x, struct view *v, struct piece *pieces, u32 
 		len += d->len;
 	}
 	open_frame(v, pieces, n, len);
-	if (unlikely(v->len > x->max_frame && v->port != VIEW_DROPPED))
-		open_joined(x, v);
+	look_if_joined(x, v);
 }
 
 /* Whether the end of a chain has been waited for in vain. */

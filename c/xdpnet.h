@@ -363,7 +363,9 @@ enum xn_netdev_flag {
 	/* Several that the kernel has in one may come, in several buffers as if they were longer (below). */
 	XN_JOINED = 4,
 	/* The driver has no zero copy: to ask it takes as long as to bind, where guests have much memory. */
-	XN_COPY = 8
+	XN_COPY = 8,
+	/* In front of each frame the XDP program has put what says whether it is several in one (xdpnet/bpf/steer.c). */
+	XN_TELLS = 16
 };
 
 /*

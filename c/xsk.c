@@ -231,6 +231,7 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 		x->zerocopy = options.flags & XDP_OPTIONS_ZEROCOPY;
 	x->copies = flags & XN_COPIES_AT_ONCE && umem && !x->zerocopy;
 	/* With zero copy that is another question, of the driver: it may make another checksum than it is asked for. */
+	x->tells = flags & XN_TELLS;
 	x->leaves_csum = flags & XN_MAKES_CSUM && x->metadata && !x->zerocopy;
 	for (u32 i = 0; i < half; i++)
 		xsk_refill(x, x->first + (u64)i * XN_FRAME_SIZE);

@@ -74,6 +74,7 @@ struct xsk {
 	u32 max_frame;	      /* longest frame that the interface carries */
 	u32 max_plain;	      /* longest that is one descriptor */
 	bool sg;	      /* bound with XDP_USE_SG: longer ones are chains */
+	bool tells;	      /* in front of each frame is a struct told */
 	bool skipping;	      /* what comes first is the rest of a chain that was dropped */
 	u64 unfinished_since; /* cycles; 0: the rx ring does not begin with a part of a chain */
 	int fd;

@@ -303,12 +303,20 @@ def send_joined(pair: Veth, whole: bytes, kind: int, size: int) -> None:
     pair.namespace.call(inside)
 
 
+@pytest.fixture(params=["told", "untold"])
+def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the kernel lets the program see what is several frames in one."""
+    if request.param == "untold":
+        monkeypatch.setattr(Netdev, "_tells", lambda _: False)
+    return request.param == "told"
+
+
 @pytest.mark.parametrize("mtu", [1500, 9000])
 @pytest.mark.parametrize("takes", [0, TSO], ids=["cut", "whole"])
 def test_c30_tcp_that_the_kernel_has_joined_reaches_the_guest(
-    bridge: core.Bridge, guests: MakeGuest, takes: int, mtu: int
+    bridge: core.Bridge, guests: MakeGuest, told: bool, takes: int, mtu: int
 ) -> None:
-    payload, size = os.urandom(30000), mtu - 40
+    payload, size = os.urandom(30000), 1400 if told else mtu - 40
     with jumbo(bridge, mtu, mode="generic") as (pair, port):
         guest = guest_on(bridge, guests, MODERN | takes)
         send_joined(pair, over(4, TCP, payload, PARTIAL, to=GUEST), 1, 1400)
@@ -317,20 +325,23 @@ def test_c30_tcp_that_the_kernel_has_joined_reaches_the_guest(
         if takes:
             assert got[0].header[:10] == struct.pack("<BBHHHH", 1, 1, 54, size, 34, 16)
         else:
-            assert {len(packet.frame) for packet in got[:-1]} == {mtu + 14}
+            assert {len(packet.frame) for packet in got[:-1]} == {size + 54}
         into, out = books(bridge, guest, port)
         assert into == out
 
 
 @pytest.mark.parametrize("mtu", [1500, 9000])
 def test_c30_datagrams_that_the_kernel_has_joined_do_not_become_one(
-    bridge: core.Bridge, guests: MakeGuest, mtu: int
+    bridge: core.Bridge, guests: MakeGuest, told: bool, mtu: int
 ) -> None:
     with jumbo(bridge, mtu, mode="generic") as (pair, port):
         guest = guest_on(bridge, guests, MODERN | TSO)
         send_joined(pair, over(4, UDP, bytes(14000), PARTIAL, to=GUEST), 5, 1400)
-        assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).drops["oversize"] == 1)
-        assert guest.pair.frames(1, 0.2) == []
+        if told:
+            assert [len(each) for each in guest.pair.frames(10)] == [1442] * 10
+        else:
+            assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).drops["oversize"] == 1)
+            assert guest.pair.frames(1, 0.2) == []
 
 
 # ---- a kernel that does not deliver as it should ----

@@ -136,6 +136,18 @@ def no_native() -> Iterator[str]:
     command("ip", "link", "del", name)
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_generic_mode_says_what_is_lost_in_it(
+    bridge: core.Bridge, pair: Veth, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tells: bool
+) -> None:
+    monkeypatch.setattr(Netdev, "_tells", lambda _: tells)
+    with contextlib.closing(Netdev(bridge, pair.ifname, mode="generic")) as port:
+        port.open()
+    assert "those in tunnels are dropped; mode=native, or, if anybody uses tunnels, ethtool -K PEER" in caplog.text
+    untold = "which datagrams are several in one (UDP_SEGMENT, rx-udp-gro-forwarding)"
+    assert (untold in caplog.text) == (not tells)
+
+
 def test_auto_falls_back_to_generic_and_says_so(
     bridge: core.Bridge, no_native: str, caplog: pytest.LogCaptureFixture
 ) -> None:

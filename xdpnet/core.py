@@ -554,12 +554,13 @@ class Bridge:
         makes_csum: bool = False,
         joined: bool = False,
         copy: bool = False,
+        tells: bool = False,
     ) -> None:
         """Open and bind the AF_XDP socket of a queue; EBUSY for a moment after another socket left it."""
         what = f"bind AF_XDP socket to queue {queue} of interface {ifindex}"
         policy = ZEROCOPY[zerocopy]
         flags = lib.XN_COPIES_AT_ONCE * copies_at_once | lib.XN_MAKES_CSUM * makes_csum | lib.XN_JOINED * joined
-        flags |= lib.XN_COPY * copy
+        flags |= lib.XN_COPY * copy | lib.XN_TELLS * tells
         _check(lib.xn_netdev_open_queue(self._bridge, port, queue, ifindex, max_frame, policy, flags), what)
 
     def netdev_prepare(self, port: int, max_frame: int, zerocopy: ZeroCopy, joined: bool = False) -> None:

@@ -65,6 +65,11 @@ UNFIT = {
     "loopback": "its frames come from this host and go to it (a veth pair does that for guests)",
     "ifb": "it sends frames on only that were redirected to it, and has none for guests",
 }
+# By these the peer of a veth hands over packets in tunnels uncut. Native mode has the kernel cut them.
+TUNNEL_SEGMENTATION = (
+    *("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation", "tx-gre-segmentation", "tx-gre-csum-segmentation"),
+    *("tx-ipxip4-segmentation", "tx-ipxip6-segmentation"),
+)
 RTMGRP_LINK = 1
 NETLINK_KOBJECT_UEVENT = 15
 UEVENTS = 1  # of the kernel, not those that udev passes on
@@ -173,7 +178,7 @@ class Netdev:
                     time.sleep(RETRY_S)
             undo.pop_all()
         self.state = self._state_of(link)
-        for advice in advise(link, self.mode, stripping(link.name)):
+        for advice in advise(link, self.mode, stripping(link.name), self._tells()):
             log.warning("%s", advice)
 
     def close(self) -> None:
@@ -284,7 +289,8 @@ class Netdev:
         copies = link.kind in COPYING
         makes_csum = copies and features(link.name).get(MAKES_CSUM, False)
         opens = partial(self._bridge.netdev_open_queue, self.port, queue, link.index, link.mtu + ETH_OVERHEAD)
-        opens = partial(opens, makes_csum=makes_csum, joined=joins(mode), copy=self._copies)
+        tells = mode == "generic" and self._tells()
+        opens = partial(opens, makes_csum=makes_csum, joined=joins(mode), copy=self._copies, tells=tells)
         try:
             opens(zerocopy=self.zerocopy, copies_at_once=copies)
         except OSError as error:
@@ -303,6 +309,10 @@ class Netdev:
         if self._program:
             socket_fd = self._bridge.netdev_queue_fd(self.port, queue)
             core.bpf_map_update(self._program.xsks_fd, struct.pack("=I", queue), struct.pack("=I", socket_fd))
+
+    def _tells(self) -> bool:
+        """Whether, in generic mode, the program says what is several frames in one."""
+        return self._program is not None and self._program.tells_fd >= 0
 
     async def _renew(self, link: Link) -> None:
         """Close and open the sockets, which then have guest memory as it is now; the link stays."""
@@ -417,6 +427,8 @@ class Netdev:
 
     def _link_program(self, link: Link, program: loader.Program, mode: str) -> int:
         flags = XDP_FLAGS[mode]
+        if mode == "generic" and self._tells():
+            return core.bpf_xdp_link(program.tells_fd, link.index, flags)
         if link.mtu > PLAIN_MTU:
             return core.bpf_xdp_link(program.frags_fd, link.index, flags)
         try:
@@ -717,8 +729,11 @@ def check_link(link: Link) -> None:
         )
 
 
-def advise(link: Link, mode: str, strips: Collection[str]) -> list[str]:
-    """What works, but not as somebody may expect; with the remedy. strips: of VLAN_STRIPPING, what stays on."""
+def advise(link: Link, mode: str, strips: Collection[str], tells: bool = True) -> list[str]:
+    """What works, but not as somebody may expect; with the remedy.
+
+    strips: of VLAN_STRIPPING, what stays on; tells: in generic mode it is known which frames are several in one.
+    """
     name, advice = link.name, []
     if link.kind in STRIPPED_BY_PEER:
         if not link.peer or features(link.peer).get("tx-vlan-hw-insert"):
@@ -732,11 +747,35 @@ def advise(link: Link, mode: str, strips: Collection[str]) -> list[str]:
             f"interface {name}: it takes VLAN tags out of received frames, and AF_XDP loses them; "
             f"ethtool -K {name} {off}, or another interface, unless nobody uses tags"
         )
-    if mode == "generic" and features(name).get("rx-gro"):
-        drops = "all but those of TCP are dropped" if has_frags() else "AF_XDP drops them"
+    if mode == "generic":
+        advice += advise_joined(link, tells)
+    return advice
+
+
+def advise_joined(link: Link, tells: bool) -> list[str]:
+    """Of frames that generic mode sees: joined by the kernel (GRO), or not cut by the peer of a veth (TSO)."""
+    name, peer = link.name, link.peer or "PEER"
+    veth, joins = link.kind in STRIPPED_BY_PEER, features(name).get("rx-gro", False)
+    uncut = not link.peer or any(features(peer).get(each) for each in TUNNEL_SEGMENTATION)
+    drops = "those in tunnels are dropped" if has_frags() else "AF_XDP drops them"
+    advice = []
+    if joins:
         advice.append(
             f"interface {name}: generic mode sees the large frames that GRO makes, and {drops}; "
             f"ethtool -K {name} gro off"
+        )
+    if veth and uncut:
+        off = " ".join(f"{each} off" for each in TUNNEL_SEGMENTATION)
+        advice.append(
+            f"interface {name}: generic mode sees the large frames that its peer does not cut, and {drops}; "
+            f"mode=native, or, if anybody uses tunnels, ethtool -K {peer} {off}"
+        )
+    if not tells:
+        remedy = f"ethtool -K {peer} tx-udp-segmentation off" if veth else "mode=native"
+        advice.append(
+            f"interface {name}: this kernel does not let generic mode know which datagrams are several in one "
+            f"(UDP_SEGMENT, rx-udp-gro-forwarding): they reach guests as one, or are dropped; CAP_PERFMON and BTF "
+            f"(/sys/kernel/btf/vmlinux), or {remedy}"
         )
     return advice
 
