@@ -74,7 +74,7 @@ RTMGRP_LINK = 1
 NETLINK_KOBJECT_UEVENT = 15
 UEVENTS = 1  # of the kernel, not those that udev passes on
 
-MAX_MACS = 8192
+MAX_MACS = 16384  # 127 guests that have been given 16 addresses and have taught 64
 PATIENCE_S = 2.0  # the kernel frees queues and programs of a process that ended some 10-300 ms later
 RETRY_S = 0.05
 BACKOFF_S = (0.1, 5.0)  # first and longest pause between attempts to attach again
