@@ -1,5 +1,6 @@
 """What guests have taught survives the daemon: kept by guest, given back to it and to nobody else."""
 
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from tests.netns import needs_root, veth
 from tests.remote import RemoteGuest
 from tests.test_daemon import daemon, guest
 from xdpnet import core
-from xdpnet.addresses import AddressBook
+from xdpnet.addresses import SHARE, AddressBook
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_the_file_is_written_when_something_has_changed_and_goes_when_there_is_n
 ) -> None:
     path = tmp_path / "kept"
     ports = {"web": bridge.add_guest(1)}
-    book = AddressBook(str(path))
+    book = AddressBook(str(path), lambda: 0.0)
     book.keep(bridge, ports)
     assert not path.exists()
     bridge.guest_remember(ports["web"], mac(1), 0)
@@ -62,6 +63,28 @@ def test_the_file_is_written_when_something_has_changed_and_goes_when_there_is_n
     bridge.fdb_flush(ports["web"])
     book.keep(bridge, ports)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_guests_that_change_what_they_have_taught_without_end_have_their_share_of_the_time(
+    bridge: core.Bridge, tmp_path: Path
+) -> None:
+    """Each look here takes a second."""
+    path, seconds = tmp_path / "kept", itertools.count()
+    ports = {"web": bridge.add_guest(1)}
+    book = AddressBook(str(path), lambda: float(next(seconds)))
+    bridge.guest_remember(ports["web"], mac(1), 0)
+    book.keep(bridge, ports)
+    before = path.stat().st_ino
+    bridge.guest_remember(ports["web"], mac(2), 0)
+    looks = 0
+    while path.stat().st_ino == before:
+        book.keep(bridge, ports)
+        looks += 1
+    assert looks == 1 / SHARE
+    before = path.stat().st_ino
+    bridge.guest_remember(ports["web"], mac(3), 0)
+    book.keep(bridge, ports, last=True)
+    assert path.stat().st_ino != before
 
 
 def kept(taught: object) -> bytes:
@@ -150,7 +173,7 @@ def test_a_directory_that_is_gone_is_said_once(
 ) -> None:
     caplog.set_level(logging.WARNING)
     ports = {"web": bridge.add_guest(1)}
-    book = AddressBook(str(tmp_path / "gone" / "kept"))
+    book = AddressBook(str(tmp_path / "gone" / "kept"), lambda: 0.0)
     bridge.guest_remember(ports["web"], mac(1), 0)
     for _ in range(3):
         book.keep(bridge, ports)

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from xdpnet.config import Mac
 from xdpnet.core import Bridge
 
+SHARE = 0.02  # of the control thread's time
 MAX_BYTES = 64 << 20  # 127 guests that have taught 4096 addresses each are 16 MiB
 
 _Taught = dict[str, list[tuple[Mac, Annotated[int, Field(ge=0, le=4095)]]]]
@@ -30,8 +32,10 @@ log = logging.getLogger(__name__)
 class AddressBook:
     """The file of one daemon."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
+        self._clock = clock
+        self._not_before = clock()
         self._kept: frozenset[tuple[int, bytes, int]] = frozenset()
         self._said = ""
 
@@ -65,8 +69,19 @@ class AddressBook:
         except ValidationError as error:
             raise ValueError(f"not as it was written: {error.errors()[0]['msg']}") from error
 
-    def keep(self, bridge: Bridge, ports: Mapping[str, int]) -> None:
-        """Writes what the guests have taught by now, if that is not what the file has."""
+    def keep(self, bridge: Bridge, ports: Mapping[str, int], last: bool = False) -> None:
+        """Writes what the guests have taught by now, if that is not what the file has.
+
+        As often as guests change it, but for no more than SHARE of the time, unless it is the last chance.
+        """
+        start = self._clock()
+        if start < self._not_before and not last:
+            return
+        self._keep(bridge, ports)
+        end = self._clock()
+        self._not_before = end + (end - start) / SHARE
+
+    def _keep(self, bridge: Bridge, ports: Mapping[str, int]) -> None:
         taught = bridge.taught()
         if taught == self._kept:
             return

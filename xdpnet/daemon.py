@@ -144,7 +144,7 @@ class Daemon:
             # 7. The control socket's directory, where guests' sockets may be too.
             if self.config.control:
                 stack.enter_context(directory_of(self.config.control))
-                stack.callback(self._keep_addresses)
+                stack.callback(self._keep_addresses, last=True)
 
             # 8. The guests: from here on frontends are served.
             for port in self.guests:
@@ -293,9 +293,9 @@ class Daemon:
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
 
-    def _keep_addresses(self) -> None:
+    def _keep_addresses(self, last: bool = False) -> None:
         if self._addresses:
-            self._addresses.keep(self.bridge, {guest.config.name: guest.device.port for guest in self.guests})
+            self._addresses.keep(self.bridge, {guest.config.name: guest.device.port for guest in self.guests}, last)
 
     async def _watch(self, netdev: "Netdev") -> None:
         while True:
