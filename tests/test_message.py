@@ -174,6 +174,13 @@ def test_an_mtu_is_offered_when_one_is_known():
     assert features.offered(1, 1500) >> VirtioFeature.VIRTIO_NET_F_MTU & 1
 
 
+def test_a_guest_that_takes_nothing_undone_is_offered_nothing_of_that():
+    whole, less = (features.offered(2, 1500, guest_offloads) for guest_offloads in (True, False))
+    kinds = ("CSUM", "TSO4", "TSO6", "ECN", "UFO", "USO4", "USO6")
+    assert set(features.names(whole & ~less)) == {f"VIRTIO_NET_F_GUEST_{kind}" for kind in kinds}
+    assert not less & ~whole
+
+
 @pytest.mark.parametrize(
     "bit",
     [

@@ -88,7 +88,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME,socket=PATH[,KEY=VALUE...]",
         help="a guest: mac=MAC+MAC, queues=1..16, client=true, mtu=N, check_source=false, ips=IP+IP, user=USER, "
-        "poll=true, max_memory=SIZE; repeatable",
+        "poll=true, guest_offloads=false, max_memory=SIZE; repeatable",
     )
     add(
         "--netdev",

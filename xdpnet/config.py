@@ -243,6 +243,7 @@ class GuestConfig(BaseModel):
     check_source: Boolean | None = None
     ips: Annotated[tuple[IPAddress, ...], BeforeValidator(parse_ips)] = ()
     poll: Boolean = False
+    guest_offloads: Boolean = True
     max_memory: Size | None = None
     user: Annotated[str | int, BeforeValidator(_account)] | None = None
     group: Annotated[str | int, BeforeValidator(_account)] | None = None

@@ -252,7 +252,9 @@ class Daemon:
                 ) from error
         self.bridge.guest_set_ips(port, guest.ips)
         max_memory = guest.max_memory or self.config.max_memory
-        device = GuestDevice(self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory)
+        device = GuestDevice(
+            self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory, guest.guest_offloads
+        )
         return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd, _access(guest)))
 
     def _open_metrics(self, address: tuple[str, int]) -> Callable[[], None]:

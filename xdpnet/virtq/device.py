@@ -41,6 +41,7 @@ class GuestDevice:
         mtu: int | None = None,
         poll: bool = False,
         max_memory: int = MAX_MEMORY,
+        guest_offloads: bool = True,
     ) -> None:
         self.name = name
         self.log = RationedLog(log, name)  # for all that its frontends, or the guest, can provoke
@@ -50,7 +51,7 @@ class GuestDevice:
         self.mtu = mtu
         self.max_memory = max_memory  # bytes of all regions together
         self.poll = poll  # rings without a kick descriptor are served, which keeps a worker awake
-        self.offered = features.offered(pairs, mtu)
+        self.offered = features.offered(pairs, mtu, guest_offloads)
         self.features = 0  # as negotiated, VHOST_USER_F_PROTOCOL_FEATURES included
         self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
         self.rings = [Virtqueue(index) for index in range(2 * pairs)]

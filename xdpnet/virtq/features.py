@@ -182,6 +182,17 @@ def mask(*bits: int) -> int:
 VERSION_1 = mask(VirtioFeature.VIRTIO_F_VERSION_1)
 PROTOCOL_FEATURES = mask(VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 RING_PACKED = mask(VirtioFeature.VIRTIO_F_RING_PACKED)
+# What a guest takes from us undone. By its control queue it may go back on that (CTRL_GUEST_OFFLOADS), as Linux does
+# for a native XDP program; but QEMU keeps the control queue and tells no vhost-user backend.
+GUEST_OFFLOADS = mask(
+    VirtioFeature.VIRTIO_NET_F_GUEST_CSUM,
+    VirtioFeature.VIRTIO_NET_F_GUEST_TSO4,
+    VirtioFeature.VIRTIO_NET_F_GUEST_TSO6,
+    VirtioFeature.VIRTIO_NET_F_GUEST_ECN,
+    VirtioFeature.VIRTIO_NET_F_GUEST_UFO,
+    VirtioFeature.VIRTIO_NET_F_GUEST_USO4,
+    VirtioFeature.VIRTIO_NET_F_GUEST_USO6,
+)
 # The bits that may change while a ring runs: neither alters the layout of anything.
 CHANGEABLE_LIVE = PROTOCOL_FEATURES | mask(VirtioFeature.VHOST_F_LOG_ALL)
 
@@ -199,9 +210,10 @@ def modern_only(bits: int) -> int:
     return bits >> (VirtioFeature.VIRTIO_F_VERSION_1 + 1) << (VirtioFeature.VIRTIO_F_VERSION_1 + 1)
 
 
-def offered(pairs: int, mtu: int | None) -> int:
+def offered(pairs: int, mtu: int | None, guest_offloads: bool = True) -> int:
     """The answer to GET_FEATURES of a device with so many queue pairs and this MTU, if one is known."""
-    return mask(*(bit for bit, condition in OFFERED.items() if condition(pairs, mtu)))
+    bits = mask(*(bit for bit, condition in OFFERED.items() if condition(pairs, mtu)))
+    return bits if guest_offloads else bits & ~GUEST_OFFLOADS
 
 
 def for_frontend(bits: int, rarp: bool) -> int:
