@@ -13,7 +13,6 @@ queue is needed, for it has none. That is taken away between the two (tests.rela
 What the guests send and receive with is tests/native/datagrams.c.
 """
 
-import json
 import socket
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from tests.driver import Driver
 from tests.guests import mac, rarp
 from tests.native import compile_program
 from tests.netns import Wire, call_in, packet_socket
+from tests.qmp import Qmp
 from tests.relay import relay
 from tests.remote import RemoteGuest
 from tests.rings import MODERN, RING_PACKED
@@ -312,16 +312,8 @@ def test_tcp_flows_both_ways(stage: Stage, name: str) -> None:
 
 def announce(stage: Stage, name: str) -> None:
     """QEMU is told to announce this card, as at the end of a migration."""
-    with socket.socket(socket.AF_UNIX) as qmp, qmp.makefile("rw") as stream:
-        qmp.settimeout(PATIENCE_S)
-        qmp.connect(str(stage.directory / f"{stage.ends[name].guest.name}.qmp"))
-        stream.readline()
-        arguments = {"initial": 50, "max": 100, "rounds": 2, "step": 10, "interfaces": [name], "id": name}
-        for command in ({"execute": "qmp_capabilities"}, {"execute": "announce-self", "arguments": arguments}):
-            stream.write(json.dumps(command) + "\n")
-            stream.flush()
-            while "return" not in (said := json.loads(stream.readline())):
-                assert "error" not in said, said
+    with Qmp(stage.directory / f"{stage.ends[name].guest.name}.qmp") as qmp:
+        qmp.run("announce-self", initial=50, max=100, rounds=2, step=10, interfaces=[name], id=name)
 
 
 def test_a_guest_that_can_announces_itself(stage: Stage) -> None:
