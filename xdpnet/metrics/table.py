@@ -67,7 +67,7 @@ class Table:
         for line in zip(*headings, strict=True):
             yield from self._line(console, [Text(cell, style="bold") for cell in line], widths)
         yield from (Segment(" " + "─" * (sum(widths) + len(GAP) * len(widths[:-1]))), Segment.line())
-        for row in self._rows:
+        for row in self._rows if self._rows and self._rows[-1] else self._rows[:-1]:
             if not row:
                 yield Segment.line()
                 continue
