@@ -304,6 +304,12 @@ def test_a_control_thread_that_waits_for_such_a_worker_is_no_riddle(tmp_path: Pa
             answer = pool.submit(frontend.tell, Request.SET_VRING_ENABLE, VringState(1, 0))
             told = 503, "the control thread does not answer\nworker 0 is at guest web's tx ring 0\n"
             running.until(lambda: running.get("/healthz") == told, "told")
+            status, page = running.get("/metrics")
+            assert status == 200
+            (line,) = (line for line in page.splitlines() if not line.startswith("#"))
+            name, seconds = line.split()
+            assert name == 'xdpnet_worker_stalled_seconds{worker="0"}'
+            assert float(seconds) > 0
             assert running.log.count("worker 0: at guest web's tx ring 0 for ") == 1
         assert answer.result() == 0
         running.until(lambda: running.get("/healthz") == (200, "ok\n"), "well again")

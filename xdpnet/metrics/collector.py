@@ -7,7 +7,7 @@ core's enumerations; names are checked where they are configured.
 Reference: https://prometheus.io/docs/practices/naming/
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -71,6 +71,26 @@ class SnapshotCollector(Collector):
         return ()
 
 
+class StallCollector(Collector):
+    """Of a daemon that can say no more than which workers do not go on, in seconds: it waits for them."""
+
+    def __init__(self, stalls: Mapping[int, float]) -> None:
+        self._stalls = stalls
+
+    def collect(self) -> Iterable[Metric]:
+        yield stalled(self._stalls)
+
+
+def stalled(seconds: Mapping[int, float]) -> Metric:
+    """By worker."""
+    family = GaugeMetricFamily(
+        "xdpnet_worker_stalled_seconds", "Time for which the worker has not gone on; 0: it does.", labels=["worker"]
+    )
+    for worker, value in seconds.items():
+        family.add_metric([str(worker)], value)
+    return family
+
+
 def registry(collector: SnapshotCollector) -> CollectorRegistry:
     """A registry of our own, with the process metrics beside ours."""
     made = CollectorRegistry()
@@ -105,12 +125,7 @@ def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
         for worker in snapshot.workers:
             counter.add_metric([str(worker.number)], getattr(worker, name))
         yield counter
-    stalled = GaugeMetricFamily(
-        "xdpnet_worker_stalled_seconds", "Time for which the worker has not gone on; 0: it does.", labels=["worker"]
-    )
-    for worker in snapshot.workers:
-        stalled.add_metric([str(worker.number)], worker.stalled_s)
-    yield stalled
+    yield stalled({worker.number: worker.stalled_s for worker in snapshot.workers})
     entries = GaugeMetricFamily("xdpnet_fdb_entries", "Addresses in the forwarding table.", labels=["port", "type"])
     for port in snapshot.ports:
         entries.add_metric([port.name, "static"], port.given)

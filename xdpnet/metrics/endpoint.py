@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from xdpnet import threads
 from xdpnet.clients import serve_few
 from xdpnet.errors import SetupError
-from xdpnet.metrics.collector import SnapshotCollector, registry
+from xdpnet.metrics.collector import SnapshotCollector, StallCollector, registry
 from xdpnet.metrics.snapshot import Snapshot
 from xdpnet.ration import Clock, RationedLog
 from xdpnet.stalls import Stall
@@ -161,11 +161,16 @@ class MetricsEndpoint:
     async def _answer(self, path: str, headers: http.client.HTTPMessage) -> Response:
         if path not in ("/metrics", "/healthz"):
             return plain(HTTPStatus.NOT_FOUND, "only /metrics and /healthz are here")
+        encode, content_type = choose_encoder(headers.get("Accept", ""))
         try:
             async with asyncio.timeout(DEADLINE_S / 2):
                 snapshot = await self._snapshot()
         except TimeoutError:
-            stuck = [f"worker {worker} is {stall.where}" for worker, stall in self._stalls().items()]
+            stalls = self._stalls()
+            if path == "/metrics" and stalls:  # whom the alert is about is known
+                seconds = {worker: self._clock() - stall.since for worker, stall in stalls.items()}
+                return Response(HTTPStatus.OK, encode(StallCollector(seconds)), content_type)
+            stuck = [f"worker {worker} is {stall.where}" for worker, stall in stalls.items()]
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, "\n".join(["the control thread does not answer", *stuck]))
         except Exception as error:  # told to the client and to the log: a scrape must not end the thread
             log.exception("no snapshot")
@@ -173,7 +178,6 @@ class MetricsEndpoint:
         if path == "/healthz":
             ill = faults(snapshot)
             return plain(HTTPStatus.SERVICE_UNAVAILABLE if ill else HTTPStatus.OK, "\n".join(ill or ["ok"]))
-        encode, content_type = choose_encoder(headers.get("Accept", ""))
         try:
             async with self._making, asyncio.timeout(PAGE_S):
                 return await self._page(snapshot, encode, content_type, "gzip" in headers.get("Accept-Encoding", ""))
