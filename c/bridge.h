@@ -24,7 +24,8 @@ struct guest {
 	u32 pairs;
 	u32 ready_n;
 	u32 ready[XN_MAX_PAIRS]; /* pairs whose receive ring takes frames */
-	bool rx_shared;		 /* several workers may deliver to one of them */
+	u32 choices;		 /* of them, that a worker's frames are spread over by flow ... */
+	u32 choice_step;	 /* ... every so manieth, from the worker's own number on; 1: all, whoever delivers */
 	u64 features;
 	u8 sends; /* enum view_need: what it may ask for, and what it takes */
 	u8 takes;
@@ -123,7 +124,7 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_queue_stats *stats);
 
 /* The ports' half of it. Views are given by index; what is delivered or lost is counted there. */
-void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
+void guest_deliver(struct worker *w, struct port *p, const struct view *views, const u8 *which, u32 n);
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
 /* Descriptors that the netdev's queue takes now without loss, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
 u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted);

@@ -177,7 +177,7 @@ static void deliver_plain(struct worker *w, struct port *to, u32 queue, const st
 			  u32 n)
 {
 	if (likely(to->kind == PORT_GUEST))
-		guest_deliver(w, to, queue, views, which, n);
+		guest_deliver(w, to, views, which, n);
 	else
 		netdev_deliver(w, to, queue, views, which, n);
 }

@@ -56,6 +56,8 @@ void guest_settle(struct port *p)
 	/* With as many pairs as workers (or a multiple), frames of a worker's queues only go to rings of that worker. */
 	bool shared = workers > 1 && (!in_line || g->ready_n % workers);
 
+	g->choice_step = shared ? 1 : workers;
+	g->choices = g->ready_n / g->choice_step;
 	for (u32 i = 0; i < g->pairs; i++)
 		g->rings[2 * i].shared = shared;
 	fdb_set_here(p->bridge->fdb, p->id, g->ready_n, monotonic_s());

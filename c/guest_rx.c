@@ -5,6 +5,7 @@
  * differs little from frame to frame is not written again.
  */
 #include "bridge.h"
+#include "packet.h"
 
 enum {
 	/* Steps that each frame may take beside one for so many bytes: drivers have chains of twenty, or a buffer a page. */
@@ -392,20 +393,34 @@ void guest_drop_waiting(struct virtqueue *q)
 	backlog_release(&q->backlog);
 }
 
-void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
+/* ---- which ring ---- */
+
+static u32 flow_of(const struct view *v)
 {
-	struct guest *g = &p->guest;
+	u8 head[PACKET_FLOW];
+	u32 have = min_u32(v->len, PACKET_FLOW);
 
-	if (unlikely(!g->ready_n)) {
-		/* No ring, no owner: several workers may count here. */
-		__atomic_fetch_add(&g->rings[0].stats.drops[XN_DROP_NOT_READY], n, __ATOMIC_RELAXED);
-		return;
+	for (u32 i = 0, at = 0; i < v->n && at < have; i++) {
+		u32 part = min_u32(v->pieces[i].len, have - at);
+
+		g_copy_from(head + at, v->pieces[i].ptr, part);
+		at += part;
 	}
-	struct virtqueue *q = &g->rings[2 * g->ready[queue % g->ready_n]];
+	memcpy(head, v->head, min_u32(have, VIEW_HEAD));
+	return packet_flow(head, have);
+}
 
-	worker_delivers_to(w, place_of(p->id, q->index));
+/* The i-th ring that this worker's frames are spread over. */
+static struct virtqueue *choice(const struct worker *w, const struct guest *g, u32 i)
+{
+	return &g->rings[2 * g->ready[w->id % g->choice_step + i * g->choice_step]];
+}
+
+static void deliver_to(struct worker *w, struct virtqueue *q, const struct view *views, const u8 *which, u32 n)
+{
+	worker_delivers_to(w, place_of(q->port->id, q->index));
 	vring_lock(q);
-	if (unlikely(__atomic_load_n(&g->alarms.lost, __ATOMIC_RELAXED)))
+	if (unlikely(__atomic_load_n(&q->port->guest.alarms.lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
 	u32 done = likely(!q->backlog.n) ? deliver(w, q, views, which, n) : deliver_behind(w, q, views, which, n);
 
@@ -413,4 +428,38 @@ void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct vie
 		add_waiting(w, q, views, which + done, n - done);
 	vring_unlock(q);
 	worker_delivers_to(w, XN_AT_REST);
+}
+
+/* Each ring gets its part of the burst at once, in order. */
+static __attribute__((noinline)) void deliver_by_flow(struct worker *w, const struct guest *g, const struct view *views,
+						      const u8 *which, u32 n)
+{
+	u8 chosen[XN_BURST], part[XN_BURST];
+	u32 left = 0;
+
+	for (u32 i = 0; i < n; i++) {
+		chosen[i] = (u8)((u64)flow_of(&views[which[i]]) * g->choices >> 32);
+		left |= 1u << chosen[i];
+	}
+	for (; left; left &= left - 1) {
+		u32 c = (u32)__builtin_ctz(left), m = 0;
+
+		for (u32 i = 0; i < n; i++)
+			if (chosen[i] == c)
+				part[m++] = which[i];
+		deliver_to(w, choice(w, g, c), views, part, m);
+	}
+}
+
+void guest_deliver(struct worker *w, struct port *p, const struct view *views, const u8 *which, u32 n)
+{
+	struct guest *g = &p->guest;
+
+	if (likely(g->choices == 1))
+		deliver_to(w, choice(w, g, 0), views, which, n);
+	else if (g->choices)
+		deliver_by_flow(w, g, views, which, n);
+	else
+		/* No ring, no owner: several workers may count here. */
+		__atomic_fetch_add(&g->rings[0].stats.drops[XN_DROP_NOT_READY], n, __ATOMIC_RELAXED);
 }

@@ -124,3 +124,41 @@ bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out)
 	}
 	return packet_parse_at(p, have, len, type, at, out);
 }
+
+static bool is_tag(u16 type)
+{
+	return type == ETH_P_8021Q || type == ETH_P_8021AD;
+}
+
+u32 packet_flow(const u8 *p, u32 have)
+{
+	u32 at = 2 * ETH_ALEN, l4 = have, ports = 0;
+	u64 words[4] = {0}, flow = 0;
+	u8 protocol = 0;
+
+	for (u32 tags = 0; tags < PACKET_TAGS && is_tag(load_be16(p + at)) && at + VLAN_HDR + 2 <= have; tags++)
+		at += VLAN_HDR;
+	const u16 type = load_be16(p + at);
+
+	at += 2;
+	if (type == ETH_P_IP && at + IPV4_HDR <= have) {
+		memcpy(words, p + at + 12, 8);
+		/* More of them, or an offset: a fragment. */
+		protocol = load_be16(p + at + 6) & 0x3fff ? 0 : p[at + 9];
+		l4 = at + (p[at] & 0xfu) * 4;
+	} else if (type == ETH_P_IPV6 && at + IPV6_HDR <= have) {
+		memcpy(words, p + at + 8, 32);
+		protocol = p[at + 6];
+		l4 = at + IPV6_HDR;
+	} else {
+		memcpy(words, p, 2 * ETH_ALEN);
+	}
+	if ((protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP) && l4 + 4 <= have)
+		memcpy(&ports, p + l4, sizeof(ports));
+	for (u32 i = 0; i < ARRAY_LEN(words); i++) {
+		flow = (flow ^ words[i]) * 0x9e3779b97f4a7c15;
+		flow ^= flow >> 32;
+	}
+	flow = (flow ^ ports) * 0x9e3779b97f4a7c15;
+	return (u32)(flow >> 32);
+}

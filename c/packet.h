@@ -52,6 +52,15 @@ static inline void store_be32(u8 *p, u32 v)
 	store_be16(p + 2, v & 0xffff);
 }
 
+/* So much of a frame says of which flow it is: two tags, IPv4 with all its options, ports. */
+enum { PACKET_FLOW = 14 + PACKET_TAGS * VLAN_HDR + 60 + 4 };
+
+/*
+ * A number that all frames of a flow have, by their addresses and ports, of which the first `have` bytes are at p, at least
+ * an Ethernet header. Fragments have no ports, nor has what is behind extension headers: there it is the addresses alone.
+ */
+u32 packet_flow(const u8 *p, u32 have);
+
 /* Reads the headers of a frame of `len` bytes, of which the first `have` are at p. False: out->fault says why not. */
 bool packet_parse(const u8 *p, u32 have, u32 len, struct packet *out);
 /* The same of the IP packet of this EtherType that begins at l3, `have` and l3 below 2^16; it ends before `len`. */

@@ -1,13 +1,17 @@
 """Workers: several of them on rings of their own and on shared ones, starting, stopping, and what idleness costs."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.driver import Driver, ledger
+from tests.driver import LAYOUTS, TOGETHER, Driver, ledger
 from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.rings import MODERN, VERSION_1, eventually
+from tests.segments import UDP, Segment
 from xdpnet import core
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -370,3 +374,90 @@ def test_frames_in_are_frames_out_and_drops_whatever_happens(
     # Those that waited may be on their way.
     assert eventually(lambda: len(set(ledger(bridge, ports))) == 1)
     assert ledger(bridge, ports)[0] >= sent
+
+
+# ---- which of a guest's rings ----
+
+
+def flows(count: int, frames: int, **fields: Any) -> list[Segment]:
+    """As they come in turn."""
+    return [
+        Segment(payload=bytes([i]), ports=(1000 + flow, 80), **fields) for i in range(frames) for flow in range(count)
+    ]
+
+
+def rings_of(guest: Driver, sent: Sequence[Segment]) -> dict[tuple[int, int], set[int]]:
+    """Through which pairs the frames of each flow came; those of each in order."""
+    expected = [segment.frame() for segment in sent]
+    at: dict[tuple[int, int], set[int]] = {}
+    came: list[tuple[int, bytes]] = []
+    while len(came) < len(sent):
+        for number, pair in enumerate(guest.pairs):
+            came += [(number, packet.frame) for packet in pair.packets()]
+            pair.fill()
+    order = [each for _, each in came]
+    for ports in {segment.ports for segment in sent}:
+        mine = [each for segment, each in zip(sent, expected, strict=True) if segment.ports == ports]
+        assert [each for each in order if each in set(mine)] == mine
+        at[ports] = {number for number, each in came if each in set(mine)}
+    return at
+
+
+@pytest.mark.parametrize(("workers", "pairs"), [(1, 2), (1, 4), (1, 16), (2, 4), (2, 3), (3, 4)])
+@pytest.mark.parametrize("version", [4, 6])
+def test_frames_are_spread_over_a_guest_s_rings_by_flow_and_a_flow_keeps_to_one(
+    make_bridge: MakeBridge, guests: MakeGuest, workers: int, pairs: int, version: int
+) -> None:
+    """One queue brings them all. A ring that only its own worker may use is not another worker's choice."""
+    bridge = make_bridge(workers=workers)
+    a, b = guests(bridge, num=1024), guests(bridge, pairs=pairs, num=64)
+    bridge.set_mac(b.port, mac(2), False)
+    for pair in b.pairs:
+        pair.fill()
+    sent = flows(64, 5, version=version)
+    a.pair.send_all([segment.frame() for segment in sent])
+    at = rings_of(b, sent)
+    assert all(len(rings) == 1 for rings in at.values())
+    own = pairs % workers == 0
+    assert {ring for rings in at.values() for ring in rings} == set(range(0, pairs, workers if own else 1))
+
+
+def test_only_enabled_rings_are_chosen(make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge()
+    a, b = guests(bridge), guests(bridge, pairs=4)
+    bridge.set_mac(b.port, mac(2), False)
+    for pair in b.pairs:
+        pair.fill()
+    for enabled in [0], [0, 2], [0, 1, 2, 3]:
+        for number in range(4):
+            bridge.ring_enable(b.port, 2 * number + core.RX, number in enabled)
+        sent = flows(40, 1, seq=len(enabled))
+        a.pair.send_all([segment.frame() for segment in sent])
+        assert {ring for rings in rings_of(b, sent).values() for ring in rings} == set(enabled)
+
+
+@pytest.mark.parametrize(
+    "kind", ["fragments", "two tags", "options", "extension headers", "no ip", "torn up", "cut short"]
+)
+def test_frames_of_any_kind_keep_to_one_ring_of_several(make_bridge: MakeBridge, guests: MakeGuest, kind: str) -> None:
+    bridge = make_bridge()
+    a, b = guests(bridge), guests(bridge, pairs=4)
+    bridge.set_mac(b.port, mac(2), False)
+    for pair in b.pairs:
+        pair.fill()
+    one = Segment(payload=bytes(100), protocol=UDP)
+    sent = {
+        "fragments": Segment(payload=bytes(4000), protocol=UDP).fragments(800),
+        "two tags": [replace(one, tags=b"\x81\x00\0\7" * 2).frame()] * 8,
+        "options": [replace(one, ip_options=bytes([1]) * 40).frame()] * 8,
+        "extension headers": [replace(one, version=6, extensions=((0, bytes(7)),)).frame()] * 8,
+        "no ip": [frame(mac(2), mac(1), size) for size in (14, 15, 60, 1000)],
+        "torn up": [one.frame()] * 8,
+        "cut short": [one.frame()[:size] for size in range(14, 34)],
+    }[kind]
+    layouts = LAYOUTS if kind == "torn up" else [TOGETHER]
+    for number, each in enumerate(sent):
+        a.pair.send(each, layouts[number % len(layouts)])
+    assert a.pair.wait_sent()
+    got = {number: [packet.frame for packet in pair.packets()] for number, pair in enumerate(b.pairs)}
+    assert [frames for frames in got.values() if frames] == [sent]
