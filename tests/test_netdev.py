@@ -148,6 +148,20 @@ def test_generic_mode_says_what_is_lost_in_it(
     assert (untold in caplog.text) == (not tells)
 
 
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_native_mode_alone_has_the_peer_of_a_veth_cut_its_tcp_as_the_readme_says(
+    bridge: core.Bridge, pair: Veth, mode: netdev.Mode
+) -> None:
+    def cuts() -> bool:
+        return "\ntcp-segmentation-offload: off" in pair.namespace.run("ethtool", "-k", pair.peer)
+
+    assert not cuts()
+    with contextlib.closing(Netdev(bridge, pair.ifname, mode=mode)) as port:
+        port.open()
+        assert cuts() == (mode == "native")
+    assert eventually(lambda: not cuts())
+
+
 def test_auto_falls_back_to_generic_and_says_so(
     bridge: core.Bridge, no_native: str, caplog: pytest.LogCaptureFixture
 ) -> None:
