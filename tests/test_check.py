@@ -17,7 +17,7 @@ from tests.netns import Veth, command, needs_root, veth
 from tests.refuse import IO_SETUP
 from tests.test_daemon import daemon, guest
 from tests.waiting import until
-from xdpnet import check, config, core, descriptors, netdev
+from xdpnet import check, config, core, descriptors, fitness, netdev
 from xdpnet.bpf import loader
 from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
@@ -164,18 +164,18 @@ def test_an_mtu_of_large_frames_is_for_kernels_that_have_them(pair: Veth, monkey
     command("ip", "link", "set", pair.ifname, "mtu", "9000")
     lines = interface(pair)
     assert (lines["state"].ok, lines["native XDP"].ok) == (True, True)
-    monkeypatch.setattr(netdev, "FRAGS_KERNEL", (999, 0))
+    monkeypatch.setattr(fitness, "FRAGS_KERNEL", (999, 0))
     state = interface(pair)["state"]
     assert not state.ok
-    assert f"mtu {netdev.PLAIN_MTU}" in state.remedy
-    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.PLAIN_MTU))
+    assert f"mtu {fitness.PLAIN_MTU}" in state.remedy
+    command("ip", "link", "set", pair.ifname, "mtu", str(fitness.PLAIN_MTU))
     assert interface(pair)["state"].ok
 
 
 @needs_root
 @pytest.mark.net
 def test_an_mtu_beyond_the_limit(pair: Veth) -> None:
-    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU + 1))
+    command("ip", "link", "set", pair.ifname, "mtu", str(fitness.MAX_MTU + 1))
     assert not interface(pair)["state"].ok
 
 
@@ -194,12 +194,12 @@ def test_vlan_tags_beside_the_frame_are_advice_that_names_the_peer(pair: Veth) -
 @needs_root
 @pytest.mark.net
 def test_vlan_tags_that_hardware_takes_out_are_no_trouble(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "STRIPPED_BY_PEER", frozenset())
+    monkeypatch.setattr(fitness, "STRIPPED_BY_PEER", frozenset())
     lines = interface(pair)
     assert lines["VLAN tags"].ok
     assert "offloads" not in lines
-    assert netdev.stripping(pair.ifname) == list(netdev.VLAN_STRIPPING)
-    for feature in netdev.VLAN_STRIPPING:
+    assert fitness.stripping(pair.ifname) == list(fitness.VLAN_STRIPPING)
+    for feature in fitness.VLAN_STRIPPING:
         command("ethtool", "-K", pair.ifname, feature, "off")
     assert "VLAN tags" not in interface(pair)
 
@@ -207,8 +207,8 @@ def test_vlan_tags_that_hardware_takes_out_are_no_trouble(pair: Veth, monkeypatc
 @needs_root
 @pytest.mark.net
 def test_vlan_tags_that_hardware_always_takes_out_are_an_obstacle(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "STRIPPED_BY_PEER", frozenset())
-    monkeypatch.setattr(check, "fixed_features", lambda _: frozenset(netdev.VLAN_STRIPPING))
+    monkeypatch.setattr(fitness, "STRIPPED_BY_PEER", frozenset())
+    monkeypatch.setattr(check, "fixed_features", lambda _: frozenset(fitness.VLAN_STRIPPING))
     lines = interface(pair)
     assert "VLAN tags" not in lines
     assert "rx-vlan-hw-parse off" in lines["offloads"].remedy

@@ -10,7 +10,7 @@ from tests.netns import Veth, needs_root, veth
 from tests.rings import MIB, Span, eventually
 from tests.test_zerocopy import Held
 from xdpnet import core
-from xdpnet.netdev import ETH_OVERHEAD
+from xdpnet.fitness import ETH_OVERHEAD
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]

@@ -13,7 +13,8 @@ from tests.guests import MakeBridge, MakeGuest, both_layouts, mac
 from tests.netns import needs_root, veth
 from tests.rings import MIB, Span
 from xdpnet import core
-from xdpnet.netdev import PLAIN_MTU, Netdev
+from xdpnet.fitness import PLAIN_MTU
+from xdpnet.netdev import Netdev
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = both_layouts

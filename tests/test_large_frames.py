@@ -19,7 +19,8 @@ from tests.test_netdev import Watched
 from tests.waiting import PATIENCE_S
 from xdpnet import core, netdev
 from xdpnet.errors import SetupError
-from xdpnet.netdev import ETH_OVERHEAD, MAX_MTU, PLAIN_MTU, Netdev
+from xdpnet.fitness import ETH_OVERHEAD, MAX_MTU, PLAIN_MTU
+from xdpnet.netdev import Netdev
 from xdpnet.virtq.features import VirtioFeature, mask
 
 pytest_plugins = ["tests.guest_fixtures"]

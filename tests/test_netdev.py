@@ -26,12 +26,13 @@ from tests.guests import rarp
 from tests.netns import Veth, add_veth, command, namespace, needs_root, remove, veth
 from tests.test_loader import open_files
 from tests.waiting import PATIENCE_S, eventually
-from xdpnet import core, group, netdev
+from xdpnet import core, fitness, group, netdev
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
+from xdpnet.fitness import BusyError
 from xdpnet.group import GroupSocket
 from xdpnet.link import Link, concerns, find_link, require_link
-from xdpnet.netdev import BusyError, Netdev
+from xdpnet.netdev import Netdev
 from xdpnet.virtq import features
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
@@ -191,16 +192,16 @@ def test_native_mode_does_with_any_mtu_of_the_peer(bridge: core.Bridge, pair: Ve
 
 
 def test_the_largest_mtu_is_taken(bridge: core.Bridge, pair: Veth) -> None:
-    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU))
+    command("ip", "link", "set", pair.ifname, "mtu", str(fitness.MAX_MTU))
     with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
         port.open()
 
 
 def test_one_byte_more_of_mtu_is_refused(bridge: core.Bridge, pair: Veth) -> None:
-    command("ip", "link", "set", pair.ifname, "mtu", str(netdev.MAX_MTU + 1))
-    with pytest.raises(SetupError, match=f"MTU {netdev.MAX_MTU + 1}") as failure:
+    command("ip", "link", "set", pair.ifname, "mtu", str(fitness.MAX_MTU + 1))
+    with pytest.raises(SetupError, match=f"MTU {fitness.MAX_MTU + 1}") as failure:
         Netdev(bridge, pair.ifname).open()
-    assert f"mtu {netdev.MAX_MTU}" in failure.value.remedy
+    assert f"mtu {fitness.MAX_MTU}" in failure.value.remedy
 
 
 @pytest.mark.parametrize("ifname", ["xdpn-no-such-if", "", "a-name-longer-than-the-kernel-takes"])
@@ -246,9 +247,9 @@ def test_more_queues_than_a_port_has_name_the_command(pair: Veth) -> None:
     most = core.MAX_NETDEV_QUEUES
     fit = Link(**{**vars(link), "rx_queues": most, "max_rx_queues": most + 1})
     many = Link(**{**vars(link), "rx_queues": most + 1, "max_rx_queues": most + 1})
-    assert netdev.reserve_queues(fit, 0) == most
+    assert fitness.reserve_queues(fit, 0) == most
     with pytest.raises(SetupError, match=f"at most {most}") as failure:
-        netdev.reserve_queues(many, 0)
+        fitness.reserve_queues(many, 0)
     assert "ethtool -L" in failure.value.remedy
 
 
@@ -597,7 +598,7 @@ def test_c22_a_guest_cannot_send_from_the_interfaces_own_address(
 @pytest.mark.parametrize("mac", [BROADCAST, MULTICAST, bytes(6), b"", GUEST[:5], GUEST + b"\0"])
 def test_what_is_no_unicast_address_is_not_steered(opened: Netdev, mac: bytes) -> None:
     opened.sync_macs([mac])
-    assert opened._macs == set()
+    assert opened.addresses._macs == set()
 
 
 def test_addresses_beyond_the_size_of_the_map_go_to_the_host(
@@ -609,10 +610,10 @@ def test_addresses_beyond_the_size_of_the_map_go_to_the_host(
         port.sync_macs([GUEST, SECOND])
         assert "more than" not in caplog.text
         port.sync_macs([GUEST, SECOND, THIRD])
-        assert port._macs == {GUEST, SECOND}
+        assert port.addresses._macs == {GUEST, SECOND}
         assert "1 guest addresses more" in caplog.text
         port.sync_macs([SECOND, THIRD])
-        assert port._macs == {SECOND, THIRD}
+        assert port.addresses._macs == {SECOND, THIRD}
 
 
 def test_the_group_socket_gets_group_addressed_frames_of_others_only(pair: Veth) -> None:
@@ -895,7 +896,7 @@ def test_the_hosts_address_is_followed(opened: Netdev, pair: Veth) -> None:
     async def story() -> None:
         async with Watched(opened):
             command("ip", "link", "set", pair.ifname, "address", GUEST.hex(":"))
-            while opened._macs:
+            while opened.addresses._macs:
                 await asyncio.sleep(0.02)
 
     asyncio.run(story())
@@ -1248,13 +1249,13 @@ def test_15_an_address_of_the_host_that_comes_later_is_taken_back_and_given_up(
     async def story() -> None:
         async with Watched(opened) as watch:
             with stacked(pair.ifname, SECOND):
-                await watch.until(lambda: SECOND in opened._guarded)
-                assert opened._macs == set()
+                await watch.until(lambda: SECOND in opened.addresses._guarded)
+                assert opened.addresses._macs == set()
                 assert learned(bridge, guest) == set()
                 assert dropped(bridge, guest, SECOND) == 1
                 # The filter that the interface had for the guest is not what is left of it.
                 assert SECOND.hex(":") in filters(pair.ifname)
-            await watch.until(lambda: opened._guarded == {pair.mac})
+            await watch.until(lambda: opened.addresses._guarded == {pair.mac})
         assert dropped(bridge, guest, SECOND) == 0
 
     with contextlib.closing(Driver(bridge).start()) as guest:
@@ -1275,10 +1276,10 @@ def test_15_an_address_of_the_host_in_another_namespace_is_found_by_the_next_loo
         with namespace() as space, stacked(pair.ifname, SECOND, space=space.name) as name:
             command("ip", "-n", space.name, "link", "set", name, "down")
             async with Watched(opened) as watch:
-                await watch.until(lambda: opened._guarded == {pair.mac})
+                await watch.until(lambda: opened.addresses._guarded == {pair.mac})
                 monkeypatch.setattr(opened._wake, "set", lambda: None)
                 command("ip", "-n", space.name, "link", "set", name, "up")
-                await watch.until(lambda: opened._guarded == {pair.mac, SECOND})
+                await watch.until(lambda: opened.addresses._guarded == {pair.mac, SECOND})
 
     asyncio.run(story())
 
@@ -1288,9 +1289,9 @@ def test_15_a_bridges_own_address_is_the_hosts(opened: Netdev, pair: Veth, no_na
         async with Watched(opened) as watch:
             command("ip", "link", "set", no_native, "address", SECOND.hex(":"))
             command("ip", "link", "set", pair.ifname, "master", no_native)
-            await watch.until(lambda: opened._guarded == {pair.mac, SECOND})
+            await watch.until(lambda: opened.addresses._guarded == {pair.mac, SECOND})
             command("ip", "link", "set", pair.ifname, "nomaster")
-            await watch.until(lambda: opened._guarded == {pair.mac})
+            await watch.until(lambda: opened.addresses._guarded == {pair.mac})
 
     asyncio.run(story())
 
@@ -1298,14 +1299,14 @@ def test_15_a_bridges_own_address_is_the_hosts(opened: Netdev, pair: Veth, no_na
 def test_15_what_the_interface_receives_for_guests_is_not_the_hosts(opened: Netdev, pair: Veth) -> None:
     opened.sync_macs([GUEST, SECOND])
     assert GUEST.hex(":") in filters(pair.ifname)
-    for opened._stacked in False, True:
-        assert opened._look(require_link(pair.ifname)) == {pair.mac}
+    for opened.addresses.stacked in False, True:
+        assert opened.addresses._look(require_link(pair.ifname)) == {pair.mac}
         assert GUEST.hex(":") in filters(pair.ifname)
     with stacked(pair.ifname, SECOND):
-        assert opened._look(require_link(pair.ifname)) == {pair.mac}
-        opened._stacked = True
-        assert opened._look(require_link(pair.ifname)) == {pair.mac, SECOND}
-        assert not opened._stacked
+        assert opened.addresses._look(require_link(pair.ifname)) == {pair.mac}
+        opened.addresses.stacked = True
+        assert opened.addresses._look(require_link(pair.ifname)) == {pair.mac, SECOND}
+        assert not opened.addresses.stacked
 
 
 def test_15_an_address_that_the_bridge_has_no_room_for_is_named_and_not_steered(
@@ -1321,13 +1322,13 @@ def test_15_an_address_that_the_bridge_has_no_room_for_is_named_and_not_steered(
             left.append(each)
             errors.add(error.errno)
     assert errors == {errno.ENOSPC}
-    own = opened._own | {left[0], left[-1]}
-    opened._claim(own)
-    opened._claim(own)
+    own = opened.addresses._own | {left[0], left[-1]}
+    opened.addresses._claim(own)
+    opened.addresses._claim(own)
     assert caplog.text.count("is not kept from guests") == 2
     assert left[0].hex(":") in caplog.text
     opened.sync_macs([left[0], GUEST])
-    assert opened._macs == {GUEST}
+    assert opened.addresses._macs == {GUEST}
 
 
 def test_15_an_interface_with_the_address_of_another_says_nothing(
@@ -1336,7 +1337,7 @@ def test_15_an_interface_with_the_address_of_another_says_nothing(
     with veth() as other, contextlib.closing(Netdev(bridge, other.ifname)) as second:
         command("ip", "link", "set", other.ifname, "address", pair.mac.hex(":"))
         second.open()
-        assert second._own == {pair.mac}
+        assert second.addresses._own == {pair.mac}
         assert not [
             record for record in caplog.records if record.levelname == "WARNING" and "address" in record.message
         ]
@@ -1344,7 +1345,7 @@ def test_15_an_interface_with_the_address_of_another_says_nothing(
         opened.close()
         assert pair.mac not in {entry.mac for entry in bridge.fdb_dump()}
         second._follow_addresses(require_link(other.ifname))
-        assert second._guarded == {pair.mac}
+        assert second.addresses._guarded == {pair.mac}
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 31, 32, 4096, 0xFFFFFFFF])
@@ -1384,7 +1385,7 @@ def child(pair: Veth, kind: str, mode: str) -> Iterator[str]:
 def test_a_device_without_a_mac_address_is_refused(pair: Veth) -> None:
     link = Link(**{**vars(require_link(pair.ifname)), "address": b""})
     with pytest.raises(SetupError, match="not an Ethernet device"):
-        netdev.check_link(link)
+        fitness.check_link(link)
 
 
 @pytest.mark.parametrize("mode", ["bridge", "private", "vepa"])
@@ -1436,36 +1437,36 @@ def test_an_ifb_is_refused(bridge: core.Bridge) -> None:
 @pytest.fixture
 def strips(monkeypatch: pytest.MonkeyPatch, pair: Veth) -> Veth:
     """As a NIC has it: its own features decide. On veth they can be switched, too, but the peer's do."""
-    monkeypatch.setattr(netdev, "STRIPPED_BY_PEER", frozenset())
+    monkeypatch.setattr(fitness, "STRIPPED_BY_PEER", frozenset())
     return pair
 
 
 def test_c30_vlan_stripping_is_off_while_the_port_is_open(bridge: core.Bridge, strips: Veth) -> None:
     port = Netdev(bridge, strips.ifname)
     port.open()
-    assert netdev.stripping(strips.ifname) == []
+    assert fitness.stripping(strips.ifname) == []
     port.close()
-    assert netdev.stripping(strips.ifname) == list(netdev.VLAN_STRIPPING)
+    assert fitness.stripping(strips.ifname) == list(fitness.VLAN_STRIPPING)
 
 
 def test_vlan_stripping_that_was_off_stays_off(bridge: core.Bridge, strips: Veth) -> None:
     command("ethtool", "-K", strips.ifname, "rxvlan", "off")
     with contextlib.closing(Netdev(bridge, strips.ifname)) as port:
         port.open()
-    assert netdev.stripping(strips.ifname) == ["rx-vlan-stag-hw-parse"]
+    assert fitness.stripping(strips.ifname) == ["rx-vlan-stag-hw-parse"]
 
 
 def test_vlan_stripping_is_put_back_if_the_port_does_not_open(
     bridge: core.Bridge, strips: Veth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        assert netdev.stripping(strips.ifname) == []
+        assert fitness.stripping(strips.ifname) == []
         raise OSError(errno.EPERM, "refused")
 
     monkeypatch.setattr(core, "bpf_xdp_link", refuse)
     with pytest.raises(SetupError):
         Netdev(bridge, strips.ifname).open()
-    assert netdev.stripping(strips.ifname) == list(netdev.VLAN_STRIPPING)
+    assert fitness.stripping(strips.ifname) == list(fitness.VLAN_STRIPPING)
 
 
 def test_vlan_stripping_is_off_again_when_the_interface_is_back(bridge: core.Bridge, strips: Veth) -> None:
@@ -1477,14 +1478,14 @@ def test_vlan_stripping_is_off_again_when_the_interface_is_back(bridge: core.Bri
             remove(strips.ifname)
             await watch.reach("gone")
             add_veth(strips.ifname, strips.namespace)
-            assert netdev.stripping(strips.ifname) != []
+            assert fitness.stripping(strips.ifname) != []
             while not port.alive:
                 await asyncio.sleep(0.02)
 
     asyncio.run(story())
-    assert netdev.stripping(strips.ifname) == []
+    assert fitness.stripping(strips.ifname) == []
     port.close()
-    assert netdev.stripping(strips.ifname) == list(netdev.VLAN_STRIPPING)
+    assert fitness.stripping(strips.ifname) == list(fitness.VLAN_STRIPPING)
 
 
 def test_vlan_stripping_is_put_back_under_another_name(bridge: core.Bridge, strips: Veth) -> None:
@@ -1494,14 +1495,14 @@ def test_vlan_stripping_is_put_back_under_another_name(bridge: core.Bridge, stri
     command("ip", "link", "set", strips.ifname, "name", name)
     try:
         port.close()
-        assert netdev.stripping(name) == list(netdev.VLAN_STRIPPING)
+        assert fitness.stripping(name) == list(fitness.VLAN_STRIPPING)
     finally:
         command("ip", "link", "set", name, "name", strips.ifname)
 
 
 def test_the_features_of_veth_are_left_alone(opened: Netdev, pair: Veth) -> None:
     assert opened.alive
-    assert netdev.stripping(pair.ifname) == list(netdev.VLAN_STRIPPING)
+    assert fitness.stripping(pair.ifname) == list(fitness.VLAN_STRIPPING)
 
 
 TAGGER = b"""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from xdpnet import core, descriptors, netdev
+from xdpnet import core, descriptors, fitness
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.config import MAX_PAIRS, MAX_PORTS
@@ -216,13 +216,13 @@ def _interface(ifname: str) -> Iterator[Check]:
             return f"up, MTU {link.mtu}, in the hands of xdpnet, {holder}"
         if holder:
             raise SetupError(f"interface {ifname}: another's XDP program is attached", f"end {holder}")
-        netdev.check_link(link)
-        if link.mtu > netdev.PLAIN_MTU and not netdev.has_frags():
-            raise netdev.needs_frags(link)
+        fitness.check_link(link)
+        if link.mtu > fitness.PLAIN_MTU and not fitness.has_frags():
+            raise fitness.needs_frags(link)
         return f"up, MTU {link.mtu}, no XDP program"
 
     def queues() -> str:
-        netdev.reserve_queues(link, 0)
+        fitness.reserve_queues(link, 0)
         count = link.rx_queues
         return f"{count} receive queue{'s' * (count != 1)}"
 
@@ -230,11 +230,11 @@ def _interface(ifname: str) -> Iterator[Check]:
     yield _check(f"{ifname} queues", queues)
     native = _check(f"{ifname} native XDP", lambda: _native(link.index, link.mtu), required=False)
     yield native
-    strips, fixed = netdev.stripping(ifname), fixed_features(ifname)
-    if link.kind not in netdev.STRIPPED_BY_PEER and set(strips) - fixed:
+    strips, fixed = fitness.stripping(ifname), fixed_features(ifname)
+    if link.kind not in fitness.STRIPPED_BY_PEER and set(strips) - fixed:
         yield Check(f"{ifname} VLAN tags", True, "left in frames while xdpnet runs", required=False)
     mode = "native" if native.ok else "generic"  # as mode=auto will have it
-    for advice in netdev.advise(link, mode, [name for name in strips if name in fixed]):
+    for advice in fitness.advise(link, mode, [name for name in strips if name in fixed]):
         detail, _, remedy = advice.partition("; ")
         yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
 
@@ -245,9 +245,9 @@ def _native(ifindex: int, mtu: int) -> str:
         return "this kernel does not tell; tried at start"
     if not bits & XDP_ACT_BASIC or not bits & XDP_ACT_REDIRECT:
         raise SetupError("the driver has none", "mode=auto and mode=generic work, slower")
-    if mtu > netdev.PLAIN_MTU and not bits & XDP_ACT_RX_SG:
+    if mtu > fitness.PLAIN_MTU and not bits & XDP_ACT_RX_SG:
         raise SetupError(
             f"the driver has none for MTU {mtu}",
-            f"mode=auto and mode=generic work, slower; or an MTU of {netdev.PLAIN_MTU} or less",
+            f"mode=auto and mode=generic work, slower; or an MTU of {fitness.PLAIN_MTU} or less",
         )
     return "the driver has it"

@@ -81,10 +81,10 @@ def vet(config: Config) -> None:
     for guest in config.guests:
         _access(guest)
     if config.netdevs:
-        from xdpnet import link, netdev
+        from xdpnet import fitness, link
 
         for wanted in config.netdevs:
-            netdev.reserve_queues(link.require_link(wanted.interface), wanted.queues or 0)
+            fitness.reserve_queues(link.require_link(wanted.interface), wanted.queues or 0)
 
 
 class Daemon:
@@ -212,9 +212,9 @@ class Daemon:
         _require_cpus(config.cpus)
         queues = 0
         if config.netdevs:
-            from xdpnet import link, netdev  # they bring bcc and pyroute2, which guests among themselves do not need
+            from xdpnet import fitness, link  # they bring bcc and pyroute2, which guests among themselves do not need
 
-            queues = sum(netdev.reserve_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
+            queues = sum(fitness.reserve_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
         try:
             return core.Bridge(
                 workers=config.worker_count,

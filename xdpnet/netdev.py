@@ -2,8 +2,8 @@
 
 Owns, in this order: the port, the loaded program; and while attached the AF_XDP sockets, the AF_PACKET socket and the
 bpf_link. The link comes last and goes first, so no frame is steered to a socket that is not there; it dies with the
-process, so the host always gets its frames back. Never replaces another's program. None of the host's own addresses on
-the interface is steered to a guest. Reference: kernel Documentation/networking/af_xdp.rst.
+process, so the host always gets its frames back. Never replaces another's program. Reference: kernel
+Documentation/networking/af_xdp.rst.
 
     open() --> attached <--> detached --> close()
                watch(): the interface went, came, changed its MTU, its queues or its addresses
@@ -16,26 +16,31 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from xdpnet import core
+from xdpnet import core, fitness
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
-from xdpnet.group import GroupSocket
-from xdpnet.link import (
-    Link,
-    concerns,
-    features,
-    find_link,
-    host_addresses,
-    kernel_version,
-    require_link,
-    set_features,
+from xdpnet.fitness import (
+    ETH_OVERHEAD,
+    PLAIN_MTU,
+    BusyError,
+    advise,
+    check_link,
+    joins,
+    needs_frags,
+    occupied,
+    reserve_queues,
+    setup_error,
+    stripping,
 )
+from xdpnet.group import GroupSocket
+from xdpnet.link import Link, concerns, features, find_link, require_link, set_features
+from xdpnet.ownership import Addresses
 from xdpnet.ration import RationedLog
 
 log = logging.getLogger(__name__)
@@ -44,10 +49,6 @@ Mode = Literal["auto", "native", "generic"]
 State = Literal["up", "partial", "down", "gone"]  # partial: up, but some of its queues have no socket
 
 XDP_FLAGS: dict[str, int] = {"native": 4, "generic": 2}  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
-ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
-PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (core.netdev_open_queue)
-MAX_MTU = core.MAX_MTU
-FRAGS_KERNEL = (6, 6)  # AF_XDP for frames in several buffers
 # Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
 # (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
 COPYING = frozenset({"veth"})
@@ -56,20 +57,6 @@ COPYING = frozenset({"veth"})
 MAKES_CSUM = "tx-checksum-ip-generic"
 # Queues that come later do not run a native program that is attached already.
 FORGETFUL = frozenset({"veth"})
-# AF_XDP loses a VLAN tag that comes beside the frame: an interface with these features takes it out of the frame ...
-VLAN_STRIPPING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
-# ... but one of these has it as the peer has sent it, whatever its own features say.
-STRIPPED_BY_PEER = frozenset({"veth"})
-# What no frame of a guest comes from, or goes to.
-UNFIT = {
-    "loopback": "its frames come from this host and go to it (a veth pair does that for guests)",
-    "ifb": "it sends frames on only that were redirected to it, and has none for guests",
-}
-# By these the peer of a veth hands over packets in tunnels uncut. Native mode has the kernel cut them.
-TUNNEL_SEGMENTATION = (
-    *("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation", "tx-gre-segmentation", "tx-gre-csum-segmentation"),
-    *("tx-ipxip4-segmentation", "tx-ipxip6-segmentation"),
-)
 RTMGRP_LINK = 1
 NETLINK_KOBJECT_UEVENT = 15
 UEVENTS = 1  # of the kernel, not those that udev passes on
@@ -82,19 +69,6 @@ SETTLE_S = 0.05  # link events come in bursts
 RENEW_PAUSE_S = 5.0  # between changes of guest memory that are followed: each costs a few tens of milliseconds
 RENEW_RETRY_S = 0.005
 PROBE_S = 5.0  # a link that an administrator detached makes no event, nor does a macvlan in another namespace
-
-REMEDIES = {
-    errno.EPERM: "run as root, or with CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF (CAP_SYS_ADMIN before Linux 5.8)",
-    errno.ENOBUFS: "raise the limit of locked memory: ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
-    errno.ENOMEM: "free memory, or open fewer queues",
-    errno.EAFNOSUPPORT: "use a kernel with CONFIG_XDP_SOCKETS",
-    errno.ERANGE: "lower the MTU: native XDP takes at most about 3500 here (on veth: of the peer), or mode=generic",
-    errno.EOPNOTSUPP: "use mode=generic: this driver has no native XDP",
-}
-
-
-class BusyError(SetupError):
-    """Another process has the queue or the XDP hook; a process that just ended may still seem to."""
 
 
 class NotLinkedError(SetupError):
@@ -137,13 +111,7 @@ class Netdev:
         self._group_lost = 0  # of its predecessors
         self._link_fd = -1
         self._mtu = 0
-        self._own: frozenset[bytes] = frozenset()  # the host's addresses on the interface, as found last
-        self._guarded: set[bytes] = set()  # of these, the bridge keeps from guests
-        self._unguarded: set[bytes] = set()  # and what it could not, as was said
-        self._stacked = False  # something may have come onto the interface whose address a guest has
-        self._macs: set[bytes] = set()  # in the program's map
-        self._wanted_macs: frozenset[bytes] = frozenset()
-        self._refused: frozenset[bytes] = frozenset()
+        self.addresses = Addresses(bridge, ifname)
         self._stopped_stripping: dict[str, bool] = {}  # features of _stripper that close() turns on again
         self._stripper = 0  # ifindex
         self._attached = ExitStack()
@@ -164,6 +132,7 @@ class Netdev:
             # 2. The port and the program; both outlive the interface.
             self.port = self._bridge.add_netdev(self.room)
             self._program = loader.load(self.room, MAX_MACS)
+            self.addresses.open(self.port, self._program)
             # 3. The sockets and the link.
             deadline = time.monotonic() + PATIENCE_S
             while True:
@@ -191,8 +160,7 @@ class Netdev:
         if self._program:
             self._program.close()
             self._program = None
-        self._macs.clear()
-        self._guarded.clear()
+        self.addresses.close()
         if self.port >= 0:
             self._bridge.remove_port(self.port)
             self.port = -1
@@ -230,8 +198,8 @@ class Netdev:
             # 3. The AF_PACKET socket for group-addressed frames, and the receive filters.
             group = self._open_group(link)
             undo.callback(group.close)
-            self._claim(host_addresses(link))
-            group.add(self._macs)
+            self.addresses.attach(link, group)
+            undo.callback(self.addresses.detach)
             self._bridge.netdev_set_group_fd(self.port, group.fileno())
             undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
             # 4. From here on frames flow.
@@ -261,7 +229,7 @@ class Netdev:
         drivers restart for it."""
         if link.index != self._stripper:
             self._stripper, self._stopped_stripping = link.index, {}
-        if link.kind in STRIPPED_BY_PEER:
+        if link.kind in fitness.STRIPPED_BY_PEER:
             return
         on = stripping(link.name)
         if on:
@@ -441,69 +409,9 @@ class Netdev:
 
     # ---- addresses and counters ----
 
-    def _look(self, link: Link) -> frozenset[bytes]:
-        """The host's addresses on the interface. What the interface receives for guests is listed with them.
-
-        So an address that a guest had first is the host's too if it stays listed without us. That is tried when there
-        is a reason to: for a card that filters is deaf to guests meanwhile, for a millisecond.
-        """
-        if not self._stacked or self._group is None:
-            return host_addresses(link) - self._macs | {link.address}
-        self._group.drop(self._macs)
-        try:
-            found = host_addresses(link)
-            self._stacked = False
-            return found
-        finally:
-            self._group.add(self._macs)
-
-    def _claim(self, own: frozenset[bytes]) -> None:
-        """The host's own addresses are no guest's to use: neither does the bridge let one, nor are they steered."""
-        for mac in self._guarded - own:
-            self._bridge.netdev_remove_mac(self.port, mac)
-            self._guarded.discard(mac)
-        self._unguarded &= own
-        for mac in sorted(own - self._guarded):
-            try:
-                self._bridge.netdev_add_mac(self.port, mac)
-                self._guarded.add(mac)
-                self._unguarded.discard(mac)
-            except OSError as error:
-                # EEXIST: of another interface too, as those of a bond have it; or of a guest, which sync_macs() says.
-                if mac not in self._unguarded and error.errno != errno.EEXIST:
-                    log.warning("%s: the host's address %s is not kept from guests: %s", self.name, mac.hex(":"), error)
-                self._unguarded.add(mac)
-        if own != self._own:
-            self._own = own
-            self.sync_macs(self._wanted_macs)
-
     def sync_macs(self, macs: Iterable[bytes]) -> None:
         """Steer exactly these unicast addresses to the guests; remembered while the interface is away."""
-        self._wanted_macs = frozenset(macs)
-        if self._program is None:
-            return
-        wanted = {mac for mac in self._wanted_macs if len(mac) == 6 and not mac[0] & 1 and any(mac)}
-        refused = self._wanted_macs & self._own
-        for mac in refused - self._refused:
-            self._log.warning("a guest uses %s, the host's own address; its frames stay the host's", mac.hex(":"))
-        self._refused = refused
-        wanted -= refused
-        kept = self._macs & wanted
-        added = sorted(wanted - kept)
-        room = self._program.max_macs - len(kept)
-        if len(added) > room:
-            self._log.warning("%d guest addresses more than the program holds", len(added) - room)
-            del added[room:]
-        removed = self._macs - kept
-        for mac in removed:
-            core.bpf_map_delete(self._program.macs_fd, mac_key(mac))
-            self._macs.discard(mac)
-        for mac in added:
-            core.bpf_map_update(self._program.macs_fd, mac_key(mac), struct.pack("=I", 1))
-            self._macs.add(mac)
-        if self._group:
-            self._group.drop(removed)
-            self._group.add(added)
+        self.addresses.sync(macs)
 
     def verdicts(self) -> dict[str, int]:
         """What the program did with frames, by verdict; never runs backwards while the port lives."""
@@ -580,7 +488,7 @@ class Netdev:
     def _drain(self, events: socket.socket) -> None:
         self._wake.set()
         for message in received(events):
-            self._stacked |= message is None or concerns(message, self.ifindex)
+            self.addresses.stacked |= message is None or concerns(message, self.ifindex)
 
     def _drain_uevents(self, events: socket.socket) -> None:
         """rtnetlink does not tell of queues."""
@@ -664,7 +572,7 @@ class Netdev:
 
     def _follow_addresses(self, link: Link) -> None:
         try:
-            self._claim(self._look(link))
+            self.addresses.follow(link)
         except SetupError as error:  # the question failed, as where the interface goes: those that were found stay
             log.warning("%s", error)
         except OSError as error:
@@ -690,135 +598,6 @@ def received(events: socket.socket) -> Iterator[bytes | None]:
             if error.errno != errno.ENOBUFS:
                 raise
             yield None
-
-
-def reserve_queues(link: Link, wanted: int) -> int:
-    """How many AF_XDP sockets to have room for: a socket gets the frames of its own queue only, and queues may come."""
-    if wanted > link.max_rx_queues:
-        raise SetupError(
-            f"interface {link.name}: {wanted} queues asked for, it can have {link.max_rx_queues}",
-            f"queues={link.max_rx_queues} (or less)",
-        )
-    if (wanted or link.rx_queues) > core.MAX_NETDEV_QUEUES:
-        raise SetupError(
-            f"interface {link.name}: {wanted or link.rx_queues} queues, at most {core.MAX_NETDEV_QUEUES} are possible",
-            f"ethtool -L {link.name} combined {core.MAX_NETDEV_QUEUES} (veth: rx {core.MAX_NETDEV_QUEUES})",
-        )
-    return wanted or min(link.max_rx_queues, core.MAX_NETDEV_QUEUES)
-
-
-def check_link(link: Link) -> None:
-    """SetupError unless AF_XDP sockets and a program can be put on it now."""
-    if len(link.address) != 6:
-        raise SetupError(f"interface {link.name}: not an Ethernet device", "choose one with a MAC address")
-    if link.kind in UNFIT:
-        raise SetupError(f"interface {link.name}: {UNFIT[link.kind]}", "choose another")
-    if link.mode in ("bridge", "private", "vepa"):
-        raise SetupError(
-            f"interface {link.name}: a {link.kind} in {link.mode} mode gets frames for its own address alone",
-            f"make it with mode passthru, or take the interface that it is on ({link.peer or 'ip -d link'})",
-        )
-    if link.xdp_id:
-        raise occupied(link)
-    if not link.up:
-        raise SetupError(f"interface {link.name}: down", f"ip link set dev {link.name} up")
-    if link.mtu > MAX_MTU:
-        raise SetupError(
-            f"interface {link.name}: MTU {link.mtu} is above {MAX_MTU}, the most that is supported",
-            f"ip link set dev {link.name} mtu {MAX_MTU} (or less)",
-        )
-
-
-def advise(link: Link, mode: str, strips: Collection[str], tells: bool = True) -> list[str]:
-    """What works, but not as somebody may expect; with the remedy.
-
-    strips: of VLAN_STRIPPING, what stays on; tells: in generic mode it is known which frames are several in one.
-    """
-    name, advice = link.name, []
-    if link.kind in STRIPPED_BY_PEER:
-        if not link.peer or features(link.peer).get("tx-vlan-hw-insert"):
-            advice.append(
-                f"interface {name}: VLAN tags that its peer sends beside the frame are lost by AF_XDP; "
-                f"ethtool -K {link.peer or 'PEER'} txvlan off, unless nobody uses tags"
-            )
-    elif strips:
-        off = " ".join(f"{feature} off" for feature in strips)
-        advice.append(
-            f"interface {name}: it takes VLAN tags out of received frames, and AF_XDP loses them; "
-            f"ethtool -K {name} {off}, or another interface, unless nobody uses tags"
-        )
-    if mode == "generic":
-        advice += advise_joined(link, tells)
-    return advice
-
-
-def advise_joined(link: Link, tells: bool) -> list[str]:
-    """Of frames that generic mode sees: joined by the kernel (GRO), or not cut by the peer of a veth (TSO)."""
-    name, peer = link.name, link.peer or "PEER"
-    veth, joins = link.kind in STRIPPED_BY_PEER, features(name).get("rx-gro", False)
-    uncut = not link.peer or any(features(peer).get(each) for each in TUNNEL_SEGMENTATION)
-    drops = "those in tunnels are dropped" if has_frags() else "AF_XDP drops them"
-    advice = []
-    if joins:
-        advice.append(
-            f"interface {name}: generic mode sees the large frames that GRO makes, and {drops}; "
-            f"ethtool -K {name} gro off"
-        )
-    if veth and uncut:
-        off = " ".join(f"{each} off" for each in TUNNEL_SEGMENTATION)
-        advice.append(
-            f"interface {name}: generic mode sees the large frames that its peer does not cut, and {drops}; "
-            f"mode=native, or, if anybody uses tunnels, ethtool -K {peer} {off}"
-        )
-    if not tells:
-        remedy = f"ethtool -K {peer} tx-udp-segmentation off" if veth else "mode=native"
-        advice.append(
-            f"interface {name}: this kernel does not let generic mode know which datagrams are several in one "
-            f"(UDP_SEGMENT, rx-udp-gro-forwarding): they reach guests as one, or are dropped; CAP_PERFMON and BTF "
-            f"(/sys/kernel/btf/vmlinux), or {remedy}"
-        )
-    return advice
-
-
-def stripping(ifname: str) -> list[str]:
-    """Features, turned on now, by which the interface takes VLAN tags out of received frames."""
-    have = features(ifname)
-    return [name for name in VLAN_STRIPPING if have.get(name)]
-
-
-def has_frags() -> bool:
-    """Whether this kernel's AF_XDP has frames in several buffers."""
-    return kernel_version() >= FRAGS_KERNEL
-
-
-def joins(mode: str) -> bool:
-    """Whether sockets may get several frames in one, as the kernel has joined them."""
-    return mode == "generic" and has_frags()
-
-
-def needs_frags(link: Link) -> SetupError:
-    """The kernel, or the driver, has no frames in several buffers."""
-    return SetupError(
-        f"interface {link.name}: MTU {link.mtu}, and no AF_XDP for frames above {core.MAX_PLAIN_FRAME} bytes",
-        f"ip link set dev {link.name} mtu {PLAIN_MTU} (or less), or boot Linux 6.6 or later",
-    )
-
-
-def occupied(link: Link) -> BusyError:
-    return BusyError(
-        f"interface {link.name}: XDP program {link.xdp_id} ({link.xdp_mode or 'just gone'}) is attached already",
-        f"if nobody needs it, end its owner (bpftool link show names it), or, where it was attached by ip, "
-        f"ip link set dev {link.name} {link.xdp_mode or 'xdp'} off",
-    )
-
-
-def setup_error(what: str, error: OSError) -> SetupError:
-    number = error.errno or 0
-    return SetupError(f"{what}: {os.strerror(number) if number else error}", REMEDIES.get(number, ""))
-
-
-def mac_key(mac: bytes) -> bytes:
-    return mac + b"\0\0"  # struct mac_key
 
 
 def possible_cpus() -> int:
