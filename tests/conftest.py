@@ -41,8 +41,10 @@ def size(text: str) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's job in the background, and all that it starts
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A job in the background, or under nohup, ignores them, and so would all that it starts.
+    for number, usual in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     if path := config.getoption("--core"):
         load_core(path)
     if path := config.getoption("--expected-skips"):
