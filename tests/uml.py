@@ -4,7 +4,6 @@ Debian 12's needs two things: PTRACE_GETREGSET refused, see native/without_getre
 wider registers, which it does not switch. Its memory is a file in TMPDIR, which has to be on tmpfs.
 """
 
-import os
 import platform
 import socket
 import time
@@ -50,7 +49,8 @@ class UserModeGuest(Guest):
         wrapper = str(compile_program("without_getregset", self.directory))
         command = ["env", "TMPDIR=/dev/shm", TUNABLES, wrapper, str(self.kernel.image), f"mem={self.memory_mib}M"]
         command += [f"initrd={self.initrd}", f"virtio_uml.device={self.cards[0].socket}:{VIRTIO_NET}", TUNABLES]
-        return [*command, f"umid={self.name}-{os.getpid()}", "con=null", "con0=null,fd:1", "ssl=null", *self.options]
+        command += [f"uml_dir={self.directory}/", f"umid={self.name}", "con=null", "con0=null,fd:1", "ssl=null"]
+        return [*command, *self.options]
 
     def start(self, patience: float = BOOT_PATIENCE) -> "UserModeGuest":
         with ExitStack() as failed:
