@@ -11,7 +11,7 @@ import pytest
 
 from tests.driver import Driver
 from tests.guests import BROADCAST, frame, mac
-from tests.rings import VERSION_1, eventually
+from tests.rings import VERSION_1, Buffer, eventually
 from tests.waiting import PATIENCE_S
 from xdpnet import core
 from xdpnet.reports import SETTLE_S, Reports
@@ -236,3 +236,38 @@ def test_what_a_report_of_broken_rings_costs_is_what_broke(
     caplog.set_level(logging.WARNING)
     broken_rings((1,))
     assert len(caplog.messages) == 1
+
+
+def test_a_guest_whose_memory_moves_is_told_of_once_and_the_interfaces_look(caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever the daemon meets the new pages: here it passes a frame to another guest."""
+    caplog.set_level(logging.WARNING)
+    looks: list[int] = []
+
+    async def run() -> None:
+        with contextlib.ExitStack() as stack:
+            bridge = stack.enter_context(core.Bridge(netdev_queues=1, frames_per_queue=256, zerocopy="on"))
+            bridge.start()
+            still, moves = (stack.enter_context(contextlib.closing(Driver(bridge).start())) for _ in range(2))
+            bridge.events()
+            interface = Interface()
+            interface.memory_changed = lambda: looks.append(1)  # type: ignore[attr-defined]
+            names = {still.port: "still", moves.port: "moves"}
+            reports = Reports(bridge, names, {"eth1": interface}, lambda _: None)
+            stack.callback(reports.close)
+            page = moves.memory.reserve(4096, 4096)
+            still.pair.fill()
+            for guest in (still, moves):
+                guest.pair.send(frame(BROADCAST, mac(1)))
+            await asyncio.sleep(SETTLE_S)
+            assert caplog.messages == []
+            moves.memory.give_up(page, 4096)
+            moves.memory.write(page, bytes(12) + frame(BROADCAST, mac(2)))
+            moves.pair.tx.add([Buffer(page, 12 + 60)], writable=False, owned=False)
+            moves.pair.tx.kick()
+            moves.pair.send(frame(BROADCAST, mac(3)))
+            await settle(lambda: bool(caplog.messages and looks))
+            assert eventually(lambda: still.pair.frames()[-1:] == [frame(BROADCAST, mac(3))])
+
+    asyncio.run(run())
+    (line,) = caplog.messages
+    assert line.startswith("guest moves: some of its memory was given up and taken back")
