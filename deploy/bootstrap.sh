@@ -19,7 +19,7 @@ readonly GUEST=(busybox-static ethtool iperf3 procps qemu-system-x86)
 readonly TEST=(bpftool dpdk-dev strace user-mode-linux)
 readonly BENCH=(sockperf)
 readonly FUZZ=(clang llvm)
-readonly JOBS=4 # tests of the core at once: they wait more than they work
+readonly CORE_JOBS=4 GUEST_JOBS=2 # tests at once, of the core and of all else: they wait more than they work
 readonly NEWER=trixie # and its backports: see newer_guest
 
 say() {
@@ -212,7 +212,7 @@ sanitized_tests() {
 	preload=$(gcc -print-file-name=libasan.so)
 	# SIGBUS is the core's own business; the interpreter's leaks are not ours.
 	ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:allow_user_segv_handler=1 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core -n "$JOBS" \
+		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core -n "$CORE_JOBS" \
 		--core=build/asan/xdpnet/_core.abi3.so </dev/null
 }
 
@@ -263,8 +263,8 @@ main() {
 		sanitized_tests
 		fuzz 2
 		say "every test"
-		every_test -m core -n "$JOBS"
-		every_test -m "not core"
+		every_test -m core -n "$CORE_JOBS"
+		every_test -m "not core" -n "$GUEST_JOBS" --dist loadfile
 		;;
 	fuzz)
 		fuzz_packages
