@@ -454,6 +454,30 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
         assert wire.receive() == frame(SECOND, GUEST)
 
 
+def test_47_what_is_for_a_router_on_many_vlans_of_the_wire_reaches_no_other_guest(
+    opened: Netdev, pair: Veth, bridge: core.Bridge
+) -> None:
+    def tagged(destination: bytes, source: bytes, vlan: int) -> bytes:
+        return destination + source + b"\x81\0" + vlan.to_bytes(2, "big") + PAYLOAD
+
+    with contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
+        other = Driver(bridge).start()
+        bridge.set_mac(guest.port, GUEST, True)
+        opened.sync_macs([GUEST])
+        guest.pair.fill()
+        other.pair.fill()
+        for vlan in range(1, 33):
+            wire.send(tagged(GUEST, STRANGER, vlan))
+            assert guest.pair.frames() == [tagged(GUEST, STRANGER, vlan)]
+            guest.pair.fill()
+        for vlan in range(1, 33):
+            guest.pair.send_all([tagged(STRANGER, GUEST, vlan)])
+            assert bridge.queue_stats(opened.port, 0, core.TX).packets == vlan
+        assert bridge.queue_stats(guest.port, 0, core.TX).copies == 0
+        assert other.pair.packets() == []
+        other.close()
+
+
 @pytest.fixture
 def held_bridge() -> Iterator[core.Bridge]:
     core.time_hold()
