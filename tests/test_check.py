@@ -278,6 +278,7 @@ def test_a_bridge_has_the_advice_that_run_gives(pair: Veth) -> None:
         (errno.EACCES, "usermod -aG kvm"),
         (errno.EPERM, "a container has to be given it"),
         (errno.ENOENT, "firmware"),
+        (errno.ENOENT, "a container has to be given it"),
         (errno.ENODEV, "modprobe"),
     ],
 )

@@ -199,7 +199,7 @@ def _kvm() -> str:
 def _kvm_remedy(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"run QEMU as a member of the group of {KVM} (usermod -aG kvm USER); a container has to be given it"
-    return "switch on virtualization in the firmware, or modprobe kvm_intel or kvm_amd"
+    return "switch on virtualization in the firmware, or modprobe kvm_intel or kvm_amd; a container has to be given it"
 
 
 def _interface(ifname: str) -> Iterator[Check]:
