@@ -174,7 +174,6 @@ def _guest_memory() -> str:
     )
 
 
-@cache
 def _kvm() -> str:
     """Opened, and tried with a guest, for it may be there and yet not run a whole kernel."""
     try:
@@ -182,10 +181,7 @@ def _kvm() -> str:
     except OSError as error:
         raise SetupError(f"{KVM}: {error.strerror}; {EMULATES}", _kvm_remedy(error)) from error
     try:
-        kernel = initramfs.find_kernel()
-        with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
-            initrd = initramfs.build(kernel, Path(directory) / "initramfs", programs=())
-            accelerator = best_accelerator(kernel, initrd, Path(directory), KVM_PATIENCE_S)
+        accelerator = _accelerator()
     except SetupError as error:
         return f"{KVM} opened; no guest was booted: {error}"
     if accelerator != "kvm":
@@ -194,6 +190,15 @@ def _kvm() -> str:
             "run guests as deploy/qemu.sh does with ACCEL=tcg, or libvirt's with deploy/libvirt-emulated.xml",
         )
     return f"{KVM} boots a guest"
+
+
+@cache
+def _accelerator() -> str:
+    """As demo finds it; tried once."""
+    kernel = initramfs.find_kernel()
+    with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
+        initrd = initramfs.build(kernel, Path(directory) / "initramfs", programs=())
+        return best_accelerator(kernel, initrd, Path(directory), KVM_PATIENCE_S)
 
 
 def _kvm_remedy(error: OSError) -> str:
