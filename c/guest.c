@@ -471,14 +471,15 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	 * So a ring tells itself where it stands, and better than a frontend whose backend was restarted meanwhile: the
 	 * new one could only answer 0, and of a packed ring QEMU keeps no index of its own.
 	 */
-	struct cursor base = packed ? cursor_of((u16)config->base) : (struct cursor){(u16)config->base, 0};
+	struct cursor told = packed ? cursor_of((u16)config->base) : (struct cursor){(u16)config->base, 0};
+	struct cursor found = told;
 	bool tells = true;
 
 	if (packed)
-		tells = packed_find(q, base, &base);
+		tells = packed_find(q, told, &found);
 	else
-		base.pos = g_load16(&q->split.used->idx);
-	q->next = q->used = base;
+		found.pos = g_load16(&q->split.used->idx);
+	q->next = q->used = found;
 	q->avail_idx = q->next.pos;
 	q->unchecked = 0;
 	q->signalled_valid = false;
@@ -509,6 +510,9 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source, port);
 	if (r)
 		stop_ring(q);
+	/* What our predecessor handed back it may have had no time to tell of. */
+	else if (!cursor_is(found, told))
+		bridge_call(b, q->call_fd);
 out:
 	guest_settle(q->port);
 	guests_settle_lending(b);

@@ -118,6 +118,25 @@ def test_a_receive_ring_goes_on_where_it_was_left(
     assert b.pair.frames(buffers) == sent
 
 
+@both_layouts
+@pytest.mark.parametrize("index", [core.RX, core.TX], ids=["rx", "tx"])
+def test_a_guest_is_woken_for_what_was_handed_back_before(bridge: core.Bridge, guests: MakeGuest, index: int) -> None:
+    """Its daemon may have been killed before it told of it; one that has only been asked where it stands has told."""
+    a, b = guests(bridge), guests(bridge)
+    b.pair.fill()
+    driver = (b, a)[index]
+    a.pair.send(frame(BROADCAST, mac(1)))
+    assert a.pair.wait_sent()
+    assert b.pair.frames() == [frame(BROADCAST, mac(1))]
+    ring = driver.pair.tx if index else driver.pair.rx
+    for told, calls in (ring.base(), 0), (0, 1):
+        bridge.ring_stop(driver.port, index)
+        ring.want_no_call()
+        ring.calls()
+        bridge.ring_start(driver.port, index, ring.config(told))
+        assert ring.calls() == calls
+
+
 @pytest.mark.parametrize("num", [1, 7, 256])
 @pytest.mark.parametrize("posted", [0, 1, 6, 7, 256])
 def test_a_ring_that_nobody_has_used_yet_is_at_its_beginning(
