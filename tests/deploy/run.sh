@@ -11,10 +11,13 @@ cd "$(dirname "$(readlink -f "$0")")/../.."
 
 say() { printf '==> %s\n' "$*"; }
 
+leader() { pgrep -P "$BOOTED" | head -n 1 || true; }
+
 inside() { "${NSPAWN[@]}" --setenv=DEBIAN_FRONTEND=noninteractive --pipe "$@" </dev/null; }
 
 finish() {
-	[ -z "${BOOTED:-}" ] || kill -KILL "$BOOTED" 2>/dev/null || true
+	# Its first process, and with that all that it runs; systemd-nspawn alone would leave them to themselves.
+	[ -z "${BOOTED:-}" ] || kill -KILL $(leader) "$BOOTED" 2>/dev/null || true
 	if [ -n "${KEEP:-}" ]; then
 		say "kept: $DIRECTORY"
 	else
@@ -54,7 +57,6 @@ say "booting it"
 "${NSPAWN[@]}" --private-network --capability=all --system-call-filter=bpf --console=pipe --boot \
 	>"$DIRECTORY/console.log" 2>&1 </dev/null &
 BOOTED=$!
-leader() { pgrep -P "$BOOTED" | head -n 1 || true; }
 until [ -n "$(leader)" ] && [ -S "/proc/$(leader)/root/run/systemd/private" ]; do
 	kill -0 "$BOOTED" || {
 		cat "$DIRECTORY/console.log"
