@@ -135,8 +135,8 @@ static struct cursor find_driver(const struct virtqueue *q)
 	const u16 avail = 1u << VRING_PACKED_DESC_F_AVAIL;
 	u16 first = g_load16(&q->packed.desc[0].flags) & avail, pos = 1;
 
-	/* All of one lap; or at the first descriptor, which comes last, of a chain there. */
-	if ((g_load16(&q->packed.desc[q->num - 1].flags) & avail) == first)
+	/* All of one lap; or at the first descriptor, which comes last, of a chain there. What is one is not read twice. */
+	if (q->num == 1 || (g_load16(&q->packed.desc[q->num - 1].flags) & avail) == first)
 		return (struct cursor){0, !first};
 	while (pos < q->num - 1u && (g_load16(&q->packed.desc[pos].flags) & avail) == first)
 		pos++;
