@@ -256,7 +256,7 @@ def test_a_program_that_ip_attached_goes_by_the_command_that_is_proposed(pair: V
 
 @needs_root
 @pytest.mark.net
-def test_a_bridge_has_the_advice_that_run_gives(pair: Veth) -> None:
+def test_a_bridge_has_the_advice_that_run_gives(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = f"xdpn{os.getpid()}br"
     command("ip", "link", "add", bridge, "up", "type", "bridge")
     try:
@@ -266,6 +266,10 @@ def test_a_bridge_has_the_advice_that_run_gives(pair: Veth) -> None:
         if lines[f"{bridge} native XDP"].ok:
             pytest.skip("this kernel does not tell that a bridge has no native XDP: netdev-genl came with Linux 6.3")
         assert "gro off" in lines[f"{bridge} offloads"].remedy
+        with monkeypatch.context() as blind:
+            blind.setattr(loader, "tells", dict)
+            said = [line.detail for line in run_checks([bridge]) if line.name == f"{bridge} offloads"]
+        assert any("which datagrams are several in one" in detail for detail in said)
         command("ethtool", "-K", bridge, "gro", "off")
         assert f"{bridge} offloads" not in by_name(run_checks([bridge]))
     finally:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from xdpnet import core, descriptors, fitness
+from xdpnet.bpf import loader
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
 from xdpnet.config import MAX_PAIRS, MAX_PORTS
@@ -39,7 +40,7 @@ KVM_PATIENCE_S = 6.0  # a second or two is usual
 EMULATES = "QEMU can but emulate, slowly"
 QUEUE_MEMORY = 16 << 20  # locked for a queue: 4096 frames of 4 KiB
 
-CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_BPF = 12, 13, 14, 21, 39
+CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 13, 14, 21, 38, 39
 
 
 @dataclass(frozen=True)
@@ -239,9 +240,15 @@ def _interface(ifname: str) -> Iterator[Check]:
     if link.kind not in fitness.STRIPPED_BY_PEER and set(strips) - fixed:
         yield Check(f"{ifname} VLAN tags", True, "left in frames while xdpnet runs", required=False)
     mode = "native" if native.ok else "generic"  # as mode=auto will have it
-    for advice in fitness.advise(link, mode, [name for name in strips if name in fixed]):
+    for advice in fitness.advise(link, mode, [name for name in strips if name in fixed], _tells()):
         detail, _, remedy = advice.partition("; ")
         yield Check(f"{ifname} offloads", False, detail, remedy, required=False)
+
+
+def _tells() -> bool:
+    """Whether generic mode will know which frames are several in one."""
+    may = _effective_capabilities() & (1 << CAP_PERFMON | 1 << CAP_SYS_ADMIN)
+    return bool(may and loader.tells())
 
 
 def _native(ifindex: int, mtu: int) -> str:
