@@ -212,7 +212,7 @@ sanitized_tests() {
 	preload=$(gcc -print-file-name=libasan.so)
 	# SIGBUS is the core's own business; the interpreter's leaks are not ours.
 	ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:allow_user_segv_handler=1 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core -n "$CORE_JOBS" \
+		LD_PRELOAD=$preload "$VENV/bin/python" -m pytest -q -m core -n "$CORE_JOBS" --dist worksteal \
 		--core=build/asan/xdpnet/_core.abi3.so </dev/null
 }
 
@@ -263,7 +263,7 @@ main() {
 		sanitized_tests
 		fuzz 2
 		say "every test"
-		every_test -m core -n "$CORE_JOBS"
+		every_test -m core -n "$CORE_JOBS" --dist worksteal
 		every_test -m "not core" -n "$GUEST_JOBS" --dist loadfile
 		;;
 	fuzz)
