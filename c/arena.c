@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "mem.h"
+#include "staging.h"
 
 enum {
 	/* A multiple of every size of huge pages. */
@@ -142,15 +143,16 @@ bool arena_wants(const struct arena *a, bool huge)
 	return a->zerocopy == XN_ZEROCOPY_ON || (a->zerocopy == XN_ZEROCOPY_AUTO && huge);
 }
 
-/* The first gap that has room; its address, and the window that it is in front of. */
-static u8 *find_gap(const struct arena *a, u64 length, u64 page, u32 *at)
+/* The first gap that has room for what begins there in its file; its address, and the window that it is in front of. */
+static u8 *find_gap(const struct arena *a, u64 length, u64 start, u64 page, u32 *at)
 {
+	const u64 alignment = staging_alignment(page);
 	u8 *from = a->base + arena_private(a);
 
 	for (u32 i = 0;; i++) {
 		const u8 *end = i < a->windows_n ? a->windows[i]->base : a->base + a->length;
 
-		from += -(uintptr_t)from % page;
+		from += (start - (uintptr_t)from) % alignment;
 		if (from <= end && length <= (u64)(end - from)) {
 			*at = i;
 			return from;
@@ -161,56 +163,66 @@ static u8 *find_gap(const struct arena *a, u64 length, u64 page, u32 *at)
 	}
 }
 
-/*
- * Whether every page of the file is there, as far as one number tells (SEEK_HOLE knows none on hugetlbfs): pinning takes
- * the others from the host, and they would be charged to us.
- */
-static bool is_whole(int fd)
+bool arena_is_whole(int fd)
 {
 	struct stat st;
 
 	return !fstat(fd, &st) && st.st_blocks >= st.st_size / STAT_BLOCK + !!(st.st_size % STAT_BLOCK);
 }
 
-int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page)
+static bool has_room(struct arena *a)
+{
+	u32 room = a->windows_room ? 2 * a->windows_room : 16;
+
+	if (a->windows_n < a->windows_room)
+		return true;
+	struct mapping **more = realloc(a->windows, room * sizeof(*more));
+
+	if (!more)
+		return false;
+	a->windows = more;
+	a->windows_room = room;
+	return true;
+}
+
+/* Pages are found at once; one that is punched meanwhile, and cannot be had again, must not be missed later. */
+static bool map_window(struct arena *a, u8 *base, u64 length, int fd, u64 offset)
+{
+	const int flags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED;
+
+	return mmap(base, length, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset) != MAP_FAILED &&
+	       !madvise(base, length, MADV_POPULATE_WRITE) && !watch(a->watch, base, length);
+}
+
+int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page, u8 **staged)
 {
 	u32 at;
 
-	if (!is_whole(fd))
+	if (!arena_is_whole(fd))
 		return -ENOSPC;
-	if (a->windows_n == a->windows_room) {
-		u32 room = a->windows_room ? 2 * a->windows_room : 16;
-		struct mapping **more = realloc(a->windows, room * sizeof(*more));
-
-		if (!more)
-			return -ENOMEM;
-		a->windows = more;
-		a->windows_room = room;
-	}
-	u8 *base = find_gap(a, map->length, page, &at);
+	if (!has_room(a))
+		return -ENOMEM;
+	u8 *base = find_gap(a, map->length, offset, page, &at);
 
 	if (!base)
 		return -ENOSPC;
-	if (mmap(base, map->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd,
-		 (off_t)offset) == MAP_FAILED) {
-		int r = -errno;
-
-		/* A mapping that fails may have unmapped what was there. */
-		give_back(a, base, map->length);
-		return r;
-	}
-	/* They are found at once; one that was punched meanwhile, and cannot be had again, must not be missed later. */
-	if (madvise(base, map->length, MADV_POPULATE_WRITE) < 0 || watch(a->watch, base, map->length) < 0) {
-		give_back(a, base, map->length);
-		return -ENOSPC;
-	}
 	/* To map it elsewhere, should it move. */
 	map->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	if (map->fd < 0) {
-		int r = -errno;
+	if (map->fd < 0)
+		return -errno;
+	bool there;
 
+	if (*staged && staging_move(*staged, map->length, offset, base)) {
+		*staged = NULL;
+		there = !watch(a->watch, base, map->length);
+	} else {
+		there = !*staged && map_window(a, base, map->length, fd, offset);
+	}
+	if (!there) {
+		/* What failed may have unmapped what was there. */
 		give_back(a, base, map->length);
-		return r;
+		close(map->fd);
+		return -ENOSPC;
 	}
 	map->offset = offset;
 	memmove(&a->windows[at + 1], &a->windows[at], (a->windows_n - at) * sizeof(*a->windows));
@@ -222,7 +234,7 @@ int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page
 	return 0;
 }
 
-void arena_unmap(struct arena *a, struct mapping *map)
+u8 *arena_unmap(struct arena *a, struct mapping *map)
 {
 	u32 at = 0;
 
@@ -230,9 +242,13 @@ void arena_unmap(struct arena *a, struct mapping *map)
 		at++;
 	a->windows_n--;
 	memmove(&a->windows[at], &a->windows[at + 1], (a->windows_n - at) * sizeof(*a->windows));
+	/* hugetlbfs cannot, and has few pages. */
+	u8 *moved = map->huge ? NULL : staging_move(map->base, map->length, map->offset, NULL);
+
 	give_back(a, map->base, map->length);
 	close(map->fd);
 	a->changes++;
+	return moved;
 }
 
 u64 arena_umem(const struct arena *a, bool windows)

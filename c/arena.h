@@ -54,9 +54,18 @@ void arena_release(struct arena *a);
 
 /* Whether memory of this kind has its place in a window. */
 bool arena_wants(const struct arena *a, bool huge);
-/* Maps the file into a window and fills base and length; -ENOSPC: no room, or a sparse file: map it elsewhere. */
-int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page);
-void arena_unmap(struct arena *a, struct mapping *map);
+/*
+ * Whether every page of the file is there, as far as one number tells (SEEK_HOLE knows none on hugetlbfs): pinning takes
+ * the others from the host, and they would be charged to us.
+ */
+bool arena_is_whole(int fd);
+/*
+ * Maps the file into a window, or moves its pages there from *staged, which is NULL then, and fills base and arena; -ENOSPC:
+ * no room, or a sparse file: map it elsewhere, or leave it at *staged, if that is not NULL.
+ */
+int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page, u8 **staged);
+/* The mapping is a window no more; where it is now, to be unmapped, or NULL: nowhere. */
+u8 *arena_unmap(struct arena *a, struct mapping *map);
 
 /* From the SIGBUS handler: the window is watched no more; whether the page at `fault` is there now. */
 bool arena_unwatch(int watch, u8 *base, u64 length, u8 *fault);

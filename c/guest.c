@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "bridge.h"
+#include "staging.h"
 #include "vnet.h"
 
 enum {
@@ -245,23 +246,33 @@ void guest_release(struct port *p)
 	*g = (struct guest){0};
 }
 
+int xn_guest_stages(struct xn_bridge *b, uint32_t port, const struct xn_region *region)
+{
+	const struct port *p = bridge_port(b, port, PORT_GUEST);
+	const struct arena *a = p ? arena_of(p) : NULL;
+	struct extent e;
+
+	if (!p)
+		return -ENOENT;
+	return a && !staging_extent(region, &e) && arena_wants(a, e.huge) && arena_is_whole(region->fd);
+}
+
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n)
 {
 	struct port *p = bridge_port(b, port, PORT_GUEST);
 
-	if (!p)
-		return -ENOENT;
-	struct mem *m = mem_new();
+	struct mem *m = p ? mem_new() : NULL;
+	int r = m ? 0 : p ? -ENOMEM : -ENOENT;
 
-	if (!m)
-		return -ENOMEM;
 	for (u32 i = 0; i < n; i++) {
-		int r = mem_add(m, &regions[i], &p->guest.alarms, arena_of(p));
-
-		if (r < 0) {
-			mem_free(m);
-			return r;
-		}
+		if (r < 0)
+			mem_drop_staged(&regions[i]);
+		else
+			r = mem_add(m, &regions[i], &p->guest.alarms, arena_of(p));
+	}
+	if (r < 0) {
+		mem_free(m);
+		return r;
 	}
 	swap_memory(p, m, true);
 	return 0;
@@ -271,12 +282,12 @@ int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_regi
 {
 	struct port *p = bridge_port(b, port, PORT_GUEST);
 
-	if (!p)
-		return -ENOENT;
-	struct mem *m = mem_clone(p->guest.mem);
+	struct mem *m = p ? mem_clone(p->guest.mem) : NULL;
 
-	if (!m)
-		return -ENOMEM;
+	if (!m) {
+		mem_drop_staged(region);
+		return p ? -ENOMEM : -ENOENT;
+	}
 	int r = mem_add(m, region, &p->guest.alarms, arena_of(p));
 
 	if (r < 0) {

@@ -1,13 +1,12 @@
 #define _GNU_SOURCE
 #include "mem.h"
 
-#include <linux/magic.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
+
+#include "staging.h"
 
 /*
  * Every live mapping, for the SIGBUS handler. The control thread fills and empties slots; a handler on another thread
@@ -86,52 +85,52 @@ static void guard_remove(const u8 *base)
 			__atomic_store_n(&guards[i].base, NULL, __ATOMIC_RELEASE);
 }
 
-static int map_file(struct mapping *map, int fd, u64 start, u64 page, struct arena *arena)
+/* Uses up what the region has staged. */
+static int map_file(struct mapping *map, const struct xn_region *region, const struct extent *e, struct arena *arena)
 {
-	if (arena && arena_wants(arena, map->huge)) {
-		int r = arena_map(arena, map, fd, start, page);
+	u8 *staged = (u8 *)(uintptr_t)region->staged.base;
 
-		if (r != -ENOSPC)
+	/* What could not be filled holds nothing to lend. */
+	if (arena && arena_wants(arena, e->huge) && (!staged || region->filled)) {
+		int r = arena_map(arena, map, region->fd, e->start, e->page, &staged);
+
+		if (r != -ENOSPC) {
+			if (r < 0)
+				mem_drop_staged(region);
 			return r;
+		}
 	}
-	map->base = mmap(NULL, map->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)start);
-	return map->base == MAP_FAILED ? -errno : 0;
+	map->base = staged ? staged : staging_map(e, region->fd);
+	return map->base ? 0 : -errno;
 }
 
 static void unmap_file(struct mapping *map)
 {
-	if (map->arena)
-		arena_unmap(map->arena, map);
-	else
-		munmap(map->base, map->length);
+	u8 *base = map->arena ? arena_unmap(map->arena, map) : map->base;
+
+	if (base)
+		staging_unmap(base, map->length, map->huge);
 }
 
 static int mapping_new(struct mapping **out, const struct xn_region *region, u8 **host, struct mem_alarms *alarms,
 		       struct arena *arena)
 {
-	struct stat st;
-	struct statfs fs;
+	struct extent e;
+	int r = staging_extent(region, &e);
 
-	if (fstat(region->fd, &st) < 0 || fstatfs(region->fd, &fs) < 0)
-		return -errno;
-	/* hugetlbfs maps whole huge pages only, and reports their size as its block size. */
-	u64 page = st.st_blksize > 4096 ? (u64)st.st_blksize : 4096;
-	u64 start = region->offset / page * page;
-	u64 lead = region->offset - start;
+	if (!r && region->staged.base && region->staged.length != e.length)
+		r = -EINVAL;
+	struct mapping *map = r < 0 ? NULL : calloc(1, sizeof(*map));
 
-	if (region->size > UINT64_MAX / 2 || region->offset > UINT64_MAX / 2 ||
-	    region->offset + region->size > (u64)st.st_size)
-		return -EINVAL;
-	struct mapping *map = calloc(1, sizeof(*map));
-
-	if (!map)
-		return -ENOMEM;
-	map->length = (lead + region->size + page - 1) / page * page;
+	if (!map) {
+		mem_drop_staged(region);
+		return r < 0 ? r : -ENOMEM;
+	}
+	map->length = e.length;
 	map->alarms = alarms;
 	map->refs = 1;
-	map->huge = fs.f_type == HUGETLBFS_MAGIC;
-	int r = map_file(map, region->fd, start, page, arena);
-
+	map->huge = e.huge;
+	r = map_file(map, region, &e, arena);
 	if (r < 0)
 		goto no_map;
 	/* A core dump is not the place for a guest's memory. Only advice: a refusal changes nothing else. */
@@ -139,7 +138,7 @@ static int mapping_new(struct mapping **out, const struct xn_region *region, u8 
 	r = guard_add(map);
 	if (r < 0)
 		goto no_guard;
-	*host = map->base + lead;
+	*host = map->base + e.lead;
 	*out = map;
 	return 0;
 no_guard:
@@ -190,7 +189,7 @@ static bool overlap(u64 a, u64 a_size, u64 b, u64 b_size)
 	return a < b + b_size && b < a + a_size;
 }
 
-int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *alarms, struct arena *arena)
+static int check_region(const struct mem *m, const struct xn_region *region)
 {
 	if (m->n == XN_MAX_REGIONS)
 		return -ENOSPC;
@@ -201,9 +200,25 @@ int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *al
 		if (overlap(region->guest_addr, region->size, m->regions[i].guest_addr, m->regions[i].size) ||
 		    overlap(region->user_addr, region->size, m->regions[i].user_addr, m->regions[i].size))
 			return -EEXIST;
-	struct region *r = &m->regions[m->n];
+	return 0;
+}
 
-	int error = mapping_new(&r->mapping, region, &r->host, alarms, arena);
+void mem_drop_staged(const struct xn_region *region)
+{
+	if (region->staged.base)
+		xn_staged_close(&region->staged);
+}
+
+int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *alarms, struct arena *arena)
+{
+	struct region *r = &m->regions[m->n];
+	int error = check_region(m, region);
+
+	if (error < 0) {
+		mem_drop_staged(region);
+		return error;
+	}
+	error = mapping_new(&r->mapping, region, &r->host, alarms, arena);
 
 	if (error < 0)
 		return error;

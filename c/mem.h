@@ -58,8 +58,10 @@ struct mem *mem_new(void);
 /* A copy of `old` (NULL: empty) that shares its mappings. */
 struct mem *mem_clone(const struct mem *old);
 void mem_free(struct mem *m);
-/* Into a window of the arena, if that wants it; NULL: it shall not. */
+/* Into a window of the arena, if that wants it; NULL: it shall not. What the region has staged is used up in any case. */
 int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *alarms, struct arena *arena);
+/* What a region has staged that mem_add() is not asked for any more. */
+void mem_drop_staged(const struct xn_region *region);
 int mem_remove(struct mem *m, const struct xn_region *region);
 /* Maps what lies in windows elsewhere; -EINVAL: it is no longer all there. The table is then to be freed all the same. */
 int mem_leave_windows(struct mem *m);

@@ -116,13 +116,21 @@ struct xn_bridge_config {
 	uint32_t copybreak;	   /* shorter frames are always copied, bytes */
 };
 
+/* A region's pages, mapped in advance of its being a guest's. */
+struct xn_staged {
+	uint64_t base;
+	uint64_t length; /* bytes */
+	uint64_t huge;	 /* on hugetlbfs */
+};
+
 struct xn_region {
-	uint64_t guest_addr; /* guest physical address */
-	uint64_t size;	     /* bytes */
-	uint64_t user_addr;  /* the frontend's own address of it */
-	uint64_t offset;     /* of the region in its file, bytes */
+	uint64_t guest_addr;	 /* guest physical address */
+	uint64_t size;		 /* bytes */
+	uint64_t user_addr;	 /* the frontend's own address of it */
+	uint64_t offset;	 /* of the region in its file, bytes */
+	struct xn_staged staged; /* taken over whatever becomes of the region; base 0: nothing is */
 	int32_t fd;
-	int32_t pad;
+	uint32_t filled; /* every page that is staged is there: it may be lent */
 };
 
 struct xn_ring_config {
@@ -312,6 +320,16 @@ int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips
 int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan);
 /* 1: since the last call a frame of the guest was dropped for its source address (XN_DROP_SPOOF), which is put into mac. */
 int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6]);
+/*
+ * What may be lent has all its pages in the page tables, and to fill these may take seconds, which nobody else is to wait
+ * for. Such a region (1: it is one; 0) is best staged: mapped and filled, part by part, by any thread. A table takes over
+ * what is staged; what comes without is filled as it is mapped.
+ */
+int xn_guest_stages(struct xn_bridge *b, uint32_t port, const struct xn_region *region);
+int xn_staged_open(const struct xn_region *region, struct xn_staged *staged);
+/* -EFAULT, -EHWPOISON, -ENOMEM: some page of these cannot be had. Locks the address space while it runs. */
+int xn_staged_fill(const struct xn_staged *staged, uint64_t from, uint64_t length);
+void xn_staged_close(const struct xn_staged *staged);
 /* Replaces the memory table (n may be 0). Started rings are translated anew; one that no longer lies in memory is stopped. */
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n);
 int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region);

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from types import MappingProxyType
 from typing import Any, Literal
 
 from xdpnet import _core
@@ -71,6 +72,40 @@ class Region:
     user_addr: int
     offset: int
     fd: int
+
+
+class Staged:
+    """A region's pages, mapped before they are a guest's: whoever fills them keeps nobody waiting (c/staging.h).
+
+    Belongs to one thread at a time. Invariant: unmapped once, by close() or by the table that takes it over.
+    """
+
+    def __init__(self, region: Region) -> None:
+        """Raises OSError."""
+        self.filled = False  # every page is there
+        self._pages = ffi.new("struct xn_staged *")
+        _check(lib.xn_staged_open(_region(region), self._pages), f"map {region.size} bytes of guest memory")
+
+    @property
+    def length(self) -> int:
+        """Bytes; 0 once it is gone."""
+        return int(self._pages.length)
+
+    def fill(self, start: int, length: int) -> bool:
+        """Whether all of its pages in this part could be had."""
+        return not lib.xn_staged_fill(self._pages, start, length)
+
+    def take(self) -> dict[str, int]:
+        """For whoever takes it over."""
+        taken = {"base": int(self._pages.base), "length": self.length, "huge": int(self._pages.huge)}
+        self._pages.base = self._pages.length = 0
+        return taken
+
+    def close(self) -> None:
+        """Unmaps it; more than once does no harm."""
+        if self.length:
+            lib.xn_staged_close(self._pages)
+            self.take()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,18 +242,21 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def _region(region: Region) -> Any:
-    return ffi.new("struct xn_region *", _region_fields(region))
+def _region(region: Region, staged: Staged | None = None) -> Any:
+    return ffi.new("struct xn_region *", _region_fields(region, staged))
 
 
-def _region_fields(region: Region) -> dict[str, int]:
-    return {
+def _region_fields(region: Region, staged: Staged | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {
         "guest_addr": region.guest_addr,
         "size": region.size,
         "user_addr": region.user_addr,
         "offset": region.offset,
         "fd": region.fd,
     }
+    if staged is not None:
+        fields |= {"filled": staged.filled, "staged": staged.take()}
+    return fields
 
 
 def _place(word: int) -> Place:
@@ -453,18 +491,26 @@ class Bridge:
         what = f"remember {mac.hex(':')} of port {port}"
         _check(lib.xn_guest_remember(self._bridge, port, mac, vlan), what)
 
-    def guest_set_memory(self, port: int, regions: Sequence[Region]) -> None:
-        """Replace the memory table."""
-        table = ffi.new("struct xn_region[]", [_region_fields(region) for region in regions])
+    def guest_stages(self, port: int, region: Region) -> bool:
+        """Whether it would be lent, and is best filled before it is mapped."""
+        what = f"look at region {region.guest_addr:#x}+{region.size:#x} of port {port}"
+        return bool(_check(lib.xn_guest_stages(self._bridge, port, _region(region)), what))
+
+    def guest_set_memory(
+        self, port: int, regions: Sequence[Region], staged: Mapping[Region, Staged] = MappingProxyType({})
+    ) -> None:
+        """Replace the memory table; what is staged is taken over."""
+        fields = [_region_fields(region, staged.get(region)) for region in regions]
+        table = ffi.new("struct xn_region[]", fields)
         _check(
             lib.xn_guest_set_memory(self._bridge, port, table, len(regions)),
             f"map {len(regions)} memory regions of port {port}",
         )
 
-    def guest_add_region(self, port: int, region: Region) -> None:
-        """Map one more region."""
+    def guest_add_region(self, port: int, region: Region, staged: Staged | None = None) -> None:
+        """Map one more region; what is staged is taken over."""
         what = f"map region {region.guest_addr:#x}+{region.size:#x} of port {port}"
-        _check(lib.xn_guest_add_region(self._bridge, port, _region(region)), what)
+        _check(lib.xn_guest_add_region(self._bridge, port, _region(region, staged)), what)
 
     def guest_remove_region(self, port: int, region: Region) -> None:
         """Unmap the region with this guest address, user address and size; rings in it stop."""

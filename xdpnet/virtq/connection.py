@@ -11,14 +11,18 @@ import array
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
+from xdpnet import threads
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.fd import Fd
+from xdpnet.virtq.filling import MemoryChange
 from xdpnet.virtq.message import HEADER_SIZE, MAX_FDS, FramingError, Header, Message, ProtocolError, Reason
 from xdpnet.virtq.session import Session
 
 PATIENCE_S = 5.0  # for the rest of a message that has begun, and for room for a reply
+SLOW_S = 1.0  # for memory to be made ready: that is told
 REST_MOST_S = 1.0  # then it is looked again whether something may be read
 MESSAGES_PER_TURN = 16  # then the event loop serves the other sockets
 # Room for all that one sendmsg() can send (SCM_MAX_FD), and for what else a socket may be set to deliver: of what finds
@@ -75,7 +79,7 @@ class Connection:
     # ---- in ----
 
     def _on_readable(self) -> None:
-        try:
+        with self._serving():
             for _ in range(MESSAGES_PER_TURN):
                 if not self._received and (wait_s := self._allowance.wait_s()):
                     self._rest(wait_s)
@@ -83,6 +87,12 @@ class Connection:
                 with self._allowance.charged():
                     if not self._serve_one():
                         return
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Whatever goes wrong ends this connection, and no other."""
+        try:
+            yield
         except ProtocolError as error:
             self.fail(error)
         except (ConnectionError, EOFError) as error:
@@ -100,7 +110,46 @@ class Connection:
             return False
         message, fds = self._take()
         answer = self._session.handle(message, fds)
+        if self._session.filling is not None:
+            self._prepare(self._session.filling)
+            return False
         return answer is None or self._send(answer)
+
+    def _prepare(self, change: MemoryChange) -> None:
+        """Until its memory is filled nothing is read; then the request is served to its end."""
+        loop = self._loop
+
+        def on_end(_: Future[None]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the connection
+                loop.call_soon_threadsafe(self._prepared, change)
+
+        loop.remove_reader(self.socket)
+        try:
+            threads.ask(change.fill).add_done_callback(on_end)
+        except RuntimeError as error:
+            self._log.warning("its memory is copied from: no thread to fill it: %s", error)
+            loop.call_soon(self._prepared, change)
+            return
+        self._patience_for(change)
+
+    def _patience_for(self, change: MemoryChange) -> None:
+        """A thread may die as it starts, for want of memory: then nobody would answer the frontend."""
+
+        def look() -> None:
+            if self._open and self._session.filling is change and not change.begun:
+                self.fail(FramingError("timeout", "no thread to fill its memory"))
+
+        self._loop.call_later(PATIENCE_S, look)
+
+    def _prepared(self, change: MemoryChange) -> None:
+        if not self._open or self._session.filling is not change:
+            return
+        if change.seconds > SLOW_S:
+            self._log.info("%d MiB of its memory were made ready in %.1f s", change.size >> 20, change.seconds)
+        with self._serving(), self._allowance.charged():
+            self._read_on()
+            if (answer := self._session.finish()) is not None:
+                self._send(answer)
 
     def _rest(self, wait_s: float) -> None:
         """Between two messages nothing is read for so long: those that came have cost others too much."""

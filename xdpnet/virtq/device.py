@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from xdpnet.closer import Closer
-from xdpnet.core import MAX_REGIONS, Bridge, Region
+from xdpnet.core import MAX_REGIONS, Bridge, Region, Staged
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
 from xdpnet.virtq.allowance import Allowance
 from xdpnet.virtq.fd import Fd, number_of
+from xdpnet.virtq.filling import MemoryChange
 from xdpnet.virtq.memory import MAX_MEMORY, File, check_file, check_table, check_total, is_whole
 from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
 from xdpnet.virtq.virtqueue import Virtqueue
@@ -120,9 +121,10 @@ class GuestDevice:
         """The driver has its rings ready, and they cannot run: of its memory the frontend has handed over none."""
         return not self._files and any(ring.config() for ring in self.rings)
 
-    # ---- memory: each tells how many of its regions the frontend can shrink; descriptors are taken over ----
+    # ---- memory: a change takes the descriptors over, and is to be applied, once it is filled ----
 
-    def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> int:
+    def new_table(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> MemoryChange:
+        """SET_MEM_TABLE."""
         check_table(regions)
         files: dict[MemoryRegion, File] = {}
         foreign: list[ProtocolError] = []
@@ -137,23 +139,26 @@ class GuestDevice:
             raise foreign[0]
         check_total(files.values(), self.max_memory)
         table = [_core_region(region, file.fd) for region, file in files.items()]
-        with _refusing("mem", "map the memory table"):
-            self._bridge.guest_set_memory(self.port, table)
-        self.memory = list(regions)
-        self._keep_files(files)
-        self._say_left_out(foreign)
-        self._say_sparse([file.fd for file in files.values()])
-        self._follow_memory()
-        for fd in set(fds) - {file.fd for file in files.values()}:
-            fd.close()
-        return sum(not file.sealed for file in files.values())
 
-    def add_region(self, region: MemoryRegion, fd: Fd) -> int:
+        def apply(staged: dict[Region, Staged]) -> int:
+            with _refusing("mem", "map the memory table"):
+                self._bridge.guest_set_memory(self.port, table, staged)
+            self.memory = list(regions)
+            self._keep_files(files)
+            self._say_left_out(foreign)
+            self._say_sparse([file.fd for file in files.values()])
+            self._follow_memory()
+            for fd in set(fds) - {file.fd for file in files.values()}:
+                fd.close()
+            return sum(not file.sealed for file in files.values())
+
+        return MemoryChange(fds, self._stage(table), apply)
+
+    def new_region(self, region: MemoryRegion, fd: Fd) -> MemoryChange:
+        """ADD_MEM_REG."""
         if 0 < self.memory.count(region) < len(self.rings) // 2:
             # QEMU before 8.0 adds each region once for each queue pair, and removes it as often.
-            self.memory.append(region)
-            fd.close()
-            return 0
+            return MemoryChange([fd], {}, lambda _: self._add_unmapped(region, fd))
         if len(set(self.memory)) >= MAX_REGIONS:
             raise ProtocolError("mem_limit", f"all {MAX_REGIONS} memory slots are in use")
         check_table([*set(self.memory), region])
@@ -162,18 +167,40 @@ class GuestDevice:
         except ProtocolError as error:
             if error.reason != "mem_fd" or not self._files:
                 raise
-            self.memory.append(region)
             self._say_left_out([error])
-            fd.close()
-            return 0
+            return MemoryChange([fd], {}, lambda _: self._add_unmapped(region, fd))
         check_total([*self._files.values(), file], self.max_memory)
-        with _refusing("mem", "map the region"):
-            self._bridge.guest_add_region(self.port, _core_region(region, fd))
+        added = _core_region(region, fd)
+
+        def apply(staged: dict[Region, Staged]) -> int:
+            with _refusing("mem", "map the region"):
+                self._bridge.guest_add_region(self.port, added, staged.get(added))
+            self.memory.append(region)
+            self._keep_files(self._files | {region: file})
+            self._say_sparse([fd])
+            self._follow_memory()
+            return int(not file.sealed)
+
+        return MemoryChange([fd], self._stage([added]), apply)
+
+    def _add_unmapped(self, region: MemoryRegion, fd: Fd) -> int:
         self.memory.append(region)
-        self._keep_files(self._files | {region: file})
-        self._say_sparse([fd])
-        self._follow_memory()
-        return int(not file.sealed)
+        fd.close()
+        return 0
+
+    def _stage(self, table: Sequence[Region]) -> dict[Region, Staged]:
+        """What may be lent of it."""
+        staged: dict[Region, Staged] = {}
+        try:
+            with _refusing("mem", "map guest memory"):
+                for region in table:
+                    if self._bridge.guest_stages(self.port, region):
+                        staged[region] = Staged(region)
+        except ProtocolError:
+            for pages in staged.values():
+                pages.close()
+            raise
+        return staged
 
     def remove_region(self, region: MemoryRegion) -> None:
         """Identified by its guest address, user address and size alone."""

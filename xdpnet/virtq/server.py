@@ -194,7 +194,7 @@ class GuestSocket:
         if self._connection is not None and _hung_up(self._connection.socket):
             # It has gone and we have not read its end yet; its successor need not suffer for that.
             self._connection.close()
-        if self._connection is not None and not self.device.memory and time.monotonic() > self._handshake_until:
+        if self._connection is not None and self._has_no_memory and time.monotonic() > self._handshake_until:
             self._connection.fail(FramingError("timeout", f"no memory for {HANDSHAKE_S:g} s, and another wants in"))
         if self._connection is not None:
             self.counters.refused["busy"] += 1
@@ -202,6 +202,11 @@ class GuestSocket:
             self._turn_away(sock)
             return
         self._serve(sock)
+
+    @property
+    def _has_no_memory(self) -> bool:
+        """Its frontend, of any, has not handed any over."""
+        return not self.device.memory and not (self._session and self._session.filling)
 
     def _may_speak(self, sock: socket.socket) -> bool:
         try:

@@ -17,6 +17,7 @@ from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.features import ProtocolFeature
+from xdpnet.virtq.filling import MemoryChange
 from xdpnet.virtq.memory import check_call, check_eventfd, check_socket
 from xdpnet.virtq.message import (
     MAX_FDS,
@@ -54,17 +55,40 @@ class Session:
         self.asked_queues = False  # and was answered how many there are
         self.had_memory = False
         self.backend_channel: Fd | None = None
+        self.filling: MemoryChange | None = None  # what the request that came last waits for
+        self._unanswered: Message | None = None
         self._fds: list[Fd] = []  # of the request being served; a handler takes out what it keeps
 
     def handle(self, message: Message, fds: list[Fd]) -> bytes | None:
-        """Serves one request; the reply, if it has one. A ProtocolError means that the connection must end."""
+        """Serves one request; the reply, if it has one. A ProtocolError means that the connection must end.
+
+        If `filling` is something afterwards, that is to be filled, and finish() called, before the next request.
+        """
         self.counters.messages += 1
         self._fds = fds
+        rule = RULES.get(message.header.request)
+        try:
+            return self._answer(message, lambda: self._serve(rule, message))
+        finally:
+            for fd in fds:
+                fd.close()
+
+    def finish(self) -> bytes | None:
+        """Serves the rest of the request whose memory was to be filled."""
+        if self.filling is None or self._unanswered is None:
+            raise ValueError("nothing is being filled")
+        change, self.filling = self.filling, None
+        return self._answer(self._unanswered, lambda: self._apply(change))
+
+    def _answer(self, message: Message, serve: Callable[[], Payload | None]) -> bytes | None:
         rule = RULES.get(message.header.request)
         asked = message.header.need_reply and not (rule and rule.own_reply)
         acked = asked and self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK)
         try:
-            answer = self._serve(rule, message)
+            answer = serve()
+            if self.filling is not None:
+                self._unanswered = message
+                return None
             # The request that negotiates it may be the first that asks for it, as user-mode Linux does.
             if answer is None and (acked or (asked and self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK))):
                 answer = SUCCESS
@@ -76,15 +100,14 @@ class Session:
             self.counters.count_error(error)
             self.device.log.warning("%s refused: %s", message.name, error)
             answer = FAILURE
-        finally:
-            for fd in fds:
-                fd.close()
         return None if answer is None else reply(message.header.request, answer)
 
     def close(self) -> None:
         """The connection is over: the device forgets this frontend."""
         if self.backend_channel is not None:
             self.backend_channel.close()
+        if self.filling is not None:
+            self.filling.close()
         self.device.release()
 
     def _serve(self, rule: "Rule[Any] | None", message: Message) -> Payload | None:
@@ -177,20 +200,27 @@ class Session:
     def set_mem_table(self, table: MemoryTable) -> None:
         if len(self._fds) != len(table.regions):
             raise ProtocolError("mem", f"{len(table.regions)} regions with {len(self._fds)} descriptors")
-        self.counters.mem_unsealed += self.device.set_memory(table.regions, tuple(self._fds))
-        self.had_memory = True
-        self._fds.clear()  # the device's now
+        self._change_memory(self.device.new_table(table.regions, tuple(self._fds)))
 
     def get_max_mem_slots(self, _: Nothing) -> Payload:
         return U64(MAX_REGIONS)
 
     def add_mem_reg(self, single: SingleRegion) -> None:
-        self.counters.mem_unsealed += self.device.add_region(single.region, self._fds[0])
-        self.had_memory = True
-        self._fds.clear()  # the device's now
+        self._change_memory(self.device.new_region(single.region, self._fds[0]))
 
     def rem_mem_reg(self, single: SingleRegion) -> None:
         self.device.remove_region(single.region)
+
+    def _change_memory(self, change: MemoryChange) -> None:
+        self._fds.clear()  # the change's now
+        if change.wants_filling:
+            self.filling = change
+        else:
+            self._apply(change)
+
+    def _apply(self, change: MemoryChange) -> None:
+        self.counters.mem_unsealed += change.apply()
+        self.had_memory = True
 
     # ---- rings ----
 
