@@ -23,11 +23,6 @@ enum {
 /* More than a host has; what does not fit is mapped elsewhere, and copied. */
 static const u64 RESERVED = 1ull << 40;
 
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_READ 22 /* Linux 5.14 */
-#define MADV_POPULATE_WRITE 23
-#endif
-
 /* A page that is not in the page tables: SIGBUS to a thread that touches it, an error to a system call. */
 static int open_watch(void)
 {
@@ -185,15 +180,6 @@ static bool has_room(struct arena *a)
 	return true;
 }
 
-/* Pages are found at once; one that is punched meanwhile, and cannot be had again, must not be missed later. */
-static bool map_window(struct arena *a, u8 *base, u64 length, int fd, u64 offset)
-{
-	const int flags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED;
-
-	return mmap(base, length, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset) != MAP_FAILED &&
-	       !madvise(base, length, MADV_POPULATE_WRITE) && !watch(a->watch, base, length);
-}
-
 int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page, u8 **staged)
 {
 	u32 at;
@@ -210,15 +196,12 @@ int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page
 	map->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
 	if (map->fd < 0)
 		return -errno;
-	bool there;
+	bool moved = staging_move(*staged, map->length, offset, base);
 
-	if (*staged && staging_move(*staged, map->length, offset, base)) {
+	if (moved)
 		*staged = NULL;
-		there = !watch(a->watch, base, map->length);
-	} else {
-		there = !*staged && map_window(a, base, map->length, fd, offset);
-	}
-	if (!there) {
+	/* A page that was punched meanwhile, and cannot be had again, must not be missed later. */
+	if (!moved || watch(a->watch, base, map->length) < 0) {
 		/* What failed may have unmapped what was there. */
 		give_back(a, base, map->length);
 		close(map->fd);

@@ -60,8 +60,8 @@ bool arena_wants(const struct arena *a, bool huge);
  */
 bool arena_is_whole(int fd);
 /*
- * Maps the file into a window, or moves its pages there from *staged, which is NULL then, and fills base and arena; -ENOSPC:
- * no room, or a sparse file: map it elsewhere, or leave it at *staged, if that is not NULL.
+ * Moves what is filled at *staged, which is NULL then, into a window, and fills base and arena; -ENOSPC: no room, or a sparse
+ * file: leave it at *staged, or, if that is NULL, map it elsewhere.
  */
 int arena_map(struct arena *a, struct mapping *map, int fd, u64 offset, u64 page, u8 **staged);
 /* The mapping is a window no more; where it is now, to be unmapped, or NULL: nowhere. */

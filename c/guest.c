@@ -260,7 +260,6 @@ int xn_guest_stages(struct xn_bridge *b, uint32_t port, const struct xn_region *
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n)
 {
 	struct port *p = bridge_port(b, port, PORT_GUEST);
-
 	struct mem *m = p ? mem_new() : NULL;
 	int r = m ? 0 : p ? -ENOMEM : -ENOENT;
 
@@ -281,7 +280,6 @@ int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_regi
 int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_region *region)
 {
 	struct port *p = bridge_port(b, port, PORT_GUEST);
-
 	struct mem *m = p ? mem_clone(p->guest.mem) : NULL;
 
 	if (!m) {

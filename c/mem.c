@@ -89,18 +89,26 @@ static void guard_remove(const u8 *base)
 static int map_file(struct mapping *map, const struct xn_region *region, const struct extent *e, struct arena *arena)
 {
 	u8 *staged = (u8 *)(uintptr_t)region->staged.base;
+	bool wanted = arena && arena_wants(arena, e->huge), filled = region->filled;
 
+	if (!staged) {
+		staged = staging_map(e, region->fd);
+		if (!staged)
+			return -errno;
+		filled = wanted && arena_is_whole(region->fd) && !madvise(staged, e->length, MADV_POPULATE_WRITE);
+	}
 	/* What could not be filled holds nothing to lend. */
-	if (arena && arena_wants(arena, e->huge) && (!staged || region->filled)) {
+	if (wanted && filled) {
 		int r = arena_map(arena, map, region->fd, e->start, e->page, &staged);
 
-		if (r != -ENOSPC) {
-			if (r < 0)
-				mem_drop_staged(region);
+		if (r == -ENOSPC && !staged)
+			staged = staging_map(e, region->fd);
+		else if (r < 0 && r != -ENOSPC)
+			staging_unmap(staged, e->length, e->huge);
+		if (r != -ENOSPC)
 			return r;
-		}
 	}
-	map->base = staged ? staged : staging_map(e, region->fd);
+	map->base = staged;
 	return map->base ? 0 : -errno;
 }
 
@@ -133,8 +141,6 @@ static int mapping_new(struct mapping **out, const struct xn_region *region, u8 
 	r = map_file(map, region, &e, arena);
 	if (r < 0)
 		goto no_map;
-	/* A core dump is not the place for a guest's memory. Only advice: a refusal changes nothing else. */
-	(void)madvise(map->base, map->length, MADV_DONTDUMP);
 	r = guard_add(map);
 	if (r < 0)
 		goto no_guard;

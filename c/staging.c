@@ -16,10 +16,6 @@ enum {
 	MOST = 64	     /* wait to be unmapped; more are at once, at the expense of who unmaps */
 };
 
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
-#endif
-
 static struct leftover {
 	struct leftover *next;
 	u8 *base;

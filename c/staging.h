@@ -12,6 +12,11 @@
 
 #include "base.h"
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
+
 /* What of its file a region takes, in bytes. */
 struct extent {
 	u64 start;

@@ -119,7 +119,9 @@ class Connection:
         """Until its memory is filled nothing is read; then the request is served to its end."""
         loop = self._loop
 
-        def on_end(_: Future[None]) -> None:
+        def on_end(filled: Future[None]) -> None:
+            if error := filled.exception():
+                self._log.warning("its memory is copied from: it was not made ready: %s", error)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the connection
                 loop.call_soon_threadsafe(self._prepared, change)
 
