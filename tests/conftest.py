@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,6 +129,15 @@ def fds_unchanged() -> Iterator[None]:
     before = _open_fds()
     yield
     until_equal(_open_fds, before)
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A directory that other users may pass. pytest's own is closed to them again by whoever runs pytest next."""
+    with tempfile.TemporaryDirectory(prefix="xdpnet-", dir="/tmp") as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        yield path
 
 
 # The fixtures below import late: --core has its say first.

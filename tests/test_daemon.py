@@ -512,27 +512,23 @@ CONNECT = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1]
 
 
 @needs_root
-def test_58_the_socket_of_a_guest_may_be_another_groups_and_a_directory_that_bars_it_is_named(tmp_path: Path) -> None:
-    for above in tmp_path.parents:
-        if above.stat().st_mode & 0o777 == 0o700:  # pytest's own
-            above.chmod(0o711)
-
+def test_58_the_socket_of_a_guest_may_be_another_groups_and_a_directory_that_bars_it_is_named(open_path: Path) -> None:
     def connects(name: str, group: int) -> bool:
-        words = [sys.executable, "-c", CONNECT, str(tmp_path / f"{name}.sock")]
+        words = [sys.executable, "-c", CONNECT, str(open_path / f"{name}.sock")]
         child = subprocess.run(words, user=65534, group=group, extra_groups=[], check=False, capture_output=True)
         return child.returncode == 0
 
-    words = ("--guest", guest(tmp_path, more=",group=daemon"), "--guest", guest(tmp_path, "db", ",user=nobody"))
+    words = ("--guest", guest(open_path, more=",group=daemon"), "--guest", guest(open_path, "db", ",user=nobody"))
     for mode, warned in ((0o711, False), (0o750, True)):
-        tmp_path.chmod(mode)
-        with daemon(tmp_path, *words) as running:
+        open_path.chmod(mode)
+        with daemon(open_path, *words) as running:
             running.ready()
-            found = (tmp_path / "web.sock").stat()
+            found = (open_path / "web.sock").stat()
             assert (found.st_gid, found.st_mode & 0o777) == (grp.getgrnam("daemon").gr_gid, 0o660)
             assert connects("web", found.st_gid) is not warned
             assert connects("web", found.st_gid + 1) is False
             for name, whom in (("web", "group daemon"), ("db", "user nobody")):
-                line = f"guest {name}: its socket is for {whom}, who may not pass {tmp_path}; chmod o+x {tmp_path}"
+                line = f"guest {name}: its socket is for {whom}, who may not pass {open_path}; chmod o+x {open_path}"
                 assert (line in running.log) is warned
             assert running.end() == 0
 

@@ -67,7 +67,7 @@ def test_guests_that_come_and_go_are_sent_in_place_and_no_frame_is_unaccounted_f
             assert balanced(books)
             before = wire(daemon).tx.in_place
             assert before > 0
-            assert before == first.stats().tx_packets
+            assert before == first.stats().tx_packets, wire(daemon)
             first.command("start")
             with client(1, tmp_path, huge, options, peer) as second:
                 second.await_link()

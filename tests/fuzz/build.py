@@ -15,7 +15,7 @@ CORE = ROOT / "c"
 TARGETS = {"guests": ("guests.c", ()), "oracle": ("guests.c", ("-DORACLE",)), "offload": ("offload.c", ())}
 
 # What the core asks of the kernel that a target answers itself (kernel.c).
-KERNEL = ["bind", "close", "getrandom", "getsockopt", "mmap", "munmap"]
+KERNEL = ["bind", "close", "getrandom", "getsockopt", "mmap", "mremap", "munmap"]
 KERNEL += ["recvfrom", "recvmmsg", "sendto", "setsockopt", "socket", "syscall", "usleep"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = ["-std=gnu11", "-g", "-O1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-DXN_ORACLE", f"-I{HERE}"]

@@ -18,6 +18,7 @@
 
 enum { SOCKETS = 8, MAPPED = 1024, PAGE = 4096, GUARD = 1 << 21, HEADROOM = 256, GROUP_FRAMES = 8, DESC_AT = 192 };
 enum { FILL, COMPLETION, RX, TX, RINGS };
+enum { NOBODYS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
 
 /* The kernel's view of one ring. */
 struct side {
@@ -40,16 +41,24 @@ static struct xsk_socket {
 	u32 pieces; /* of the frame that is being sent */
 } sockets[SOCKETS];
 
-/*
- * Files that are mapped; unless its place was given, each has pages around it that nobody may touch, and behind it as many
- * as an index of 16 bits reaches.
- */
+/* Files that are mapped. */
 static struct mapped {
 	u8 *base;
 	size_t length;
-	bool guarded;
 } mapped[MAPPED];
 static u32 mapped_n;
+
+/*
+ * Address space that the core reserved, to map something there. What it gives back of it at either end is kept until all
+ * of it is given back, so that nobody may touch what is around; behind it as many pages as an index of 16 bits reaches.
+ */
+static struct reservation {
+	u8 *whole;
+	size_t room;
+	u8 *base; /* what the core still has of it */
+	size_t length;
+} reservations[MAPPED];
+static u32 reservations_n;
 
 static struct group_frame {
 	u8 bytes[72 * 1024];
@@ -67,6 +76,7 @@ int __real_getsockopt(int fd, int level, int option, void *value, socklen_t *len
 int __real_bind(int fd, const struct sockaddr *address, socklen_t len);
 void *__real_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset);
 int __real_munmap(void *addr, size_t length);
+void *__real_mremap(void *old, size_t length, size_t more, int flags, void *place);
 ssize_t __real_sendto(int fd, const void *bytes, size_t n, int flags, const struct sockaddr *to, socklen_t len);
 ssize_t __real_recvfrom(int fd, void *bytes, size_t n, int flags, struct sockaddr *from, socklen_t *len);
 
@@ -76,6 +86,7 @@ int __wrap_getsockopt(int fd, int level, int option, void *value, socklen_t *len
 int __wrap_bind(int fd, const struct sockaddr *address, socklen_t len);
 void *__wrap_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset);
 int __wrap_munmap(void *addr, size_t length);
+void *__wrap_mremap(void *old, size_t length, size_t more, int flags, void *place);
 int __wrap_close(int fd);
 int __real_close(int fd);
 ssize_t __wrap_sendto(int fd, const void *bytes, size_t n, int flags, const struct sockaddr *to, socklen_t len);
@@ -146,22 +157,57 @@ void kernel_guard(const u8 *from, u64 n, bool poison)
 		ASAN_UNPOISON_MEMORY_REGION(from, n);
 }
 
+static void remember(u8 *base, size_t length)
+{
+	if (mapped_n < MAPPED)
+		mapped[mapped_n++] = (struct mapped){base, length};
+}
+
 /* Other things will be there, or nothing. */
 static void forget(const u8 *addr, size_t length)
 {
 	for (u32 i = 0; i < mapped_n; i++) {
 		const struct mapped m = mapped[i];
-		const size_t whole = (m.length + PAGE - 1) / PAGE * PAGE;
 
 		if (m.base < addr || m.base >= addr + length)
 			continue;
 		mapped[i--] = mapped[--mapped_n];
-		kernel_guard(m.base, whole, false);
-		if (m.guarded) {
-			__real_munmap(m.base - PAGE, PAGE);
-			__real_munmap(m.base + whole, GUARD);
-		}
+		kernel_guard(m.base, (m.length + PAGE - 1) / PAGE * PAGE, false);
 	}
+}
+
+static void *reserve(size_t length, int flags)
+{
+	const size_t room = PAGE + length + GUARD;
+	u8 *whole = __real_mmap(NULL, room, PROT_NONE, flags, -1, 0);
+
+	if (whole == MAP_FAILED)
+		return whole;
+	reservations[reservations_n++] = (struct reservation){whole, room, whole + PAGE, length};
+	return whole + PAGE;
+}
+
+/* False: it is none. What is mapped there goes. */
+static bool release(const u8 *addr, size_t length)
+{
+	for (u32 i = 0; i < reservations_n; i++) {
+		struct reservation *r = &reservations[i];
+
+		if (addr < r->base || addr + length > r->base + r->length)
+			continue;
+		if (length == r->length) {
+			__real_munmap(r->whole, r->room);
+			*r = reservations[--reservations_n];
+			return true;
+		}
+		if (addr == r->base)
+			r->base += length;
+		else if (addr + length != r->base + r->length)
+			return false;
+		r->length -= length;
+		return __real_mmap((void *)addr, length, PROT_NONE, NOBODYS | MAP_FIXED, -1, 0) == addr;
+	}
+	return false;
 }
 
 static struct xsk_socket *socket_of(int fd)
@@ -200,23 +246,12 @@ void *__wrap_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t 
 	}
 	if (flags & MAP_FIXED)
 		forget(addr, length);
-	if (fd < 0 || mapped_n == MAPPED)
-		return __real_mmap(addr, length, prot, flags, fd, offset);
-	bool guarded = !(flags & MAP_FIXED);
-
-	if (guarded) {
-		size_t whole = (length + PAGE - 1) / PAGE * PAGE + PAGE + GUARD;
-		u8 *at = __real_mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-		if (at == MAP_FAILED)
-			return at;
-		addr = at + PAGE;
-		flags |= MAP_FIXED;
-	}
+	else if (prot == PROT_NONE && reservations_n < MAPPED)
+		return reserve(length, flags);
 	u8 *base = __real_mmap(addr, length, prot, flags, fd, offset);
 
-	if (base != MAP_FAILED)
-		mapped[mapped_n++] = (struct mapped){base, length, guarded};
+	if (base != MAP_FAILED && fd >= 0)
+		remember(base, length);
 	return base;
 }
 
@@ -230,7 +265,21 @@ int __wrap_munmap(void *addr, size_t length)
 				return 0;
 			}
 	forget(addr, length);
-	return __real_munmap(addr, length);
+	return release(addr, length) ? 0 : __real_munmap(addr, length);
+}
+
+void *__wrap_mremap(void *old, size_t length, size_t more, int flags, void *place)
+{
+	u8 *base = __real_mremap(old, length, more, flags, place);
+
+	if (base == MAP_FAILED)
+		return base;
+	forget(old, length);
+	forget(base, more);
+	remember(base, more);
+	if (!(flags & MREMAP_DONTUNMAP))
+		(void)release(old, length);
+	return base;
 }
 
 /* ---- sockets ---- */
