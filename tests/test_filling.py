@@ -13,7 +13,7 @@ from tests.backend import Backend, ControlThread
 from tests.frontend import Frontend, GuestMemory
 from tests.waiting import eventually
 from xdpnet import core, threads
-from xdpnet.virtq import connection, server
+from xdpnet.virtq import connection, device, filling, server
 from xdpnet.virtq.message import MemoryTable, Request, SingleRegion
 
 pytestmark = pytest.mark.core
@@ -62,10 +62,12 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.come = threading.Semaphore(0)
+        self.parts: list[tuple[int, int]] = []  # start and length
         self._open = threading.Event()
         fill = core.Staged.fill
 
         def gated(staged: core.Staged, start: int, length: int) -> bool:
+            self.parts.append((start, length))
             self.come.release()
             self._open.wait()
             return fill(staged, start, length)
@@ -115,6 +117,45 @@ def test_while_memory_is_made_ready_others_are_served_and_its_frontend_waits(
     assert lent(backend)
 
 
+def test_memory_is_made_ready_whole_and_part_by_part(
+    make_backend: MakeBackend, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "PART", MIB)
+    backend = make_backend()
+    lent(backend)
+    frontend, _ = backend.connect()
+    frontend.negotiate()
+    gate.open()
+    with whole(2 * MIB + 4096) as memory:
+        assert frontend.set_memory(memory) == 0
+    assert gate.parts == [(0, MIB), (MIB, MIB), (2 * MIB, 4096)]
+    assert lent(backend)
+
+
+def test_a_thread_that_takes_its_time_is_waited_for(
+    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = threads.ask
+
+    def ask_and_see_it_begin(fill: Callable[[], None]) -> Future[None]:
+        asked = ask(fill)
+        gate.come.acquire()
+        return asked
+
+    monkeypatch.setattr(threads, "ask", ask_and_see_it_begin)
+    monkeypatch.setattr(connection, "PATIENCE_S", 0.0)
+    backend = make_backend()
+    frontend, guest = backend.connect()
+    frontend.negotiate()
+    send_memory(frontend, memory)
+    assert eventually(lambda: gate.parts)
+    for _ in range(3):  # turns of the loop, in one of which it is looked for
+        backend.control.call(lambda: None)
+    gate.open()
+    assert frontend.receive()[0] == Request.SET_MEM_TABLE
+    assert guest.counters.errors["timeout"] == 0
+
+
 def test_a_region_that_is_added_is_made_ready_as_well(make_backend: MakeBackend, memory: GuestMemory) -> None:
     backend = make_backend()
     frontend, _ = backend.connect()
@@ -148,8 +189,9 @@ def test_rings_in_memory_that_was_made_ready_run(make_backend: MakeBackend, memo
 
 @pytest.mark.parametrize("who", ["the frontend", "the backend"])
 def test_a_connection_that_ends_meanwhile_leaves_nothing_of_its_memory(
-    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, who: str
+    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(filling, "PART", MIB)
     backend = make_backend()
     frontend, guest = backend.connect()
     frontend.negotiate()
@@ -160,11 +202,40 @@ def test_a_connection_that_ends_meanwhile_leaves_nothing_of_its_memory(
     else:
         backend.control.call(guest.disconnect)
         assert frontend.is_disconnected()
+    if who == "the backend":
+        assert mappings(memory) == 1, "the thread's, for as long as it is in it"
     gate.open()
     assert eventually(lambda: not mappings(memory))
     assert eventually(lambda: not guest.connected)
     assert eventually(lambda: not backend.device.closer.pending)
     assert not backend.device.memory
+    if who == "the backend":
+        assert gate.parts == [(0, MIB)], "what nobody wants any more is not filled further"
+    backend.control.call(lambda: None)
+    assert guest.counters.errors["internal"] == 0
+
+
+def test_memory_that_nobody_wants_any_more_when_the_thread_comes_is_not_touched(
+    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Callable[[], None]] = []
+    never: Future[None] = Future()
+
+    def ask(fill: Callable[[], None]) -> Future[None]:
+        asked.append(fill)
+        return never
+
+    monkeypatch.setattr(threads, "ask", ask)
+    backend = make_backend()
+    frontend, guest = backend.connect()
+    frontend.negotiate()
+    send_memory(frontend, memory)
+    assert eventually(lambda: asked)
+    backend.control.call(guest.disconnect)
+    assert not mappings(memory)
+    gate.open()
+    asked[0]()
+    assert gate.parts == []
 
 
 def test_a_frontend_whose_memory_is_made_ready_keeps_its_place(
@@ -198,6 +269,25 @@ def test_memory_that_cannot_be_made_ready_is_copied_from(
     assert frontend.set_memory(memory) == 0
     frontend.start_ring(0, memory)
     assert mappings(memory) == 1
+    assert not lent(backend)
+
+
+def test_an_error_of_the_thread_is_told_and_memory_is_copied_from(
+    make_backend: MakeBackend,
+    memory: GuestMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(*_: object) -> bool:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(core.Staged, "fill", fails)
+    backend = make_backend()
+    lent(backend)
+    frontend, _ = backend.connect()
+    frontend.negotiate()
+    assert frontend.set_memory(memory) == 0
+    assert "its memory is copied from: it was not made ready: [Errno 5] Input/output error" in caplog.text
     assert not lent(backend)
 
 
@@ -258,6 +348,27 @@ def test_a_table_that_the_core_refuses_leaves_nothing_mapped(
     assert eventually(lambda: not backend.device.closer.pending)
 
 
+def test_of_a_table_of_which_a_region_cannot_be_mapped_nothing_stays_mapped(
+    make_backend: MakeBackend, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = make_backend()
+    frontend, _ = backend.connect()
+    frontend.negotiate()
+    staged = core.Staged
+
+    def stages_one(region: core.Region) -> core.Staged:
+        if region.guest_addr:
+            raise OSError(12, "Cannot allocate memory")
+        return staged(region)
+
+    monkeypatch.setattr(device, "Staged", stages_one)
+    with whole(at=4 * MIB) as second:
+        regions = MemoryTable((memory.region(), second.region()))
+        frontend.send(Request.SET_MEM_TABLE, regions, [memory.fd, second.fd], need_reply=True)
+        assert frontend.receive() == (Request.SET_MEM_TABLE, (1).to_bytes(8, "little"))
+    assert not mappings(memory)
+
+
 def test_what_is_staged_is_used_up_by_a_table_that_is_refused(make_backend: MakeBackend, memory: GuestMemory) -> None:
     backend = make_backend()
     region = core.Region(0, memory.size, 0, 0, memory.fd)
@@ -281,6 +392,7 @@ def test_a_part_behind_the_end_is_not_filled(memory: GuestMemory) -> None:
     assert not pages.fill(memory.size - 4096, 8192)
     assert not pages.fill(2**64 - 4096, 8192)
     pages.close()
+    assert not pages.length
     pages.close()
     assert not mappings(memory)
 

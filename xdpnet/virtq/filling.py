@@ -31,7 +31,7 @@ class MemoryChange:
         self._staged = staged
         self._apply = apply
         self._lock = threading.Lock()
-        self._begun = self._closed = False
+        self._begun = self._ended = self._closed = False
 
     @property
     def wants_filling(self) -> bool:
@@ -39,7 +39,7 @@ class MemoryChange:
 
     @property
     def begun(self) -> bool:
-        """The thread is there."""
+        """The thread was there, or is."""
         return self._begun
 
     @property
@@ -64,7 +64,7 @@ class MemoryChange:
 
     def _end(self) -> None:
         with self._lock:
-            self._begun = False
+            self._ended = True
             if self._closed:
                 self._drop()
 
@@ -86,7 +86,7 @@ class MemoryChange:
         """It is not to be applied."""
         with self._lock:
             self._closed = True
-            if not self._begun:
+            if self._ended or not self._begun:
                 self._drop()
 
     def _drop(self) -> None:
