@@ -40,6 +40,7 @@ class Running:
     target: str
     process: subprocess.Popen[bytes]
     log: Path
+    scratch: tempfile.TemporaryDirectory[str]  # libFuzzer ends its process without a word to what would clean up
 
 
 def learned(target: str) -> Path:
@@ -68,15 +69,16 @@ def start(
 ) -> Running:
     artifacts.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix="xdpnet-fuzz-")
     with log.open("wb") as to:
         process = subprocess.Popen(
             [*command(target, artifacts=artifacts, out=out), *arguments],
             cwd=where,
             stdout=to,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "FUZZ_REPORT": "1"},
+            env={**os.environ, "FUZZ_REPORT": "1", "TMPDIR": scratch.name},
         )
-    return Running(target, process, log)
+    return Running(target, process, log, scratch)
 
 
 def reason(log: Path) -> str:
@@ -128,6 +130,7 @@ def run(names: Sequence[str], minutes: float) -> int:
         time.sleep(0.2)
         for done in [one for one in running if one.process.poll() is not None]:
             running.remove(done)
+            done.scratch.cleanup()
             if done.process.returncode:
                 failed = True
                 explain(done)

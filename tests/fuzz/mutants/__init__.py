@@ -86,7 +86,9 @@ def hunt(mutant: Mutant, seconds: float, scratch: Path) -> tuple[float | None, s
         code = running.process.wait(seconds + 30)
     except subprocess.TimeoutExpired:
         running.process.kill()
+        running.process.wait()
         code = 0
+    running.scratch.cleanup()
     took = time.monotonic() - started
     return (took if code else None), targets.reason(scratch / "log") if code else ""
 
