@@ -465,7 +465,7 @@ static bool post(struct guest_of *g, struct ring *r, const struct segment *segme
 		*index = at.pos;
 		/* A head or an index that is none. */
 		if (wrong->kind == 6 && wrong->value >> 32 & 1)
-			ring[(u16)(at.pos - 1) % r->num] = (u16)(r->num + (wrong->value >> 40));
+			ring[(u16)(at.pos - 1) % r->num] = (u16)(r->num + (wrong->value >> 40) % (65536 - r->num));
 		if (wrong->kind == 5 && wrong->value >> 32 & 1)
 			*index = (u16)(at.pos + (wrong->value >> 40));
 	}
