@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def build(out_dir: Path, sanitize: bool = False, coverage: bool = False) -> Path
         if coverage:
             scratch = str(out_dir / "coverage")
         else:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="xdpnet-build-"))
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"xdpnet-build-{os.getpid()}-"))
         built = Path(ffi.compile(tmpdir=scratch))
         target = out_dir / "xdpnet" / built.name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -234,7 +234,7 @@ main() {
 	*) fail "no such command: $verb" "one of: install, demo, test, fuzz, bench" ;;
 	esac
 	require_debian "$verb" "$@"
-	LOG=$(mktemp -t xdpnet-bootstrap.XXXXXX)
+	LOG=$(mktemp -t "xdpnet-bootstrap-$$-XXXXXX")
 	trap 'tidy $?' EXIT
 
 	packages "${RUNTIME[@]}"

@@ -1,5 +1,6 @@
 """BPF programs of a test's own that see what an interface sends or receives (tc's clsact)."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ INGRESS, EGRESS = "ffff:fff2", "ffff:fff3"
 @contextmanager
 def loaded(text: bytes, function: bytes) -> Iterator[Any]:
     headers = find_headers()
-    with tempfile.TemporaryDirectory(prefix="xdpnet-kheaders-") as scratch, pytest.MonkeyPatch.context() as environment:
+    with (
+        tempfile.TemporaryDirectory(prefix=f"xdpnet-kheaders-{os.getpid()}-") as scratch,
+        pytest.MonkeyPatch.context() as environment,
+    ):
         if headers.packed:
             headers = headers.unpack(Path(scratch))
         environment.setenv("BCC_KERNEL_SOURCE", str(headers.source))

@@ -134,7 +134,7 @@ def fds_unchanged() -> Iterator[None]:
 @pytest.fixture
 def open_path() -> Iterator[Path]:
     """A directory that other users may pass. pytest's own is closed to them again by whoever runs pytest next."""
-    with tempfile.TemporaryDirectory(prefix="xdpnet-", dir="/tmp") as directory:
+    with tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-", dir="/tmp") as directory:
         path = Path(directory)
         path.chmod(0o755)
         yield path

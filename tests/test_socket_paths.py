@@ -335,7 +335,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 @pytest.fixture
 def common():
     """A path in a directory that everybody may use."""
-    with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
+    with tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-") as directory:
         os.chmod(directory, 0o777)
         yield f"{directory}/guest.sock"
 

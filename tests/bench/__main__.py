@@ -63,7 +63,7 @@ def measure(rows: list[Row], runs: int, seconds: float, results: report.Results,
     console = Console(stderr=True, highlight=False, width=200)
     started, turns, turn = time.monotonic(), runs * sum(len(row.contenders) for row in rows), 0
     with ExitStack() as stack:
-        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xdpn-")))
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-")))
         huge = stack.enter_context(dpdk.huge_pages(HUGE_MIB, base))
         cores = Cores(base)
         for row in rows:

@@ -8,6 +8,7 @@ ratios of neighbouring turns, with its quartiles. The copy-break was found with 
 
 import argparse
 import asyncio
+import os
 import statistics
 import tempfile
 import time
@@ -97,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     process.raise_on_signals()
     print("| bytes | copied, M/s | in place, M/s | ratio (quartiles) |\n|---:|---:|---:|---:|")
-    with tempfile.TemporaryDirectory(prefix="xdpn-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-") as name:
         directory = Path(name)
         with dpdk.huge_pages(HUGE_MIB, directory) as huge:
             for size in options.sizes:

@@ -73,7 +73,7 @@ class DrivenRing(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory(prefix="xdpn-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-") as name:
         path = Path(name) / "neighbours.so"
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", str(path), str(DRIVER)], check=True)
         loaded = ctypes.CDLL(str(path))
@@ -490,7 +490,7 @@ def main() -> None:
             continue
         runs = []
         for _ in range(options.runs):
-            with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
+            with tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-") as directory:
                 runs.append(measure(Lab(Path(directory), Path(directory), options.seconds)))
         said = [f"{statistics.median(run[metric] for run in runs):.3g}" for metric in UNITS]
         print(f"| {name}: {title} | {' | '.join(said)} |", flush=True)

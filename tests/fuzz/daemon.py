@@ -127,7 +127,7 @@ class Doors:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="xdpnet-fuzz-") as scratch, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix=f"xdpnet-fuzz-{os.getpid()}-") as scratch, contextlib.ExitStack() as stack:
         doors = Doors(Path(scratch), stack)
         fuzz(doors.check)
 

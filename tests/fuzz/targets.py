@@ -69,7 +69,7 @@ def start(
 ) -> Running:
     artifacts.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory(prefix="xdpnet-fuzz-")
+    scratch = tempfile.TemporaryDirectory(prefix=f"xdpnet-fuzz-{os.getpid()}-")
     with log.open("wb") as to:
         process = subprocess.Popen(
             [*command(target, artifacts=artifacts, out=out), *arguments],
@@ -152,7 +152,7 @@ def keep(names: Sequence[str]) -> int:
         if name in TARGETS:
             build(targets=(name,))
         corpus.unpack(name, learned(name))
-        with tempfile.TemporaryDirectory(prefix="xdpnet-fuzz-") as scratch:
+        with tempfile.TemporaryDirectory(prefix=f"xdpnet-fuzz-{os.getpid()}-") as scratch:
             done = subprocess.run(
                 [*command(name, artifacts=FOUND), "-merge=1", scratch, str(learned(name))],
                 cwd=ROOT,

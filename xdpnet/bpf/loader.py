@@ -144,7 +144,7 @@ def _compile(source: Path, queues: int, max_macs: int) -> tuple[Any, list[int], 
     """In the child only. The fds live as long as the BPF object; of those that need not be, which there are."""
     chosen = os.environ.get("BCC_KERNEL_SOURCE")  # bcc's own variable: whoever sets it means it
     headers = Headers(Path(chosen)) if chosen else find_headers()
-    with tempfile.TemporaryDirectory(prefix="xdpnet-kheaders-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"xdpnet-kheaders-{os.getpid()}-") as scratch:
         if headers.packed:
             headers = headers.unpack(Path(scratch))
         os.environ["BCC_KERNEL_SOURCE"] = str(headers.source)

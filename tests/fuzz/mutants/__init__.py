@@ -6,6 +6,7 @@ of the same file. The change is made on a copy.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def run(names: Sequence[str], seconds: float) -> int:
         build(targets=(*TARGETS,))
     missed = 0
     for mutant in mutants:
-        with tempfile.TemporaryDirectory(prefix="xdpnet-mutant-") as scratch:
+        with tempfile.TemporaryDirectory(prefix=f"xdpnet-mutant-{os.getpid()}-") as scratch:
             took, what = hunt(mutant, seconds, Path(scratch))
         missed += took is None
         print(f"{mutant.name:50} {'NOT FOUND' if took is None else f'{took:5.1f} s'}  {what[:90]}", flush=True)
