@@ -28,29 +28,6 @@ void bridge_call(struct xn_bridge *b, int fd)
 
 /* ---- public: the bridge ---- */
 
-static const char *const drop_names[] = {"short",    "runt",	  "oversize",  "pieces",    "gso_type",	 "gso_size",
-					 "gso_csum", "gso_proto", "csum",      "l3",	    "l4",	 "ipv6_ext",
-					 "fragment", "vlan",	  "spoof",     "reflected", "policy",	 "disabled",
-					 "no_port",  "no_buffer", "too_small", "costly",    "not_ready", "broken",
-					 "no_frame", "bad_frame", "frags",     "truncated"};
-_Static_assert(ARRAY_LEN(drop_names) == XN_DROP_COUNT, "a name for every drop reason");
-_Static_assert(ARRAY_LEN(((struct xn_queue_stats *)0)->drops) == XN_DROP_COUNT, "a counter for every drop reason");
-
-const char *xn_drop_name(uint32_t drop)
-{
-	return drop < XN_DROP_COUNT ? drop_names[drop] : NULL;
-}
-
-static const char *const broken_names[] = {"",	   "avail_jump", "head",     "next",	     "loop",
-					   "addr", "direction",	 "indirect", "indirect_len", "chain",
-					   "id",   "position",	 "memory"};
-_Static_assert(ARRAY_LEN(broken_names) == XN_BROKEN_COUNT, "a name for every way to break");
-
-const char *xn_broken_name(uint32_t broken)
-{
-	return broken < XN_BROKEN_COUNT ? broken_names[broken] : NULL;
-}
-
 int xn_check_calls(void)
 {
 	struct caller c;

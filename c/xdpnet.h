@@ -36,7 +36,10 @@ enum xn_limit {
 
 enum xn_direction { XN_RX, XN_TX };
 
-/* Why a frame was lost; every lost frame is in exactly one of these, on the queue where it was lost. */
+/*
+ * Why a frame was lost; every lost frame is in exactly one of these, on the queue where it was lost. What Python calls
+ * them, and the counters below, is read from here: XN_DROP_NO_BUFFER is "no_buffer".
+ */
 enum xn_drop {
 	XN_DROP_SHORT,	   /* a chain with no frame behind its virtio_net_hdr */
 	XN_DROP_RUNT,	   /* a frame shorter than an Ethernet header */
@@ -105,9 +108,9 @@ enum xn_zerocopy { XN_ZEROCOPY_OFF, XN_ZEROCOPY_AUTO, XN_ZEROCOPY_ON };
 struct xn_bridge;
 
 struct xn_bridge_config {
-	uint32_t workers;  /* 1 .. XN_MAX_WORKERS */
-	int32_t cpus[16];  /* the CPU of each worker; -1: not pinned */
-	uint32_t spin_us;  /* a source is polled so long after its last frame; 16 times in a conversation */
+	uint32_t workers;	      /* 1 .. XN_MAX_WORKERS */
+	int32_t cpus[XN_MAX_WORKERS]; /* the CPU of each worker; -1: not pinned */
+	uint32_t spin_us;	      /* a source is polled so long after its last frame; 16 times in a conversation */
 	uint32_t ageing_s; /* how long a learned address lives, but for those of guests that are here; 0: for ever */
 	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
 	uint32_t frames_per_queue; /* power of two, 256 .. 65536; half of them for receive */
@@ -147,11 +150,11 @@ struct xn_ring_config {
 
 struct xn_queue_stats {
 	uint64_t packets;
-	uint64_t bytes;		 /* of Ethernet frames, without virtio_net_hdr */
-	uint64_t drops[28];	 /* by enum xn_drop */
-	uint64_t copies;	 /* more ports than one that a frame of this queue was flooded to */
-	uint64_t bursts;	 /* polls that found something */
-	uint64_t kicks;		 /* guest rings: kicks taken. netdev tx: sendto() calls */
+	uint64_t bytes;		       /* of Ethernet frames, without virtio_net_hdr */
+	uint64_t drops[XN_DROP_COUNT]; /* by enum xn_drop */
+	uint64_t copies;	       /* more ports than one that a frame of this queue was flooded to */
+	uint64_t bursts;	       /* polls that found something */
+	uint64_t kicks;		       /* guest rings: kicks taken. netdev tx: sendto() calls */
 	uint64_t kicks_saved;	 /* guest rings: buffers found without a kick. netdev tx: bursts that needed none */
 	uint64_t calls;		 /* guest rings: interrupts sent */
 	uint64_t calls_saved;	 /* guest rings: used buffers published that the guest asked no interrupt for */
@@ -238,9 +241,6 @@ struct xn_fdb_entry {
 	uint32_t is_static;
 	uint32_t age_s; /* since last seen */
 };
-
-const char *xn_drop_name(uint32_t drop);     /* "no_buffer"; NULL past the last */
-const char *xn_broken_name(uint32_t broken); /* "avail_jump"; NULL past the last */
 
 /* ---- bridge and workers ---- */
 

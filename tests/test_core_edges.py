@@ -47,9 +47,12 @@ def test_time_advances_on_a_bridge_that_does_not_run(held_time: None) -> None:
         assert bridge.worker_stats(0).loops == 0
 
 
-def test_there_is_no_name_behind_the_last_reason() -> None:
-    assert core.lib.xn_drop_name(core.lib.XN_DROP_COUNT) == core.ffi.NULL
-    assert core.lib.xn_broken_name(core.lib.XN_BROKEN_COUNT) == core.ffi.NULL
+def test_each_reason_has_the_name_that_the_header_gives_it_and_there_is_none_behind_the_last() -> None:
+    for names, prefix, first in (core.DROP_NAMES, "XN_DROP_", 0), (core.BROKEN_NAMES, "XN_BROKEN_", 1):
+        assert len(names) == getattr(core.lib, f"{prefix}COUNT")
+        for number, name in enumerate(names[first:], first):
+            assert getattr(core.lib, prefix + name.upper()) == number
+    assert core.BROKEN_NAMES[core.lib.XN_RING_OK] == ""
 
 
 # ---- ports and rings ----

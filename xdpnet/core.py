@@ -55,12 +55,14 @@ ANY_VLAN = 0xFFFF  # of an address that was given
 COPYBREAK = 256  # below, a loan to the kernel costs as much as the copy that it saves
 
 
-def _names(function: Any, end: int) -> tuple[str, ...]:
-    return tuple(ffi.string(function(i)).decode() for i in range(end))
+def _names(enum: str, prefix: str) -> tuple[str, ...]:
+    """As c/xdpnet.h has them, in their order and without the number of them, which is last."""
+    *names, _ = (name for _, name in sorted(ffi.typeof(f"enum {enum}").elements.items()))
+    return tuple(name.removeprefix(prefix).lower() for name in names)
 
 
-DROP_NAMES = _names(lib.xn_drop_name, lib.XN_DROP_COUNT)
-BROKEN_NAMES = _names(lib.xn_broken_name, lib.XN_BROKEN_COUNT)
+DROP_NAMES = _names("xn_drop", "XN_DROP_")
+BROKEN_NAMES = ("", *_names("xn_broken", "XN_BROKEN_")[1:])  # the first is XN_RING_OK
 
 
 @dataclass(frozen=True, slots=True)
