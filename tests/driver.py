@@ -25,6 +25,7 @@ from tests.rings import (
     make_ring,
 )
 from xdpnet import core
+from xdpnet.counters import Traffic
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ class Driver:
     def state(self, ring: int) -> core.RingState:
         return self.bridge.ring_state(self.port, ring)
 
-    def stats(self, direction: int, pair: int = 0) -> core.QueueStats:
+    def stats(self, direction: int, pair: int = 0) -> Traffic:
         return self.bridge.queue_stats(self.port, pair, direction)
 
     def waiting(self, pair: int = 0) -> int:

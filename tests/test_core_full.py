@@ -10,6 +10,7 @@ from tests.netns import Veth, needs_root, veth
 from tests.rings import MIB, Span, eventually
 from tests.test_zerocopy import Held
 from xdpnet import core
+from xdpnet.counters import Traffic
 from xdpnet.fitness import ETH_OVERHEAD
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -50,7 +51,7 @@ def test_a_guest_waits_a_second_for_an_interface_that_takes_nothing_and_then_los
     bridge.netdev_open_queue(port, 0, socket.if_nametoindex(pair.ifname), mtu + ETH_OVERHEAD)
     a = guests(bridge, num=512, spans=ROOM)
 
-    def tx() -> core.QueueStats:
+    def tx() -> Traffic:
         return bridge.queue_stats(port, 0, core.TX)
 
     def is_full() -> bool:

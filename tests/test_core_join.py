@@ -18,6 +18,7 @@ from tests.rings import MIB, MODERN, Span
 from tests.segments import TCP, TSO4, TSO6, UDP, USO, Segment
 from tests.test_core_offload import GUEST_CSUM, TAKES, data
 from xdpnet import core
+from xdpnet.counters import Traffic
 from xdpnet.netdev import Netdev
 
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
@@ -54,7 +55,7 @@ class Scene:
         assert len(got) == len(sent) - (self.stats().joined - before.joined)
         return got
 
-    def stats(self) -> core.QueueStats:
+    def stats(self) -> Traffic:
         return self.bridge.queue_stats(self.netdev.port, 0, core.RX)
 
 

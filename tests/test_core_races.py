@@ -35,6 +35,7 @@ from tests.scene import END, Scene, own_flags
 from tests.segments import TSO4, Segment
 from tests.test_core_offload import SENDS, data
 from xdpnet import core
+from xdpnet.counters import Traffic
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [pytest.mark.core, both_layouts]
@@ -99,7 +100,7 @@ def hostile_words(scene: Scene, buffers: dict[int, list[int]], dice: random.Rand
     return words
 
 
-def enough(stats: core.QueueStats) -> bool:
+def enough(stats: Traffic) -> bool:
     """Both ends of a race were seen, again and again."""
     return stats.packets >= 100 and stats.breaks >= 30
 

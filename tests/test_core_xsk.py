@@ -11,6 +11,7 @@ from tests.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, 
 from tests.netns import Veth, command, needs_root, remove, veth
 from tests.rings import INDIRECT_DESC, MODERN, PATIENCE_S, VERSION_1, eventually
 from xdpnet import core
+from xdpnet.counters import Traffic
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
@@ -51,11 +52,11 @@ def port(bridge: core.Bridge, pair: Veth) -> int:
     return made
 
 
-def tx(bridge: core.Bridge, port: int, queue: int = 0) -> core.QueueStats:
+def tx(bridge: core.Bridge, port: int, queue: int = 0) -> Traffic:
     return bridge.queue_stats(port, queue, core.TX)
 
 
-def drops(stats: core.QueueStats) -> dict[str, int]:
+def drops(stats: Traffic) -> dict[str, int]:
     return {name: n for name, n in stats.drops.items() if n}
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -714,7 +715,7 @@ def test_a_frame_that_the_kernel_loses_is_in_one_of_its_counters(tmp_path: Path,
             port = running.port(wire.ifname)
             assert port.netdev is not None
             assert port.queues[0].xsk is not None
-            lost = {name: n for name, n in port.queues[0].xsk.statistics.items() if name.startswith("rx_")}
+            lost = {name: n for name, n in asdict(port.queues[0].xsk.statistics).items() if name.startswith("rx_")}
             return port.netdev.verdicts["redirected"], port.queues[0].rx.packets, lost
 
         frame = bytes.fromhex(MAC.replace(":", "")) + wire.peer_mac + b"\x88\xb5" + bytes(50)

@@ -255,4 +255,4 @@ def delivered_and_dropped(daemon: Backend) -> int:
     xsk = netdev.queues[0].xsk
     assert xsk is not None
     lost = ("rx_dropped", "rx_ring_full", "rx_fill_ring_empty_descs")
-    return snapshot.totals.frames_out + snapshot.totals.drops + sum(xsk.statistics[name] for name in lost)
+    return snapshot.totals.frames_out + snapshot.totals.drops + sum(getattr(xsk.statistics, name) for name in lost)

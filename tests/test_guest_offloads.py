@@ -209,7 +209,7 @@ class Stage:
         for name, seen in errors.items():
             assert not seen - before.get(name, Counter()), name
         statistics = wire(snapshot).xsk.statistics  # type: ignore[union-attr]
-        assert statistics["tx_invalid_descs"] == statistics["rx_invalid_descs"] == 0
+        assert statistics.tx_invalid_descs == statistics.rx_invalid_descs == 0
 
 
 def work(snapshot: Snapshot) -> Counter[str]:

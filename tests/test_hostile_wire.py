@@ -25,6 +25,7 @@ from tests.rings import MODERN, Buffer, Span
 from tests.segments import ECN, PSH, TSO4, TSO6, UDP, USO, Segment, wire
 from tests.test_core_offload import SENDS, TCP4, asks, data, kind_of
 from xdpnet import core
+from xdpnet.counters import Traffic
 
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 
@@ -80,7 +81,7 @@ class Scene:
     lends: bool
 
     @property
-    def tx(self) -> core.QueueStats:
+    def tx(self) -> Traffic:
         return self.bridge.queue_stats(self.port, 0, core.TX)
 
     def send(self, frames: Frames, layout: Layout = TOGETHER) -> None:

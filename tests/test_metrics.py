@@ -21,15 +21,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from tests.clock import Clock
-from tests.snapshots import guest_port, netdev_port, ring, snapshot, traffic
+from tests.snapshots import guest_port, netdev_port, ring, snapshot, traffic, worker
 from tests.waiting import PATIENCE_S
 from xdpnet import core
 from xdpnet.config import MAX_PORTS
+from xdpnet.counters import XdpStatistics, declared
 from xdpnet.errors import SetupError
 from xdpnet.metrics import table, take
 from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.endpoint import CONNECTIONS, DEADLINE_S, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
-from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Queue, Snapshot, Worker, total
+from xdpnet.metrics.snapshot import Port, Queue, Snapshot, total
 
 
 def exposition(shown: Snapshot) -> str:
@@ -201,7 +202,7 @@ def sort_labels(text: str) -> str:
 
 def test_all_six_xdp_statistics_are_metrics() -> None:
     families = {family.name: family for family in text_string_to_metric_families(exposition(snapshot()))}
-    for at, name in enumerate(XDP_STATISTICS):
+    for at, name in enumerate(declared(XdpStatistics)):
         (sample,) = families[f"xdpnet_xsk_{name}"].samples
         assert sample.value == at
 
@@ -294,7 +295,7 @@ def test_a_thread_that_is_not_ours_is_no_running_worker() -> None:
 
 
 def test_a_worker_that_does_not_go_on_is_an_illness_and_the_page_says_where_it_is() -> None:
-    stuck = Worker(0, -1, os.getpid(), 5_000, 100, 7, 999, 2.04, "at guest web's rx ring 0")
+    stuck = worker(os.getpid(), stalled_s=2.04, stalled_at="at guest web's rx ring 0")
     assert faults(snapshot(workers=(stuck,))) == ["worker 0 has been at guest web's rx ring 0 for 2.0 s"]
     assert "worker 0 has been at guest web's rx ring 0 for 2.0 s" in page(snapshot(workers=(stuck,)))
     assert "has been at" not in page(snapshot())

@@ -772,12 +772,12 @@ def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(b
     frontend, guest = talk
     with GuestMemory(seal=False) as open_memory:
         assert frontend.set_memory(memory) == 0
-        assert guest.counters.mem_unsealed == 0
+        assert guest.counters.unsealed_regions == 0
         assert frontend.set_memory(open_memory) == 0
-        assert guest.counters.mem_unsealed == 1
+        assert guest.counters.unsealed_regions == 1
         assert frontend.remove_memory(open_memory) == 0
         assert frontend.add_memory(open_memory) == 0
-        assert guest.counters.mem_unsealed == 2
+        assert guest.counters.unsealed_regions == 2
 
 
 def test_hostile_a31_rings_run_on_while_the_memory_table_is_replaced(backend, running, memory):

@@ -37,6 +37,7 @@ from tests.rings import (
 )
 from tests.segments import TSO4, TSO6, Segment
 from xdpnet import core
+from xdpnet.counters import Traffic
 from xdpnet.netdev import Netdev
 from xdpnet.virtq.features import VirtioFeature, mask
 
@@ -108,7 +109,7 @@ class Wired:
         return self.bridge.netdev_is_stale(self.port, self.policy)
 
     @property
-    def tx(self) -> core.QueueStats:
+    def tx(self) -> Traffic:
         return self.bridge.queue_stats(self.port, 0, core.TX)
 
     @property

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from xdpnet import _core
+from xdpnet.counters import Traffic, Work, XdpStatistics
 from xdpnet.errors import SetupError
 
 ffi: Any = _core.ffi
@@ -125,33 +126,6 @@ class RingConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueStats:
-    """Counters of one queue and direction; `drops` by reason, every reason present."""
-
-    packets: int
-    bytes: int
-    drops: dict[str, int]
-    copies: int
-    bursts: int
-    kicks: int
-    kicks_saved: int
-    calls: int
-    calls_saved: int
-    chains: int
-    cut: int
-    segments: int
-    joined: int
-    csum_computed: int
-    csum_completed: int
-    csum_partial: int
-    csum_verified: int
-    in_place: int
-    breaks: int
-    unlearned: int
-    waited: int
-
-
-@dataclass(frozen=True, slots=True)
 class RingState:
     """State of a guest's ring; `broken` is the reason, or an empty string."""
 
@@ -179,15 +153,9 @@ class BrokenRing:
 
 
 @dataclass(frozen=True, slots=True)
-class XskStats:
-    """XDP_STATISTICS of a queue's sockets, and where the frames of the open one are."""
+class XskStats(XdpStatistics):
+    """And where the frames of the open socket are."""
 
-    rx_dropped: int
-    rx_invalid_descs: int
-    tx_invalid_descs: int
-    rx_ring_full: int
-    rx_fill_ring_empty_descs: int
-    tx_ring_empty_descs: int
     frames_free: int
     frames_fill: int
     frames_tx: int
@@ -206,16 +174,12 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """Counters of one worker, where it is (None: asleep, or parked) and delivers to; `cpu` is -1 when it is not pinned.
+class WorkerStats(Work):
+    """And where it is (None: asleep, or parked) and delivers to; `cpu` is -1 when it is not pinned.
 
     parked: it stands still for the control thread, or does not run. Asleep it ends a turn ten times a second.
     """
 
-    loops: int
-    sleeps: int
-    busy_cycles: int
-    packets: int
     cpu: int
     tid: int
     at: Place | None
@@ -242,6 +206,11 @@ def _check(result: int, what: str) -> int:
     if result < 0:
         raise OSError(-result, f"{what}: {os.strerror(-result)}")
     return result
+
+
+def _counted(struct: Any) -> dict[str, Any]:
+    """All fields of a struct of c/xdpnet.h, by name."""
+    return {name: getattr(struct, name) for name, _ in ffi.typeof(struct).item.fields}
 
 
 def _region(region: Region, staged: Staged | None = None) -> Any:
@@ -402,33 +371,12 @@ class Bridge:
             at.ip = ip.packed.ljust(16, b"\0")
         _check(lib.xn_guest_set_ips(self._bridge, port, out, len(ips)), f"set IP addresses of port {port}")
 
-    def queue_stats(self, port: int, queue: int, direction: int) -> QueueStats:
+    def queue_stats(self, port: int, queue: int, direction: int) -> Traffic:
         """Counters of one queue; direction RX or TX."""
         out = ffi.new("struct xn_queue_stats *")
         _check(lib.xn_queue_stats(self._bridge, port, queue, direction, out), f"read queue {queue} of port {port}")
-        return QueueStats(
-            packets=out.packets,
-            bytes=out.bytes,
-            drops=dict(zip(DROP_NAMES, out.drops, strict=True)),
-            copies=out.copies,
-            bursts=out.bursts,
-            kicks=out.kicks,
-            kicks_saved=out.kicks_saved,
-            calls=out.calls,
-            calls_saved=out.calls_saved,
-            chains=out.chains,
-            cut=out.cut,
-            segments=out.segments,
-            joined=out.joined,
-            csum_computed=out.csum_computed,
-            csum_completed=out.csum_completed,
-            csum_partial=out.csum_partial,
-            csum_verified=out.csum_verified,
-            in_place=out.in_place,
-            breaks=out.breaks,
-            unlearned=out.unlearned,
-            waited=out.waited,
-        )
+        counted = _counted(out)
+        return Traffic(**counted | {"drops": dict(zip(DROP_NAMES, counted["drops"], strict=True))})
 
     def time_advance(self, us: int) -> None:
         """Advance the time that time_hold() holds; when this returns, each worker has taken a turn by the new time."""
@@ -441,7 +389,7 @@ class Bridge:
         parked = out.at == lib.XN_PARKED
         at = None if parked or out.at == lib.XN_AT_REST else _place(out.at)
         to = None if out.to == lib.XN_AT_REST else _place(out.to)
-        return WorkerStats(out.loops, out.sleeps, out.busy_cycles, out.packets, out.cpu, out.tid, at, to, parked)
+        return WorkerStats(**_counted(out) | {"at": at, "to": to}, parked=parked)
 
     # ---- addresses ----
 
@@ -637,21 +585,7 @@ class Bridge:
         """XDP_STATISTICS of a queue, summed over the sockets that it has had."""
         s = ffi.new("struct xn_xsk_stats *")
         _check(lib.xn_netdev_xsk_stats(self._bridge, port, queue, s), f"read sockets of queue {queue} of port {port}")
-        return XskStats(
-            rx_dropped=s.rx_dropped,
-            rx_invalid_descs=s.rx_invalid_descs,
-            tx_invalid_descs=s.tx_invalid_descs,
-            rx_ring_full=s.rx_ring_full,
-            rx_fill_ring_empty_descs=s.rx_fill_ring_empty_descs,
-            tx_ring_empty_descs=s.tx_ring_empty_descs,
-            frames_free=s.frames_free,
-            frames_fill=s.frames_fill,
-            frames_tx=s.frames_tx,
-            in_flight=s.in_flight,
-            umem=s.umem,
-            open=bool(s.open),
-            zerocopy=bool(s.zerocopy),
-        )
+        return XskStats(**_counted(s) | {"open": bool(s.open), "zerocopy": bool(s.zerocopy)})
 
 
 def time_hold() -> None:

@@ -16,7 +16,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from xdpnet import cgroup, core, descriptors, systemd
@@ -334,7 +334,7 @@ class Daemon:
 
 
 def _describe(port: GuestPort) -> Guest:
-    config, counters = port.config, port.socket.counters
+    config = port.config
     return Guest(
         socket=config.socket or "",
         client=config.client,
@@ -343,14 +343,7 @@ def _describe(port: GuestPort) -> Guest:
         mtu=port.device.told_mtu,
         lacks_memory=port.device.lacks_memory,
         features=tuple(features.names(port.device.features)),
-        messages=counters.messages,
-        connects=counters.connects,
-        disconnects=counters.disconnects,
-        unsealed_regions=counters.mem_unsealed,
-        rests=counters.rests,
-        rarp_limited=counters.rarp_limited,
-        errors=dict(counters.errors),
-        refused=dict(counters.refused),
+        **asdict(port.socket.counters),
     )
 
 

@@ -5,7 +5,7 @@ rx and tx of a guest are the guest's own view: tx is what it sent. On an interfa
 Invariant, exact when no frame is on its way: into the bridge + copies + segments = out of it + joined + drops + those
 that wait for receive buffers.
 
-Counters never run backwards; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
+Counters never run backwards ; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
 """
 
 from collections.abc import Iterable
@@ -15,41 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-XDP_STATISTICS = (
-    "rx_dropped",
-    "rx_invalid_descs",
-    "tx_invalid_descs",
-    "rx_ring_full",
-    "rx_fill_ring_empty_descs",
-    "tx_ring_empty_descs",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """One direction of one queue. drops has every reason, also those at zero."""
-
-    packets: int
-    bytes: int
-    drops: dict[str, int]
-    copies: int
-    bursts: int
-    kicks: int
-    kicks_saved: int
-    calls: int
-    calls_saved: int
-    chains: int
-    cut: int
-    segments: int
-    joined: int
-    csum_computed: int
-    csum_completed: int
-    csum_partial: int
-    csum_verified: int
-    in_place: int
-    breaks: int
-    unlearned: int
-    waited: int
+from xdpnet.counters import Traffic, VhostUser, Work, XdpStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +40,14 @@ class Ring:
 
 @dataclass(frozen=True, slots=True)
 class Xsk:
-    """An interface's AF_XDP socket: XDP_STATISTICS, where its frames are, how many are sent from guest memory just now.
+    """An interface's AF_XDP socket: its statistics, where its frames are, how many are sent from guest memory just now.
 
     zerocopy is the driver's; umem is the size of its memory in bytes, guests' included.
     """
 
     open: bool
     zerocopy: bool
-    statistics: dict[str, int]
+    statistics: XdpStatistics
     frames_free: int
     frames_fill: int
     frames_tx: int
@@ -99,9 +65,9 @@ class Queue:
     xsk: Xsk | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """A vhost-user socket: features as negotiated, errors and refused connections by reason.
+@dataclass(slots=True, kw_only=True)
+class Guest(VhostUser):
+    """A vhost-user socket, its features as negotiated; a copy of what is counted of it.
 
     mtu: what the guest was told that it may send, by the configuration or its frontend; 0: nothing. lacks_memory: its
     rings are ready, and no memory was handed over.
@@ -112,14 +78,6 @@ class Guest:
     connected: bool
     mac: str
     features: tuple[str, ...]
-    messages: int
-    connects: int
-    disconnects: int
-    unsealed_regions: int
-    rests: int
-    rarp_limited: int
-    errors: dict[str, int]
-    refused: dict[str, int]
     mtu: int = 0
     lacks_memory: bool = False
 
@@ -158,17 +116,13 @@ class Port:
     learned: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Worker:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker(Work):
     """stalled_at: where it has been for stalled_s seconds without going on, as in Stall; empty and 0 while it does."""
 
     number: int
     cpu: int
     tid: int
-    loops: int
-    sleeps: int
-    busy_cycles: int
-    packets: int
     stalled_s: float = 0.0
     stalled_at: str = ""
 

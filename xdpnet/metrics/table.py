@@ -5,13 +5,14 @@ shortened; who needs every digit takes --json. Tables are laid out here: of thou
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from xdpnet.metrics.snapshot import XDP_STATISTICS, Port, Ring, Snapshot, Traffic
+from xdpnet.counters import Metric, Traffic, Work, XdpStatistics, declared
+from xdpnet.metrics.snapshot import Port, Ring, Snapshot
 
 NOTHING = Text("-", style="dim")
 GAP = "  "  # between columns
@@ -155,19 +156,30 @@ def _port_line(port: Port) -> Text:
     return text
 
 
+def _columns(holder: type) -> list[tuple[str, Metric]]:
+    """Fields of a class that have a column."""
+    return [(name, metric) for name, metric in declared(holder).items() if metric.column]
+
+
+def _headings(columns: Iterable[tuple[str, Metric]]) -> list[str]:
+    return [f">{metric.column}" for _, metric in columns]
+
+
 def _traffic(now: Snapshot, before: Snapshot | None) -> Table:
+    columns = _columns(Traffic)
+    moved = [each for each in columns if each[1].of == "queues"]
+    notified = [each for each in columns if each[1].of != "queues"]
     rates = (">Packets/s", ">Mb/s") if before else ()
-    kicks = (">Kicks\ntaken", ">Kicks\nsaved", ">Calls\nsent", ">Calls\nsaved")
-    table = Table(" Port", ">Q", "Dir", ">Packets", ">Bytes", *rates, *kicks, "Drops by reason")
+    table = Table(" Port", ">Q", "Dir", *_headings(moved), *rates, *_headings(notified), "Drops by reason")
     earlier = dict(_directions(before)) if before else {}
     for port in now.ports:
         for (name, number, direction), traffic in _directions_of(port):
-            cells: list[str | Text] = [f" {name}", str(number), direction, count(traffic.packets), size(traffic.bytes)]
+            cells: list[str | Text] = [f" {name}", str(number), direction]
+            cells += [(size if metric.unit == "bytes" else count)(getattr(traffic, field)) for field, metric in moved]
             if before:
                 cells += _rates(traffic, earlier.get((name, number, direction)), now.time - before.time)
-            kicked = bool(port.guest) or direction == "tx"
-            cells += [count(traffic.kicks), count(traffic.kicks_saved)] if kicked else [NOTHING, NOTHING]
-            cells += [count(traffic.calls), count(traffic.calls_saved)] if port.guest else [NOTHING, NOTHING]
+            has = {"rings": bool(port.guest), "kicked": bool(port.guest) or direction == "tx"}
+            cells += [count(getattr(traffic, field)) if has[metric.of] else NOTHING for field, metric in notified]
             table.add_row(*cells, _drops(traffic))
         table.add_section()
     return table
@@ -214,23 +226,16 @@ def _state(ring: Ring) -> Text:
 
 
 def _sockets(now: Snapshot) -> Table:
-    names = {
-        "rx_dropped": ">rx\ndropped",
-        "rx_invalid_descs": ">rx\ninvalid",
-        "tx_invalid_descs": ">tx\ninvalid",
-        "rx_ring_full": ">rx\nfull",
-        "rx_fill_ring_empty_descs": ">fill\nempty",
-        "tx_ring_empty_descs": ">tx\nempty",
-    }
+    columns = _columns(XdpStatistics)
     frames = (">Frames\nfree", ">Frames\nfill", ">Frames\ntx")
-    table = Table(" Interface", ">Q", "Socket", *(names[name] for name in XDP_STATISTICS), *frames)
+    table = Table(" Interface", ">Q", "Socket", *_headings(columns), *frames)
     for port in now.ports:
         for queue in port.queues:
             if queue.xsk is None:
                 continue
             xsk = queue.xsk
             state = Text("open", style="green") if xsk.open else Text("closed", style="bold red")
-            statistics = (count(xsk.statistics.get(name, 0)) for name in XDP_STATISTICS)
+            statistics = (count(getattr(xsk.statistics, name)) for name, _ in columns)
             held = (count(frames) for frames in (xsk.frames_free, xsk.frames_fill, xsk.frames_tx))
             table.add_row(f" {port.name}", str(queue.number), state, *statistics, *held)
         table.add_section()
@@ -238,16 +243,16 @@ def _sockets(now: Snapshot) -> Table:
 
 
 def _workers(now: Snapshot, before: Snapshot | None) -> Table:
-    rates = (">Loops/s", ">Sleeps/s", ">Packets/s") if before else ()
-    table = Table(" Worker", "CPU", ">Loops", ">Sleeps", ">Packets", *rates)
+    columns = _columns(Work)
+    rates = [f"{heading}/s" for heading in _headings(columns)] if before else []
+    table = Table(" Worker", "CPU", *_headings(columns), *rates)
     earlier = {worker.number: worker for worker in before.workers} if before else {}
     for worker in now.workers:
         cells = [f" {worker.number}", "any" if worker.cpu < 0 else str(worker.cpu)]
-        cells += [count(worker.loops), count(worker.sleeps), count(worker.packets)]
+        cells += [count(getattr(worker, name)) for name, _ in columns]
         if before:
             was, seconds = earlier.get(worker.number, worker), now.time - before.time
-            pairs = ((worker.loops, was.loops), (worker.sleeps, was.sleeps), (worker.packets, was.packets))
-            cells += [count(round((new - old) / seconds)) for new, old in pairs]
+            cells += [count(round((getattr(worker, name) - getattr(was, name)) / seconds)) for name, _ in columns]
         table.add_row(*cells)
     return table
 

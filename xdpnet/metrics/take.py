@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from xdpnet import __version__, core
+from xdpnet.counters import Work, XdpStatistics, values
 from xdpnet.metrics.snapshot import (
-    XDP_STATISTICS,
     Address,
     Guest,
     Netdev,
@@ -19,7 +19,6 @@ from xdpnet.metrics.snapshot import (
     Queue,
     Ring,
     Snapshot,
-    Traffic,
     Worker,
     Xsk,
     total,
@@ -95,8 +94,8 @@ def _guest_port(bridge: core.Bridge, source: GuestSource) -> Port:
     queues = tuple(
         Queue(
             number=pair,
-            rx=_traffic(bridge.queue_stats(source.port, pair, core.RX)),
-            tx=_traffic(bridge.queue_stats(source.port, pair, core.TX)),
+            rx=bridge.queue_stats(source.port, pair, core.RX),
+            tx=bridge.queue_stats(source.port, pair, core.TX),
             rx_ring=_ring(bridge.ring_state(source.port, 2 * pair)),
             tx_ring=_ring(bridge.ring_state(source.port, 2 * pair + 1)),
         )
@@ -109,8 +108,8 @@ def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
     queues = tuple(
         Queue(
             number=queue,
-            rx=_traffic(bridge.queue_stats(source.port, queue, core.RX)),
-            tx=_traffic(bridge.queue_stats(source.port, queue, core.TX)),
+            rx=bridge.queue_stats(source.port, queue, core.RX),
+            tx=bridge.queue_stats(source.port, queue, core.TX),
             xsk=_xsk(bridge.netdev_xsk_stats(source.port, queue)) if queue < source.queues else None,
         )
         for queue in range(source.queues_had)
@@ -128,32 +127,6 @@ def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
         mtu=source.mtu,
     )
     return Port(name, source.port, queues, netdev=netdev)
-
-
-def _traffic(stats: core.QueueStats) -> Traffic:
-    return Traffic(
-        packets=stats.packets,
-        bytes=stats.bytes,
-        drops=dict(stats.drops),
-        copies=stats.copies,
-        bursts=stats.bursts,
-        kicks=stats.kicks,
-        kicks_saved=stats.kicks_saved,
-        calls=stats.calls,
-        calls_saved=stats.calls_saved,
-        chains=stats.chains,
-        cut=stats.cut,
-        segments=stats.segments,
-        joined=stats.joined,
-        csum_computed=stats.csum_computed,
-        csum_completed=stats.csum_completed,
-        csum_partial=stats.csum_partial,
-        csum_verified=stats.csum_verified,
-        in_place=stats.in_place,
-        breaks=stats.breaks,
-        unlearned=stats.unlearned,
-        waited=stats.waited,
-    )
 
 
 def _ring(state: core.RingState) -> Ring:
@@ -176,7 +149,7 @@ def _xsk(stats: core.XskStats) -> Xsk:
     return Xsk(
         open=bool(stats.open),
         zerocopy=bool(stats.zerocopy),
-        statistics={name: getattr(stats, name) for name in XDP_STATISTICS},
+        statistics=XdpStatistics(**values(stats, XdpStatistics)),
         frames_free=stats.frames_free,
         frames_fill=stats.frames_fill,
         frames_tx=stats.frames_tx,
@@ -191,10 +164,7 @@ def _worker(bridge: core.Bridge, number: int, stall: Stall | None, now: float) -
         number=number,
         cpu=stats.cpu,
         tid=stats.tid,
-        loops=stats.loops,
-        sleeps=stats.sleeps,
-        busy_cycles=stats.busy_cycles,
-        packets=stats.packets,
+        **values(stats, Work),
         stalled_s=now - stall.since if stall else 0.0,
         stalled_at=stall.where if stall else "",
     )

@@ -1,24 +1,21 @@
-"""What is counted about one vhost-user socket; it outlives every connection and never runs backwards."""
+"""What is counted about one vhost-user socket, and why its messages and connections are refused."""
 
 from dataclasses import dataclass, field
 
+from xdpnet.counters import VhostUser
 from xdpnet.virtq.message import REASONS, ProtocolError
+
+# Connections are turned away: another frontend is served; no descriptors or memory to accept it with; too many
+# descriptors of its predecessors are not closed yet; its user is not the guest's.
+REFUSALS = ("busy", "resources", "closing", "peer")
 
 
 @dataclass(slots=True)
-class Counters:
-    """Counters of one socket."""
+class Counters(VhostUser):
+    """Counters of one socket; every reason is there from the start."""
 
-    messages: int = 0
-    connects: int = 0
-    disconnects: int = 0
-    rests: int = 0  # times that nothing was read of the frontend, for it had cost others too much
-    rarp_limited: int = 0  # SEND_RARP that came too soon after others: nothing was sent
-    mem_unsealed: int = 0  # regions accepted whose file the frontend may still shrink
     errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    # connections turned away: another frontend is served; no descriptors or memory to accept it with; too many
-    # descriptors of its predecessors are not closed yet; its user is not the guest's
-    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("busy", "resources", "closing", "peer"), 0))
+    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSALS, 0))
 
     def count_error(self, error: ProtocolError) -> None:
         self.errors[error.reason] += 1

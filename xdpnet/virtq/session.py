@@ -219,7 +219,7 @@ class Session:
             self._apply(change)
 
     def _apply(self, change: MemoryChange) -> None:
-        self.counters.mem_unsealed += change.apply()
+        self.counters.unsealed_regions += change.apply()
         self.had_memory = True
 
     # ---- rings ----
