@@ -43,7 +43,7 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 	u32 frames = config->frames_per_queue;
 
 	if (!config->workers || config->workers > XN_MAX_WORKERS || config->zerocopy > XN_ZEROCOPY_ON ||
-	    frames < XN_MIN_FRAMES || frames > 65536 || frames & (frames - 1) || !config->max_macs ||
+	    frames < XN_MIN_FRAMES || frames > XN_MAX_FRAMES || frames & (frames - 1) || !config->max_macs ||
 	    config->max_macs > XN_MAX_MACS) {
 		errno = EINVAL;
 		return NULL;

@@ -21,7 +21,7 @@
 
 enum { FDB_NONE = XN_MAX_PORTS };
 /* A VLAN id that no frame can have (4095 is reserved, and yet frames carry it): the entry is static, for all VLANs. */
-enum { FDB_STATIC = 0xffff };
+enum { FDB_STATIC = XN_ANY_VLAN };
 
 struct fdb_entry {
 	u64 key; /* MAC | VLAN << 48; 0: free */

@@ -28,6 +28,7 @@ enum xn_limit {
 	XN_MAX_GIVEN = 16384,	 /* addresses that are given, to guests and as those of the host */
 	XN_MAX_STATIONS = 65536, /* of the wire, that are known at once; the longest silent are forgotten for others */
 	XN_MIN_FRAMES = 256,	 /* of a netdev queue */
+	XN_MAX_FRAMES = 65536,
 	/* The longest frame that an AF_XDP buffer takes from the wire: XDP_PACKET_HEADROOM is in front. */
 	XN_MAX_PLAIN_FRAME = XN_FRAME_SIZE - 256,
 	/* Of an interface: a frame is three buffers then, and drivers with zero copy take from five to eight. */
@@ -113,7 +114,7 @@ struct xn_bridge_config {
 	uint32_t spin_us;	      /* a source is polled so long after its last frame; 16 times in a conversation */
 	uint32_t ageing_s; /* how long a learned address lives, but for those of guests that are here; 0: for ever */
 	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
-	uint32_t frames_per_queue; /* power of two, 256 .. 65536; half of them for receive */
+	uint32_t frames_per_queue; /* power of two, XN_MIN_FRAMES .. XN_MAX_FRAMES; half of them for receive */
 	uint32_t max_macs;	   /* addresses that one guest may teach the bridge, 1 .. XN_MAX_MACS */
 	uint32_t zerocopy;	   /* enum xn_zerocopy, the most that any of its netdevs will use */
 	uint32_t copybreak;	   /* shorter frames are always copied, bytes */
@@ -234,9 +235,11 @@ struct xn_ip {
 	uint8_t ip[16];	 /* of version 4 the first four */
 };
 
+enum { XN_ANY_VLAN = 0xffff };
+
 struct xn_fdb_entry {
 	uint8_t mac[6];
-	uint16_t vlan; /* 0: untagged; 0xffff: any (static entries) */
+	uint16_t vlan; /* 0: untagged; XN_ANY_VLAN: any (static entries) */
 	uint32_t port;
 	uint32_t is_static;
 	uint32_t age_s; /* since last seen */

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.snapshots import snapshot
-from xdpnet import __version__, cli, config
+from xdpnet import __version__, cli, config, limits
 from xdpnet.control import ControlServer
 from xdpnet.systemd import JournalFormatter
 
@@ -75,14 +75,14 @@ def test_the_example_configuration_is_legal_and_says_the_defaults() -> None:
     assert made.guests
     text = file.read_text()
     for key, default in {
-        "spin_us": config.SPIN_US,
-        "ageing_s": config.AGEING_S,
-        "frames_per_queue": config.FRAMES_PER_QUEUE,
-        "max_macs": config.MACS_PER_PORT,
+        "spin_us": limits.SPIN_US,
+        "ageing_s": limits.AGEING_S,
+        "frames_per_queue": limits.FRAMES_PER_QUEUE,
+        "max_macs": limits.MACS_PER_PORT,
         "max_memory": '"256GiB"',
     }.items():
         assert f"\n# {key} = {default}\n" in text
-    assert config.parse_size("256GiB") == config.MAX_MEMORY
+    assert config.parse_size("256GiB") == limits.MAX_MEMORY
 
 
 def test_every_key_of_the_models_is_in_the_example() -> None:
@@ -164,10 +164,6 @@ def test_usage_is_told_without_a_traceback(words: list[str]) -> None:
 
 def test_the_version_is_told() -> None:
     assert xdpnet("--version").stdout == f"xdpnet {__version__}\n"
-
-
-def test_the_default_control_socket_is_one_place() -> None:
-    assert cli.DEFAULT_CONTROL == config.DEFAULT_CONTROL
 
 
 # ---- the journal ----

@@ -24,7 +24,7 @@ from tests.clock import Clock
 from tests.snapshots import guest_port, netdev_port, ring, snapshot, traffic, worker
 from tests.waiting import PATIENCE_S
 from xdpnet import core
-from xdpnet.config import MAX_PORTS
+from xdpnet.core import MAX_PORTS
 from xdpnet.counters import XdpStatistics, declared
 from xdpnet.errors import SetupError
 from xdpnet.metrics import table, take

@@ -21,6 +21,7 @@ from tests import dpdk, needs
 from tests.frontend import ACK_AND_ALL, MODERN, GuestMemory
 from tests.fuse import silent_file
 from tests.waiting import until_equal
+from xdpnet import limits
 from xdpnet.core import MAX_REGIONS, TX, Bridge
 from xdpnet.ration import Ration
 from xdpnet.virtq import device, features
@@ -28,7 +29,6 @@ from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.features import ProtocolFeature, VirtioFeature, mask
-from xdpnet.virtq.memory import MAX_MEMORY
 from xdpnet.virtq.message import (
     FLAG_NEED_REPLY,
     U64,
@@ -809,10 +809,10 @@ def test_hostile_a32_more_memory_than_we_serve_is_refused(talk):
     fd = os.memfd_create("huge", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, 16 << 40)
-        for size in (16 << 40, MAX_MEMORY + 0x1000):
+        for size in (16 << 40, limits.MEMORY[1] + 0x1000):
             assert table_refused(talk, "mem_limit", [MemoryRegion(0, size, 0, 0)], [fd])
-        assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable((MemoryRegion(0, MAX_MEMORY, 0, 0),)), [fd]) == 0
-        one_more = SingleRegion(MemoryRegion(MAX_MEMORY, 0x1000, MAX_MEMORY, 0))
+        assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable((MemoryRegion(0, limits.MEMORY[1], 0, 0),)), [fd]) == 0
+        one_more = SingleRegion(MemoryRegion(limits.MEMORY[1], 0x1000, limits.MEMORY[1], 0))
         assert refused(talk, "mem_limit", Request.ADD_MEM_REG, one_more, [fd])
     finally:
         os.close(fd)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from xdpnet import core, descriptors, fitness
+from xdpnet import core, descriptors, fitness, limits
 from xdpnet.bpf import loader
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
-from xdpnet.config import MAX_PAIRS, MAX_PORTS
+from xdpnet.core import MAX_PAIRS, MAX_PORTS
 from xdpnet.demo import initramfs
 from xdpnet.demo.guest import best_accelerator
 from xdpnet.errors import SetupError
@@ -38,7 +38,7 @@ MIN_KERNEL = (5, 9)  # bpf_link for XDP
 KVM = "/dev/kvm"
 KVM_PATIENCE_S = 6.0  # a second or two is usual
 EMULATES = "QEMU can but emulate, slowly"
-QUEUE_MEMORY = 16 << 20  # locked for a queue: 4096 frames of 4 KiB
+QUEUE_MEMORY = limits.FRAMES_PER_QUEUE * core.FRAME_SIZE  # is locked
 
 CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 13, 14, 21, 38, 39
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from xdpnet import __version__, systemd
+from xdpnet import __version__, core, limits, systemd
 from xdpnet.errors import ConfigError, ControlError, SetupError, XdpnetError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from xdpnet.config import Config
 
-DEFAULT_CONTROL = "/run/xdpnet/control.sock"
 CAPABILITIES = {"type": "net"}  # VHostUserBackendCapabilities of docs/interop/vhost-user.json; "net" has no features
 CONVENTION_GUEST = "guest"  # the name of the one that --socket-path or --fd is about
 PIPE_COLUMNS = 140  # the width of tables that no terminal limits
@@ -87,8 +86,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--guest",
         action="append",
         metavar="NAME,socket=PATH[,KEY=VALUE...]",
-        help="a guest: mac=MAC+MAC, queues=1..16, client=true, mtu=N, check_source=false, ips=IP+IP, user=USER, "
-        "poll=true, guest_offloads=false, max_memory=SIZE; repeatable",
+        help=f"a guest: mac=MAC+MAC, queues=1..{core.MAX_PAIRS}, client=true, mtu=N, check_source=false, ips=IP+IP, "
+        "user=USER, poll=true, guest_offloads=false, max_memory=SIZE; repeatable",
     )
     add(
         "--netdev",
@@ -98,13 +97,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     add("--workers", metavar="N", help="threads that move frames (1)")
     add("--cpus", metavar="LIST", help='a CPU for each worker, as "0,2-3"')
-    add("--spin-us", metavar="N", help="microseconds to poll after the last frame before sleeping (50)")
-    add("--ageing-s", metavar="N", help="seconds that a learned address lives, 0 for ever (300)")
-    add("--frames-per-queue", metavar="N", help="4 KiB frames for each queue of an interface (4096)")
-    add("--max-macs", metavar="N", help="addresses that one port may teach the bridge (64)")
-    add("--max-memory", metavar="SIZE", help="memory that one guest may have, as 64GiB (256GiB)")
+    add("--spin-us", metavar="N", help=f"microseconds to poll after the last frame before sleeping ({limits.SPIN_US})")
+    add("--ageing-s", metavar="N", help=f"seconds that a learned address lives, 0 for ever ({limits.AGEING_S})")
+    add(
+        "--frames-per-queue",
+        metavar="N",
+        help=f"{core.FRAME_SIZE >> 10} KiB frames for each queue of an interface ({limits.FRAMES_PER_QUEUE})",
+    )
+    add("--max-macs", metavar="N", help=f"addresses that one port may teach the bridge ({limits.MACS_PER_PORT})")
+    add("--max-memory", metavar="SIZE", help=f"memory that one guest may have, as 64GiB ({limits.MAX_MEMORY >> 30}GiB)")
     add("--metrics", metavar="HOST:PORT", help="serve /metrics and /healthz")
-    add("--control", metavar="PATH", help=f"control socket, '' for none ({DEFAULT_CONTROL})")
+    add("--control", metavar="PATH", help=f"control socket, '' for none ({limits.CONTROL})")
     add("--check", action="store_true", help="look whether this can be served here, change nothing, and end")
     add("--verbose", "-v", action="store_true", help="say more")
     one = parser.add_mutually_exclusive_group()
@@ -204,7 +207,7 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch", nargs="?", type=_seconds, const=1.0, metavar="S", help="again every S seconds (1), with rates"
     )
-    parser.add_argument("--control", metavar="PATH", default=DEFAULT_CONTROL, help=f"its socket ({DEFAULT_CONTROL})")
+    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
     parser.set_defaults(command=_stats)
 
 

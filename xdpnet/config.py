@@ -2,7 +2,7 @@
 
 Invariant: a Config exists only if every value is legal and no two ports share a name, socket, address or interface;
 otherwise parse() raises one ConfigError with a line for each fault, naming the key and the value. Nothing here looks at
-the machine. Limits of the core are those of c/xdpnet.h, the range of the MTU is that of virtio 1.2, section 5.1.4.
+the machine.
 """
 
 import difflib
@@ -15,34 +15,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from xdpnet import limits
+from xdpnet.core import (
+    MAX_FRAMES,
+    MAX_IPS,
+    MAX_MACS,
+    MAX_NETDEV_QUEUES,
+    MAX_OWN_MACS,
+    MAX_PAIRS,
+    MAX_PORTS,
+    MAX_WORKERS,
+    MIN_FRAMES,
+)
 from xdpnet.errors import ConfigError, SocketPathError
 from xdpnet.sockets import check_path
 
 Raw = dict[str, Any]
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Limits of the core (c/xdpnet.h) and of the specifications.
-MAX_PORTS = 128
-MAX_PAIRS = 16
-MAX_NETDEV_QUEUES = 16
-MAX_WORKERS = 16
 MAX_CPU = 4095
-MAX_IPS = 16
-MAX_OWN_MACS = 16
-FRAMES = (256, 65536)
-MTU = (68, 65535)  # virtio 1.2, 5.1.4.1
-MEMORY = (1 << 20, 8 << 40)  # of one guest
 ADDRESS_SPACE = 64 << 40  # of 47 bits, half: a table of memory is mapped before the one that it replaces goes
 NO_ID = (1 << 32) - 1  # of chown(2): leave it as it is
 IFNAME_MAX = 127  # of an alternative name: ALTIFNAMSIZ, less its terminating zero
-
-# Our numbers, each with its reason.
-DEFAULT_CONTROL = "/run/xdpnet/control.sock"
-SPIN_US = 50  # a wake-up across CPUs costs 30-60 us: polling for as long as that never costs more than sleeping did
-AGEING_S = 300  # as IEEE 802.1D has it
-FRAMES_PER_QUEUE = 4096  # 16 MiB a queue: a few milliseconds of 64-byte frames at line rate
-MACS_PER_PORT = 64  # room for a guest's macvlans and containers, none for a flood of forged addresses
-MAX_MEMORY = 256 << 30  # few guests have more, and as many as there may be fit
 CONFIG_BYTES = 1 << 20  # more is not a configuration
 
 
@@ -65,8 +59,8 @@ def _integer(low: int, high: int) -> BeforeValidator:
 
 def _power_of_two(value: object) -> int:
     number = _number(value)
-    if number is None or not FRAMES[0] <= number <= FRAMES[1] or number & (number - 1):
-        raise ValueError(f"must be a power of two, {FRAMES[0]}..{FRAMES[1]}")
+    if number is None or not MIN_FRAMES <= number <= MAX_FRAMES or number & (number - 1):
+        raise ValueError(f"must be a power of two, {MIN_FRAMES}..{MAX_FRAMES}")
     return number
 
 
@@ -217,8 +211,9 @@ def parse_size(value: object) -> int:
     units = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
     word = re.fullmatch(r"([0-9]{1,15})([KMGT]iB)?", str(value)) if isinstance(value, str | int) else None
     size = int(word[1]) << units[word[2] or ""] if word and not isinstance(value, bool) else -1
-    if not MEMORY[0] <= size <= MEMORY[1]:
-        raise ValueError('must be 1MiB..8TiB, as "64GiB"')
+    least, most = limits.MEMORY
+    if not least <= size <= most:
+        raise ValueError(f'must be {least >> 20}MiB..{most >> 40}TiB, as "64GiB"')
     return size
 
 
@@ -239,7 +234,7 @@ class GuestConfig(BaseModel):
     macs: Annotated[tuple[bytes, ...], BeforeValidator(parse_macs)] = Field(default=(), alias="mac")
     queues: Annotated[int, _integer(1, MAX_PAIRS)] = 1
     client: Boolean = False
-    mtu: Annotated[int, _integer(*MTU)] | None = None
+    mtu: Annotated[int, _integer(*limits.MTU)] | None = None
     check_source: Boolean | None = None
     ips: Annotated[tuple[IPAddress, ...], BeforeValidator(parse_ips)] = ()
     poll: Boolean = False
@@ -273,12 +268,12 @@ class Config(BaseModel):
 
     workers: Annotated[int, _integer(1, MAX_WORKERS)] | None = None
     cpus: Annotated[tuple[int, ...], BeforeValidator(parse_cpus)] = ()
-    spin_us: Annotated[int, _integer(0, 1_000_000)] = SPIN_US
-    ageing_s: Annotated[int, _integer(0, 1_000_000)] = AGEING_S
-    frames_per_queue: Annotated[int, BeforeValidator(_power_of_two)] = FRAMES_PER_QUEUE
-    max_macs: Annotated[int, _integer(1, 4096)] = MACS_PER_PORT
-    max_memory: Size = MAX_MEMORY  # of each guest that has no such of its own
-    control: Annotated[str | None, _text(_optional_socket)] = DEFAULT_CONTROL  # "": none
+    spin_us: Annotated[int, _integer(0, 1_000_000)] = limits.SPIN_US
+    ageing_s: Annotated[int, _integer(0, 1_000_000)] = limits.AGEING_S
+    frames_per_queue: Annotated[int, BeforeValidator(_power_of_two)] = limits.FRAMES_PER_QUEUE
+    max_macs: Annotated[int, _integer(1, MAX_MACS)] = limits.MACS_PER_PORT
+    max_memory: Size = limits.MAX_MEMORY  # of each guest that has no such of its own
+    control: Annotated[str | None, _text(_optional_socket)] = limits.CONTROL  # "": none
     metrics: Annotated[tuple[str, int], BeforeValidator(parse_address)] | None = None
     guests: tuple[GuestConfig, ...] = Field(default=(), alias="guest")
     netdevs: tuple[NetdevConfig, ...] = Field(default=(), alias="netdev")
@@ -435,7 +430,7 @@ def _relations(raw: Raw) -> Iterator[str]:
         unchecked = table.get("mac") is None or table.get("check_source") in (False, "false", "no", "off")
         if table.get("ips") and unchecked:
             yield f"{where}: ips = {_show(table['ips'])}: needs mac, and its check"
-        if table.get("socket") is not None and table["socket"] == raw.get("control", DEFAULT_CONTROL):
+        if table.get("socket") is not None and table["socket"] == raw.get("control", limits.CONTROL):
             yield f"{where}: socket = {_show(table['socket'])}: is the control socket"
     yield from _duplicates(guests, "socket")
     yield from _duplicates(guests, "fd")
@@ -456,7 +451,7 @@ def _macs(table: Raw) -> Sequence[object]:
 
 def _memory(raw: Raw, guests: Sequence[Raw]) -> Iterator[str]:
     try:
-        default = parse_size(raw.get("max_memory", MAX_MEMORY))
+        default = parse_size(raw.get("max_memory", limits.MAX_MEMORY))
         total = sum(parse_size(table.get("max_memory", default)) for table in guests)
     except ValueError:
         return  # already a fault of its own

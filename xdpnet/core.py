@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Any, Literal
 
-from xdpnet import _core
+from xdpnet import _core, limits
 from xdpnet.counters import Traffic, Work, XdpStatistics
 from xdpnet.errors import SetupError
 
@@ -31,10 +31,14 @@ MAX_PAIRS: int = lib.XN_MAX_PAIRS
 MAX_NETDEV_QUEUES: int = lib.XN_MAX_NETDEV_QUEUES
 MAX_WORKERS: int = lib.XN_MAX_WORKERS
 MAX_REGIONS: int = lib.XN_MAX_REGIONS
+MAX_IPS: int = lib.XN_MAX_IPS
 MAX_OWN_MACS: int = lib.XN_MAX_OWN_MACS
+MAX_MACS: int = lib.XN_MAX_MACS
 MAX_GIVEN: int = lib.XN_MAX_GIVEN
 MAX_STATIONS: int = lib.XN_MAX_STATIONS
 MAX_RING: int = lib.XN_MAX_RING
+MIN_FRAMES: int = lib.XN_MIN_FRAMES
+MAX_FRAMES: int = lib.XN_MAX_FRAMES
 FRAME_SIZE: int = lib.XN_FRAME_SIZE
 MAX_PLAIN_FRAME: int = lib.XN_MAX_PLAIN_FRAME
 MAX_MTU: int = lib.XN_MAX_MTU
@@ -52,7 +56,7 @@ ZEROCOPY: dict[ZeroCopy, int] = {
     "on": lib.XN_ZEROCOPY_ON,
 }
 _ENTRY = struct.Struct("=6sHI8x")  # of struct xn_fdb_entry: MAC, VLAN, port
-ANY_VLAN = 0xFFFF  # of an address that was given
+ANY_VLAN: int = lib.XN_ANY_VLAN  # of an address that was given
 COPYBREAK = 256  # below, a loan to the kernel costs as much as the copy that it saves
 
 
@@ -189,7 +193,7 @@ class WorkerStats(Work):
 
 @dataclass(frozen=True, slots=True)
 class FdbEntry:
-    """An address the bridge knows; `vlan` 0xffff (static entries) stands for every VLAN."""
+    """An address the bridge knows; `vlan` ANY_VLAN (static entries) stands for every VLAN."""
 
     mac: bytes
     vlan: int
@@ -253,11 +257,11 @@ class Bridge:
         self,
         workers: int = 1,
         cpus: Sequence[int] = (),
-        spin_us: int = 50,
-        ageing_s: int = 300,
+        spin_us: int = limits.SPIN_US,
+        ageing_s: int = limits.AGEING_S,
         netdev_queues: int = 0,
-        frames_per_queue: int = 4096,
-        max_macs: int = 64,
+        frames_per_queue: int = limits.FRAMES_PER_QUEUE,
+        max_macs: int = limits.MACS_PER_PORT,
         zerocopy: ZeroCopy = "off",
         copybreak: int = COPYBREAK,
     ) -> None:

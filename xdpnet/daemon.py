@@ -39,7 +39,6 @@ from xdpnet.watchdog import Watchdog
 if TYPE_CHECKING:
     from xdpnet.netdev import Netdev
 
-FRAME_SIZE = 4096  # of the arena
 END_S = 2.8  # promised are three seconds; an orderly end takes some tens of milliseconds
 TICK_S = 2.0  # ageing of addresses has seconds as its unit
 REWATCH_S = 5.0
@@ -227,7 +226,7 @@ class Daemon:
                 zerocopy=config.zerocopy,
             )
         except OSError as error:
-            needed = queues * config.frames_per_queue * FRAME_SIZE >> 20
+            needed = queues * config.frames_per_queue * core.FRAME_SIZE >> 20
             raise SetupError(f"bridge: {error.strerror}", f"{needed} MiB are needed for frames") from error
 
     def _open_netdev(self, stack: AsyncExitStack, wanted: NetdevConfig) -> None:

@@ -173,7 +173,7 @@ def _worker(bridge: core.Bridge, number: int, stall: Stall | None, now: float) -
 def _address(entry: core.FdbEntry, names: Mapping[int, str]) -> Address:
     return Address(
         mac=entry.mac.hex(":"),
-        vlan=-1 if entry.vlan == 0xFFFF else entry.vlan,
+        vlan=-1 if entry.vlan == core.ANY_VLAN else entry.vlan,
         port=names.get(entry.port, str(entry.port)),
         static=bool(entry.is_static),
         age_s=entry.age_s,

@@ -11,21 +11,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from xdpnet import limits
 from xdpnet.closer import Closer
-from xdpnet.core import MAX_REGIONS, Bridge, Region, Staged
+from xdpnet.core import MAX_REGIONS, MAX_RING, Bridge, Region, Staged
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
 from xdpnet.virtq.allowance import Allowance
 from xdpnet.virtq.fd import Fd, number_of
 from xdpnet.virtq.filling import MemoryChange
-from xdpnet.virtq.memory import MAX_MEMORY, File, check_file, check_table, check_total, is_whole
+from xdpnet.virtq.memory import File, check_file, check_table, check_total, is_whole
 from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
 from xdpnet.virtq.virtqueue import Virtqueue
 
 log = logging.getLogger(__name__)
 
-MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1
-MAX_RING = 32768  # virtio 1.2, 2.7
 # QEMU announces five times in half a second after a migration, more often where it is told to.
 ANNOUNCE_AT_ONCE, ANNOUNCE_EVERY_S = 16, 0.1
 
@@ -41,7 +40,7 @@ class GuestDevice:
         pairs: int,
         mtu: int | None = None,
         poll: bool = False,
-        max_memory: int = MAX_MEMORY,
+        max_memory: int = limits.MEMORY[1],
         guest_offloads: bool = True,
     ) -> None:
         self.name = name
@@ -91,9 +90,10 @@ class GuestDevice:
                 self.enable(ring, True)
 
     def set_mtu(self, mtu: int) -> None:
-        limit = self.mtu or MAX_MTU
-        if not MIN_MTU <= mtu <= limit:
-            raise ProtocolError("mtu", f"MTU {mtu}, possible are {MIN_MTU} to {limit}")
+        least, most = limits.MTU
+        most = self.mtu or most
+        if not least <= mtu <= most:
+            raise ProtocolError("mtu", f"MTU {mtu}, possible are {least} to {most}")
         self.guest_mtu = mtu
 
     @property

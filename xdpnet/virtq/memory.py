@@ -18,7 +18,6 @@ from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.message import MemoryRegion, ProtocolError
 
 ADDRESS_SPACE = 1 << 64
-MAX_MEMORY = 8 << 40  # of one guest; our own address space of 47 bits has room for a dozen such
 
 
 @dataclass(frozen=True, slots=True)
