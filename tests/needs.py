@@ -9,7 +9,7 @@ from tests import dpdk, newer
 from tests import uml as user_mode
 from xdpnet.demo import initramfs
 from xdpnet.errors import SetupError
-from xdpnet.link import kernel_version
+from xdpnet.netdev.link import kernel_version
 
 
 def _missing_guest() -> str | None:

@@ -17,11 +17,13 @@ from tests.netns import Veth, command, needs_root, veth
 from tests.refuse import IO_SETUP
 from tests.test_daemon import daemon, guest
 from tests.waiting import until
-from xdpnet import check, config, core, descriptors, fitness, netdev
+from xdpnet import check, config, core, descriptors
 from xdpnet.bpf import loader
 from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
-from xdpnet.link import xdp_features
+from xdpnet.netdev import fitness
+from xdpnet.netdev.link import xdp_features
+from xdpnet.netdev.port import XDP_FLAGS
 
 PEER = f"xdpn{os.getpid()}v998"
 
@@ -228,7 +230,7 @@ def test_the_interface_of_a_running_daemon_is_in_good_hands(pair: Veth, tmp_path
 @pytest.mark.net
 def test_an_interface_in_other_hands_is_named_with_what_frees_it(pair: Veth, tmp_path: Path) -> None:
     program = loader.load(1, 1)
-    link = core.bpf_xdp_link(program.prog_fd, socket.if_nametoindex(pair.ifname), netdev.XDP_FLAGS["native"])
+    link = core.bpf_xdp_link(program.prog_fd, socket.if_nametoindex(pair.ifname), XDP_FLAGS["native"])
     state = interface(pair)["state"]
     assert not state.ok
     assert state.remedy.startswith(f"end process {os.getpid()} (")

@@ -15,7 +15,7 @@ from tests.rings import EVENT_IDX, MIB, MODERN, VERSION_1, Span, eventually
 from tests.segments import TSO4, Segment
 from tests.test_core_offload import SENDS, TAKES, data
 from xdpnet import core
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [pytest.mark.core, both_layouts]

@@ -16,7 +16,7 @@ from tests.guests import BROADCAST, mac
 from tests.netns import Veth, Wire, needs_root, veth
 from tests.segments import fold
 from xdpnet import core
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 

@@ -11,7 +11,7 @@ from tests.rings import MIB, Span, eventually
 from tests.test_zerocopy import Held
 from xdpnet import core
 from xdpnet.counters import Traffic
-from xdpnet.fitness import ETH_OVERHEAD
+from xdpnet.netdev.fitness import ETH_OVERHEAD
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]

@@ -19,7 +19,7 @@ from tests.segments import TCP, TSO4, TSO6, UDP, USO, Segment
 from tests.test_core_offload import GUEST_CSUM, TAKES, data
 from xdpnet import core
 from xdpnet.counters import Traffic
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 

@@ -16,7 +16,7 @@ from tests.segments import CWR, ECN, TSO4, TSO6
 from tests.test_core_csum import PARTIAL, TCP, over
 from tests.test_large_frames import GUEST, TSO, guest_on, jumbo, told
 from xdpnet import core
-from xdpnet.netdev import Mode
+from xdpnet.netdev.port import Mode
 from xdpnet.virtq.features import VirtioFeature, mask
 
 __all__ = ["told"]  # a fixture

@@ -35,7 +35,7 @@ from tests.test_core_csum import (
     through,
     wire,
 )
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 

@@ -13,8 +13,8 @@ from tests.guests import MakeBridge, MakeGuest, both_layouts, mac
 from tests.netns import needs_root, veth
 from tests.rings import MIB, Span
 from xdpnet import core
-from xdpnet.fitness import PLAIN_MTU
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.fitness import PLAIN_MTU
+from xdpnet.netdev.port import Netdev
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = both_layouts

@@ -17,10 +17,11 @@ from tests.rings import MODERN, eventually
 from tests.test_core_csum import PARTIAL, RIGHT, TCP, UDP, over
 from tests.test_netdev import Watched
 from tests.waiting import PATIENCE_S
-from xdpnet import core, netdev
+from xdpnet import core
 from xdpnet.errors import SetupError
-from xdpnet.fitness import ETH_OVERHEAD, MAX_MTU, PLAIN_MTU
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.fitness import ETH_OVERHEAD, MAX_MTU, PLAIN_MTU
+from xdpnet.netdev.link import require_link
+from xdpnet.netdev.port import Mode, Netdev
 from xdpnet.virtq.features import VirtioFeature, mask
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -45,7 +46,7 @@ def bridge(make_bridge: MakeBridge) -> core.Bridge:
 
 @contextlib.contextmanager
 def jumbo(
-    bridge: core.Bridge, mtu: int = 9000, mode: netdev.Mode = "native", makes_csum: bool = True
+    bridge: core.Bridge, mtu: int = 9000, mode: Mode = "native", makes_csum: bool = True
 ) -> Iterator[tuple[Veth, Netdev]]:
     with veth(mtu=mtu) as pair, contextlib.closing(Netdev(bridge, pair.ifname, mode=mode)) as port:
         pair.namespace.run("ethtool", "-K", pair.peer, "txvlan", "off")
@@ -81,7 +82,7 @@ def all_is_well(bridge: core.Bridge, guest: Driver, port: Netdev) -> None:
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_frames_pass_both_ways_at_every_border_of_descriptors(
-    bridge: core.Bridge, guests: MakeGuest, mode: netdev.Mode
+    bridge: core.Bridge, guests: MakeGuest, mode: Mode
 ) -> None:
     with jumbo(bridge, mode=mode) as (pair, port), pair.wire() as wire:
         assert port.mode == mode
@@ -222,7 +223,7 @@ def test_interfaces_with_and_without_large_frames_serve_one_guest(bridge: core.B
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_the_mtu_is_changed_at_run_time(
-    bridge: core.Bridge, guests: MakeGuest, caplog: pytest.LogCaptureFixture, mode: netdev.Mode
+    bridge: core.Bridge, guests: MakeGuest, caplog: pytest.LogCaptureFixture, mode: Mode
 ) -> None:
     with jumbo(bridge, 1500, mode) as (pair, port):
         guest = guest_on(bridge, guests)
@@ -263,7 +264,7 @@ def test_a_kernel_without_programs_for_large_frames_names_the_remedy(bridge: cor
         port._detach()
         command("ip", "link", "set", pair.ifname, "mtu", str(PLAIN_MTU + 1))
         with pytest.raises(SetupError, match=f"MTU {PLAIN_MTU + 1}") as failure:
-            port._attach(netdev.require_link(pair.ifname))
+            port._attach(require_link(pair.ifname))
         assert f"mtu {PLAIN_MTU}" in failure.value.remedy
         assert "6.6" in failure.value.remedy
 

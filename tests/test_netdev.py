@@ -1,4 +1,4 @@
-"""netdev.py, link.py and group.py on real veth pairs: steering, other programs, an interface that goes away."""
+"""netdev/ on real veth pairs: steering, other programs, an interface that goes away."""
 
 import asyncio
 import contextlib
@@ -26,13 +26,14 @@ from tests.guests import rarp
 from tests.netns import Veth, add_veth, command, namespace, needs_root, remove, veth
 from tests.test_loader import open_files
 from tests.waiting import PATIENCE_S, eventually
-from xdpnet import core, fitness, group, netdev
+from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
-from xdpnet.fitness import BusyError
-from xdpnet.group import GroupSocket
-from xdpnet.link import Link, concerns, find_link, require_link
-from xdpnet.netdev import Netdev
+from xdpnet.netdev import fitness, group
+from xdpnet.netdev.fitness import BusyError
+from xdpnet.netdev.group import GroupSocket
+from xdpnet.netdev.link import Link, concerns, find_link, require_link
+from xdpnet.netdev.port import SETTLE_S, XDP_FLAGS, Mode, Netdev
 from xdpnet.virtq import features
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
@@ -80,7 +81,7 @@ def opened(bridge: core.Bridge, pair: Veth) -> Iterator[Netdev]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netdev, "PATIENCE_S", 0.1)
+    monkeypatch.setattr("xdpnet.netdev.port.PATIENCE_S", 0.1)
 
 
 def verdict(port: Netdev, name: str, count: int) -> bool:
@@ -151,7 +152,7 @@ def test_generic_mode_says_what_is_lost_in_it(
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_native_mode_alone_has_the_peer_of_a_veth_cut_its_tcp_as_the_readme_says(
-    bridge: core.Bridge, pair: Veth, mode: netdev.Mode
+    bridge: core.Bridge, pair: Veth, mode: Mode
 ) -> None:
     def cuts() -> bool:
         return "\ntcp-segmentation-offload: off" in pair.namespace.run("ethtool", "-k", pair.peer)
@@ -258,7 +259,7 @@ def test_without_privilege_the_error_names_the_capabilities(pair: Veth) -> None:
 import os
 from xdpnet import core
 from xdpnet.errors import SetupError
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 bridge = core.Bridge(netdev_queues=1, frames_per_queue=256)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
@@ -280,7 +281,7 @@ ROOT = Path(__file__).parent.parent
 def foreign(pair: Veth) -> Iterator[int]:
     """Somebody else's program on the interface: the id of it."""
     program = loader.load(1, 1)
-    link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, netdev.XDP_FLAGS["native"])
+    link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, XDP_FLAGS["native"])
     yield attached_program(pair.ifname)
     os.close(link)
     program.close()
@@ -288,9 +289,7 @@ def foreign(pair: Veth) -> Iterator[int]:
 
 @pytest.mark.parametrize("mode", ["auto", "native", "generic"])
 @pytest.mark.usefixtures("impatient")
-def test_a_program_of_somebody_else_is_left_alone(
-    bridge: core.Bridge, pair: Veth, foreign: int, mode: netdev.Mode
-) -> None:
+def test_a_program_of_somebody_else_is_left_alone(bridge: core.Bridge, pair: Veth, foreign: int, mode: Mode) -> None:
     before = open_files()
     with pytest.raises(BusyError, match=f"XDP program {foreign} ") as failure:
         Netdev(bridge, pair.ifname, mode=mode).open()
@@ -314,9 +313,9 @@ def test_a_queue_in_use_by_another_process_is_named(bridge: core.Bridge, pair: V
 def test_a_program_on_its_way_out_is_waited_for(
     bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(netdev, "PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr("xdpnet.netdev.port.PATIENCE_S", PATIENCE_S)
     program = loader.load(1, 1)
-    link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, netdev.XDP_FLAGS["native"])
+    link = core.bpf_xdp_link(program.prog_fd, require_link(pair.ifname).index, XDP_FLAGS["native"])
     leaving = threading.Timer(0.8, os.close, (link,))
     leaving.start()
     with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
@@ -330,7 +329,7 @@ def test_after_kill_the_program_is_gone_and_the_next_process_opens(bridge: core.
     script = f"""
 import time
 from xdpnet import core
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 bridge = core.Bridge(netdev_queues=1, frames_per_queue=256)
 Netdev(bridge, {pair.ifname!r}).open()
 print("open", flush=True)
@@ -352,7 +351,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
-def test_frames_are_steered_by_destination_and_counted(bridge: core.Bridge, pair: Veth, mode: netdev.Mode) -> None:
+def test_frames_are_steered_by_destination_and_counted(bridge: core.Bridge, pair: Veth, mode: Mode) -> None:
     with (
         contextlib.closing(Netdev(bridge, pair.ifname, mode=mode)) as port,
         pair.wire() as wire,
@@ -628,7 +627,7 @@ def test_what_is_no_unicast_address_is_not_steered(opened: Netdev, mac: bytes) -
 def test_addresses_beyond_the_size_of_the_map_go_to_the_host(
     bridge: core.Bridge, pair: Veth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(netdev, "MAX_MACS", 2)
+    monkeypatch.setattr("xdpnet.netdev.port.MAX_MACS", 2)
     with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
         port.open()
         port.sync_macs([GUEST, SECOND])
@@ -900,7 +899,7 @@ def link_id(port: Netdev) -> int:
 def test_a_link_that_an_administrator_detached_is_noticed(
     opened: Netdev, pair: Veth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(netdev, "PROBE_S", 0.2)
+    monkeypatch.setattr("xdpnet.netdev.port.PROBE_S", 0.2)
     opened.sync_macs([GUEST])
 
     async def story() -> None:
@@ -989,7 +988,7 @@ def sockets(port: Netdev) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_d19_queues_that_come_under_traffic_get_sockets_and_every_flow_its_guest(
-    bridge: core.Bridge, four: Veth, guest: Driver, mode: netdev.Mode
+    bridge: core.Bridge, four: Veth, guest: Driver, mode: Mode
 ) -> None:
     with contextlib.closing(Netdev(bridge, four.ifname, mode=mode)) as port:
         port.open()
@@ -1131,7 +1130,7 @@ def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_cou
                 # It is said once, with what can be done, and memory of guests is not followed for it.
                 for _ in range(3):
                     port.poke()
-                    await asyncio.sleep(2 * netdev.SETTLE_S)
+                    await asyncio.sleep(2 * SETTLE_S)
                 told = "3 receive queues and 2 AF_XDP sockets"
                 assert [told in message for message in caplog.messages].count(True) == 1
                 assert "or queues=3 and a restart" in caplog.text
@@ -1147,13 +1146,13 @@ def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_cou
 def test_d19_a_queue_that_somebody_else_has_is_told_of_and_taken_once_it_is_free(
     bridge: core.Bridge, four: Veth, guest: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(netdev, "PROBE_S", 0.2)
+    monkeypatch.setattr("xdpnet.netdev.port.PROBE_S", 0.2)
     set_channels(four, 1, 2)
     other = core.Bridge(netdev_queues=1, frames_per_queue=256)
     other.netdev_open_queue(other.add_netdev(2), 1, socket.if_nametoindex(four.ifname), 1518)
     # The kernel lets nobody take away the queue of a socket: the interface begins with both.
     link = require_link
-    monkeypatch.setattr(netdev, "require_link", lambda name: Link(**{**vars(link(name)), "rx_queues": 1}))
+    monkeypatch.setattr("xdpnet.netdev.port.require_link", lambda name: Link(**{**vars(link(name)), "rx_queues": 1}))
     with contextlib.closing(Netdev(bridge, four.ifname)) as port:
         port.open()
         port.sync_macs([GUEST])
@@ -1184,7 +1183,7 @@ def test_d19_queues_that_are_as_they_were_change_nothing(bridge: core.Bridge, ca
                 pair.namespace.run("ethtool", "-L", pair.peer, "tx", "1")
                 for _ in range(3):
                     port.poke()
-                    await asyncio.sleep(2 * netdev.SETTLE_S)
+                    await asyncio.sleep(2 * SETTLE_S)
                 assert watch.states == []
 
         asyncio.run(story())
@@ -1294,7 +1293,7 @@ def test_15_an_address_of_the_host_in_another_namespace_is_found_by_the_next_loo
     opened: Netdev, pair: Veth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No event tells of it."""
-    monkeypatch.setattr(netdev, "PROBE_S", 0.05)
+    monkeypatch.setattr("xdpnet.netdev.port.PROBE_S", 0.05)
 
     async def story() -> None:
         with namespace() as space, stacked(pair.ifname, SECOND, space=space.name) as name:
@@ -1544,7 +1543,7 @@ def tags_beside_frames(pair: Veth) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
-def test_on_veth_the_peer_decides_whether_a_tag_arrives(bridge: core.Bridge, pair: Veth, mode: netdev.Mode) -> None:
+def test_on_veth_the_peer_decides_whether_a_tag_arrives(bridge: core.Bridge, pair: Veth, mode: Mode) -> None:
     plain, tagged = frame(GUEST), GUEST + STRANGER + b"\x81\0\0\x64" + PAYLOAD
     with (
         tags_beside_frames(pair),

@@ -23,7 +23,7 @@ from tests.segments import ACK, SYN, TSO4, TSO6, UDP, USO, Segment
 from tests.test_core_offload import SENDS, asks, summed
 from tests.test_core_xsk import drops
 from xdpnet import core
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [needs_root, needs.tx_metadata, pytest.mark.net, pytest.mark.core]

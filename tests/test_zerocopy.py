@@ -38,7 +38,7 @@ from tests.rings import (
 from tests.segments import TSO4, TSO6, Segment
 from xdpnet import core
 from xdpnet.counters import Traffic
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 from xdpnet.virtq.features import VirtioFeature, mask
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -1100,7 +1100,7 @@ class Watched:
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xdpnet.netdev.RENEW_PAUSE_S", 0.3)
+    monkeypatch.setattr("xdpnet.netdev.port.RENEW_PAUSE_S", 0.3)
 
 
 def test_sockets_are_renewed_as_guests_come_and_go_and_the_link_stays(

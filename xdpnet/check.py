@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from xdpnet import core, descriptors, fitness, limits
+from xdpnet import core, descriptors, limits
 from xdpnet.bpf import loader
 from xdpnet.bpf.headers import find_headers
 from xdpnet.bpf.loader import check_bcc
@@ -23,7 +23,8 @@ from xdpnet.demo import initramfs
 from xdpnet.demo.guest import best_accelerator
 from xdpnet.errors import SetupError
 from xdpnet.holder import find_holder
-from xdpnet.link import (
+from xdpnet.netdev import fitness
+from xdpnet.netdev.link import (
     XDP_ACT_BASIC,
     XDP_ACT_REDIRECT,
     XDP_ACT_RX_SG,

@@ -37,7 +37,7 @@ from xdpnet.virtq.server import GuestSocket
 from xdpnet.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from xdpnet.netdev import Netdev
+    from xdpnet.netdev.port import Netdev
 
 END_S = 2.8  # promised are three seconds; an orderly end takes some tens of milliseconds
 TICK_S = 2.0  # ageing of addresses has seconds as its unit
@@ -80,7 +80,7 @@ def vet(config: Config) -> None:
     for guest in config.guests:
         _access(guest)
     if config.netdevs:
-        from xdpnet import fitness, link
+        from xdpnet.netdev import fitness, link
 
         for wanted in config.netdevs:
             fitness.reserve_queues(link.require_link(wanted.interface), wanted.queues or 0)
@@ -211,7 +211,8 @@ class Daemon:
         _require_cpus(config.cpus)
         queues = 0
         if config.netdevs:
-            from xdpnet import fitness, link  # they bring bcc and pyroute2, which guests among themselves do not need
+            # They bring bcc and pyroute2, which guests among themselves do not need.
+            from xdpnet.netdev import fitness, link
 
             queues = sum(fitness.reserve_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
         try:
@@ -230,7 +231,7 @@ class Daemon:
             raise SetupError(f"bridge: {error.strerror}", f"{needed} MiB are needed for frames") from error
 
     def _open_netdev(self, stack: AsyncExitStack, wanted: NetdevConfig) -> None:
-        from xdpnet.netdev import Netdev
+        from xdpnet.netdev.port import Netdev
 
         netdev = Netdev(self.bridge, wanted.interface, wanted.queues, wanted.mode, wanted.zerocopy)
         netdev.open()

@@ -21,7 +21,7 @@ from tests.bench.lab import BACKEND_CPU, CLIENT_CPU, MAC
 from xdpnet import core
 from xdpnet.config import parse_mac
 from xdpnet.demo import process
-from xdpnet.netdev import Netdev
+from xdpnet.netdev.port import Netdev
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from xdpnet import core
 from xdpnet.bpf import loader
-from xdpnet.group import GroupSocket
-from xdpnet.link import Link, host_addresses
+from xdpnet.netdev.group import GroupSocket
+from xdpnet.netdev.link import Link, host_addresses
 from xdpnet.ration import RationedLog
 
 log = logging.getLogger(__name__)

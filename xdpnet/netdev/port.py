@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from xdpnet import core, fitness
+from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
-from xdpnet.fitness import (
+from xdpnet.netdev import fitness
+from xdpnet.netdev.fitness import (
     ETH_OVERHEAD,
     PLAIN_MTU,
     BusyError,
@@ -38,9 +39,9 @@ from xdpnet.fitness import (
     setup_error,
     stripping,
 )
-from xdpnet.group import GroupSocket
-from xdpnet.link import Link, concerns, features, find_link, require_link, set_features
-from xdpnet.ownership import Addresses
+from xdpnet.netdev.group import GroupSocket
+from xdpnet.netdev.link import Link, concerns, features, find_link, require_link, set_features
+from xdpnet.netdev.ownership import Addresses
 from xdpnet.ration import RationedLog
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from xdpnet import core
 from xdpnet.errors import SetupError
-from xdpnet.link import Link, features, kernel_version
+from xdpnet.netdev.link import Link, features, kernel_version
 
 ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
 PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (core.netdev_open_queue)

@@ -1,0 +1,1 @@
+"""A network interface as a port of the bridge."""
