@@ -16,8 +16,8 @@ import pytest
 
 from tests.snapshots import snapshot
 from xdpnet import __version__, cli, config, limits
-from xdpnet.control import ControlServer
-from xdpnet.systemd import JournalFormatter
+from xdpnet.control.server import ControlServer
+from xdpnet.control.systemd import JournalFormatter
 
 
 def xdpnet(*words: str) -> "subprocess.CompletedProcess[str]":

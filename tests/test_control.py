@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.waiting import PATIENCE_S
-from xdpnet import clients, control
-from xdpnet.control import CLIENTS, REQUEST_BYTES, ControlServer, ask, directory_of
+from xdpnet import clients
+from xdpnet.control.server import CLIENTS, DEADLINE_S, REQUEST_BYTES, ControlServer, ask, directory_of
 from xdpnet.errors import ControlError, SocketPathError
 
 
@@ -153,7 +153,7 @@ def test_a_client_that_takes_a_long_answer_slowly_gets_it_whole(path: str, monke
             taken = 0
             while piece := await reader.read(1 << 16):
                 taken += len(piece)
-                await asyncio.sleep(1.5 * control.DEADLINE_S / 32)
+                await asyncio.sleep(1.5 * DEADLINE_S / 32)
             writer.close()
             return taken
 
@@ -182,7 +182,7 @@ def test_a_client_that_never_reads_is_cut_off(path: str) -> None:
 def test_sixteen_clients_are_served_at_once_and_the_next_when_one_of_them_has_gone(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "DEADLINE_S", PATIENCE_S)  # nobody makes room by being cut off
+    monkeypatch.setattr("xdpnet.control.server.DEADLINE_S", PATIENCE_S)  # nobody makes room by being cut off
 
     async def exchange() -> tuple[Any, Any]:
         async with serving(path):

@@ -31,10 +31,10 @@ from tests.remote import RemoteGuest
 from tests.traced import stopped
 from tests.waiting import PATIENCE_S
 from xdpnet.closer import MAX_PENDING
-from xdpnet.control import CLIENTS, ask
+from xdpnet.control.orders import OTHERS
+from xdpnet.control.server import CLIENTS, ask
 from xdpnet.metrics.endpoint import CONNECTIONS
 from xdpnet.metrics.snapshot import Port, Snapshot
-from xdpnet.orders import OTHERS
 from xdpnet.virtq.message import Request
 
 MAC = "52:54:00:00:00:01"

@@ -20,10 +20,10 @@ from tests.slow import core_memory, slow, untouched, userfaultfd
 from tests.test_daemon import Daemon, daemon, guest
 from tests.traced import stopped
 from xdpnet import core
+from xdpnet.control.watchdog import Watchdog
 from xdpnet.metrics.snapshot import Worker
 from xdpnet.stalls import LOOKS, STALLED_S, Stall, StallWatch
 from xdpnet.virtq.message import Request, VringState
-from xdpnet.watchdog import Watchdog
 
 pytest_plugins = ["tests.guest_fixtures"]
 

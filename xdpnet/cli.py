@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from xdpnet import __version__, core, limits, systemd
+from xdpnet import __version__, core, limits
+from xdpnet.control import systemd
 from xdpnet.errors import ConfigError, ControlError, SetupError, XdpnetError
 
 if TYPE_CHECKING:
@@ -220,11 +221,11 @@ def _seconds(word: str) -> float:
 
 def _stats(options: argparse.Namespace) -> int:
     """Shows what the running daemon has counted, by port and queue."""
-    from xdpnet import control
+    from xdpnet.control.server import ask
 
     if options.json:
         while True:
-            answer = control.ask(options.control, "stats")
+            answer = ask(options.control, "stats")
             print(json.dumps(answer, indent=None if options.watch else 2), flush=True)
             if not options.watch:
                 return 0
@@ -265,11 +266,11 @@ def _watch(console: "Console", path: str, seconds: float) -> None:
 
 
 def _snapshot(path: str) -> Any:
-    from xdpnet import control
+    from xdpnet.control.server import ask
     from xdpnet.metrics.snapshot import Snapshot
 
     try:
-        return Snapshot.from_json(control.ask(path, "stats"))
+        return Snapshot.from_json(ask(path, "stats"))
     except ValueError as error:
         raise ControlError(f"control socket {path}: the daemon is of another version; restart it") from error
 

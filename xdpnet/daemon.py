@@ -19,22 +19,23 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from xdpnet import cgroup, core, descriptors, systemd
+from xdpnet import cgroup, core, descriptors
 from xdpnet.addresses import AddressBook
 from xdpnet.config import Config, GuestConfig, NetdevConfig
-from xdpnet.control import ControlServer, directory_of
+from xdpnet.control import systemd
+from xdpnet.control.orders import Orders
+from xdpnet.control.server import ControlServer, directory_of
+from xdpnet.control.watchdog import Watchdog
 from xdpnet.errors import SetupError, XdpnetError
 from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.mtu import MtuWatch
-from xdpnet.orders import Orders
 from xdpnet.reports import Reports
 from xdpnet.sockets import Access, barred_by
 from xdpnet.stalls import StallWatch
 from xdpnet.virtq import features
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
-from xdpnet.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xdpnet.netdev.port import Netdev
@@ -54,7 +55,7 @@ class GuestPort:
 
 
 async def run(config: Config, reread: Callable[[], Config]) -> None:
-    """Serves until it is told to end; orders.py. A new configuration that cannot be served is no reason to end."""
+    """Serves until it is told to end (orders.py). A new configuration that cannot be served is no reason to end."""
     orders = Orders(reread, vet)
     before: Config | None = None
     with orders.by_signals():

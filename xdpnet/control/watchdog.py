@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from xdpnet import systemd
+from xdpnet.control import systemd
 from xdpnet.stalls import Stall
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Who runs the daemon: the control socket, signals, the service manager."""
