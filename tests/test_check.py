@@ -23,7 +23,7 @@ from xdpnet.check import Check, run_checks
 from xdpnet.errors import SetupError
 from xdpnet.netdev import fitness
 from xdpnet.netdev.link import xdp_features
-from xdpnet.netdev.port import XDP_FLAGS
+from xdpnet.netdev.privileged import XDP_FLAGS
 
 PEER = f"xdpn{os.getpid()}v998"
 

@@ -261,10 +261,10 @@ def test_a_kernel_without_programs_for_large_frames_names_the_remedy(bridge: cor
         assert program is not None
         os.close(program.frags_fd)
         program.frags_fd = -1
-        port._detach()
+        port.detach()
         command("ip", "link", "set", pair.ifname, "mtu", str(PLAIN_MTU + 1))
         with pytest.raises(SetupError, match=f"MTU {PLAIN_MTU + 1}") as failure:
-            port._attach(require_link(pair.ifname))
+            port.attach(require_link(pair.ifname))
         assert f"mtu {PLAIN_MTU}" in failure.value.remedy
         assert "6.6" in failure.value.remedy
 

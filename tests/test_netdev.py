@@ -33,7 +33,9 @@ from xdpnet.netdev import fitness, group
 from xdpnet.netdev.fitness import BusyError
 from xdpnet.netdev.group import GroupSocket
 from xdpnet.netdev.link import Link, concerns, find_link, require_link
-from xdpnet.netdev.port import SETTLE_S, XDP_FLAGS, Mode, Netdev
+from xdpnet.netdev.port import Mode, Netdev
+from xdpnet.netdev.privileged import XDP_FLAGS
+from xdpnet.netdev.watch import SETTLE_S, Watch
 from xdpnet.virtq import features
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
@@ -684,7 +686,7 @@ def test_what_the_group_socket_lost_is_not_forgotten_when_the_interface_goes(
             wire.send(frame(MULTICAST))
         assert eventually(lambda: port.group_lost > 50)
         lost = port.group_lost
-        port._detach()
+        port.detach()
         assert port.group_lost >= lost
 
 
@@ -699,7 +701,7 @@ class Watched:
         self.states: list[str] = []
 
     async def __aenter__(self) -> "Watched":
-        self._task = asyncio.create_task(self.port.watch(lambda changed: self.states.append(changed.state)))
+        self._task = asyncio.create_task(Watch(self.port, lambda changed: self.states.append(changed.state)).run())
         await asyncio.sleep(0.1)
         return self
 
@@ -899,7 +901,7 @@ def link_id(port: Netdev) -> int:
 def test_a_link_that_an_administrator_detached_is_noticed(
     opened: Netdev, pair: Veth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("xdpnet.netdev.port.PROBE_S", 0.2)
+    monkeypatch.setattr("xdpnet.netdev.watch.PROBE_S", 0.2)
     opened.sync_macs([GUEST])
 
     async def story() -> None:
@@ -1146,7 +1148,7 @@ def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_cou
 def test_d19_a_queue_that_somebody_else_has_is_told_of_and_taken_once_it_is_free(
     bridge: core.Bridge, four: Veth, guest: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("xdpnet.netdev.port.PROBE_S", 0.2)
+    monkeypatch.setattr("xdpnet.netdev.watch.PROBE_S", 0.2)
     set_channels(four, 1, 2)
     other = core.Bridge(netdev_queues=1, frames_per_queue=256)
     other.netdev_open_queue(other.add_netdev(2), 1, socket.if_nametoindex(four.ifname), 1518)
@@ -1293,14 +1295,14 @@ def test_15_an_address_of_the_host_in_another_namespace_is_found_by_the_next_loo
     opened: Netdev, pair: Veth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No event tells of it."""
-    monkeypatch.setattr("xdpnet.netdev.port.PROBE_S", 0.05)
+    monkeypatch.setattr("xdpnet.netdev.watch.PROBE_S", 0.05)
 
     async def story() -> None:
         with namespace() as space, stacked(pair.ifname, SECOND, space=space.name) as name:
             command("ip", "-n", space.name, "link", "set", name, "down")
             async with Watched(opened) as watch:
                 await watch.until(lambda: opened.addresses._guarded == {pair.mac})
-                monkeypatch.setattr(opened._wake, "set", lambda: None)
+                monkeypatch.setattr(opened.wake, "set", lambda: None)
                 command("ip", "-n", space.name, "link", "set", name, "up")
                 await watch.until(lambda: opened.addresses._guarded == {pair.mac, SECOND})
 
@@ -1367,7 +1369,7 @@ def test_15_an_interface_with_the_address_of_another_says_nothing(
         # Once the first has it no more, it is the second's.
         opened.close()
         assert pair.mac not in {entry.mac for entry in bridge.fdb_dump()}
-        second._follow_addresses(require_link(other.ifname))
+        second.follow_addresses(require_link(other.ifname))
         assert second.addresses._guarded == {pair.mac}
 
 

@@ -39,6 +39,7 @@ from tests.segments import TSO4, TSO6, Segment
 from xdpnet import core
 from xdpnet.counters import Traffic
 from xdpnet.netdev.port import Netdev
+from xdpnet.netdev.watch import Watch
 from xdpnet.virtq.features import VirtioFeature, mask
 
 pytest_plugins = ["tests.guest_fixtures"]
@@ -1113,7 +1114,7 @@ def test_sockets_are_renewed_as_guests_come_and_go_and_the_link_stays(
         return bridge.netdev_xsk_stats(netdev.port, 0).umem
 
     async def life() -> None:
-        task = asyncio.create_task(netdev.watch(lambda _: None))
+        task = asyncio.create_task(Watch(netdev, lambda _: None).run())
         watched = Watched(netdev, bridge)
         try:
             private = umem()
@@ -1158,7 +1159,7 @@ def test_sockets_are_renewed_one_after_another_with_memory_that_was_registered_b
         found.append((queue, others, sockets() - before, options["copy"]))
 
     async def life() -> None:
-        task = asyncio.create_task(netdev.watch(lambda _: None))
+        task = asyncio.create_task(Watch(netdev, lambda _: None).run())
         try:
             guests(bridge)
             await Watched(netdev, bridge).until(lambda: len(found) == 2)

@@ -301,9 +301,11 @@ class Daemon:
             self._addresses.keep(self.bridge, {guest.config.name: guest.device.port for guest in self.guests}, last)
 
     async def _watch(self, netdev: "Netdev") -> None:
+        from xdpnet.netdev.watch import Watch
+
         while True:
             try:
-                await netdev.watch(self._netdev_changed)
+                await Watch(netdev, self._netdev_changed).run()
             except Exception:  # whatever an interface does to us, guests and the other interfaces go on
                 log.exception("interface %s: watch failed; again in %g s", netdev.name, REWATCH_S)
             await asyncio.sleep(REWATCH_S)

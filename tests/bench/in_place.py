@@ -22,6 +22,7 @@ from xdpnet import core
 from xdpnet.config import parse_mac
 from xdpnet.demo import process
 from xdpnet.netdev.port import Netdev
+from xdpnet.netdev.watch import Watch
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
 
@@ -39,7 +40,7 @@ async def served(pair: netns.Veth, path: Path) -> AsyncIterator[tuple[core.Bridg
         socket = GuestSocket(GuestDevice(bridge, "guest", guest, 1), str(path))
         bridge.start()
         await socket.start()
-        watch = asyncio.create_task(netdev.watch(lambda _: None))
+        watch = asyncio.create_task(Watch(netdev, lambda _: None).run())
         try:
             yield bridge, guest, netdev
         finally:

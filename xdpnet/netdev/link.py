@@ -212,20 +212,6 @@ def fixed_features(ifname: str) -> frozenset[str]:
         return frozenset()
 
 
-def set_features(ifname: str, wanted: dict[str, bool]) -> None:
-    """ethtool -K; OSError. Drivers may refuse without a word: look again."""
-    try:
-        with closing(IoctlEthtool(ifname)) as ethtool:
-            have = ethtool.get_features()
-            for name, on in wanted.items():
-                have[name] = on
-            ethtool.set_features(have)
-    except NotSupportedError as error:
-        raise OSError(errno.EOPNOTSUPP, f"set features of {ifname}") from error
-    except NoSuchDevice as error:
-        raise OSError(errno.ENODEV, f"set features of {ifname}") from error
-
-
 def xdp_features(ifindex: int) -> int | None:
     """Bits of enum netdev_xdp_act; None where the kernel (before 6.3) does not say."""
 

@@ -1,79 +1,57 @@
-"""One network interface as a port of the bridge: all that needs privilege is here, in bpf/ and in group.py.
+"""One network interface as a port of the bridge: its sockets, while it is attached to.
 
 Owns, in this order: the port, the loaded program; and while attached the AF_XDP sockets, the AF_PACKET socket and the
 bpf_link. The link comes last and goes first, so no frame is steered to a socket that is not there; it dies with the
-process, so the host always gets its frames back. Never replaces another's program. Reference: kernel
-Documentation/networking/af_xdp.rst.
+process, so the host always gets its frames back. Never replaces another's program. What takes a capability is done by
+privileged.py, when to attach and detach is said by watch.py. Reference: kernel Documentation/networking/af_xdp.rst.
 
-    open() --> attached <--> detached --> close()
-               watch(): the interface went, came, changed its MTU, its queues or its addresses
+    open() --> attach() <--> detach() --> close()
 """
 
 import asyncio
-import errno
 import logging
 import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
-from xdpnet.netdev import fitness
+from xdpnet.netdev import fitness, privileged
 from xdpnet.netdev.fitness import (
-    ETH_OVERHEAD,
     PLAIN_MTU,
     BusyError,
     advise,
     check_link,
-    joins,
     needs_frags,
-    occupied,
     reserve_queues,
     setup_error,
     stripping,
 )
 from xdpnet.netdev.group import GroupSocket
-from xdpnet.netdev.link import Link, concerns, features, find_link, require_link, set_features
+from xdpnet.netdev.link import Link, find_link, require_link
 from xdpnet.netdev.ownership import Addresses
+from xdpnet.netdev.privileged import NotLinkedError
 from xdpnet.ration import RationedLog
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "native", "generic"]
-State = Literal["up", "partial", "down", "gone"]  # partial: up, but some of its queues have no socket
+State = Literal["up", "partial", "down", "gone"]  # drawn in watch.py
 
-XDP_FLAGS: dict[str, int] = {"native": 4, "generic": 2}  # XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE
-# Drivers that get a copy of each frame as it is sent. Without zero copy most do, but some get the pages themselves
-# (IFF_TX_SKB_NO_LINEAR), and there is no way to ask: where it was not tried, the frame's end is waited for.
-COPYING = frozenset({"veth"})
-# The same make the checksums that AF_XDP leaves to them, if they have this feature on; with the pages themselves older
-# kernels do not look at what is asked.
-MAKES_CSUM = "tx-checksum-ip-generic"
 # Queues that come later do not run a native program that is attached already.
 FORGETFUL = frozenset({"veth"})
-RTMGRP_LINK = 1
-NETLINK_KOBJECT_UEVENT = 15
-UEVENTS = 1  # of the kernel, not those that udev passes on
 
 MAX_MACS = 16384  # 127 guests that have been given 16 addresses and have taught 64
 PATIENCE_S = 2.0  # the kernel frees queues and programs of a process that ended some 10-300 ms later
 RETRY_S = 0.05
-BACKOFF_S = (0.1, 5.0)  # first and longest pause between attempts to attach again
-SETTLE_S = 0.05  # link events come in bursts
 RENEW_PAUSE_S = 5.0  # between changes of guest memory that are followed: each costs a few tens of milliseconds
 RENEW_RETRY_S = 0.005
-PROBE_S = 5.0  # a link that an administrator detached makes no event, nor does a macvlan in another namespace
-
-
-class NotLinkedError(SetupError):
-    """The kernel does not attach the program in this mode; it may in another."""
 
 
 class Netdev:
@@ -88,7 +66,7 @@ class Netdev:
         zerocopy: core.ZeroCopy = "auto",
     ) -> None:
         self.name = ifname  # as configured, maybe an alternative one
-        self._ifname = ifname  # its own, now
+        self.ifname = ifname  # its own, now
         self._index = 0  # of the interface that we have had: it stays ours when it is renamed
         self._log = RationedLog(log, ifname)  # for what guests can provoke
         self.port = -1
@@ -116,7 +94,7 @@ class Netdev:
         self._stopped_stripping: dict[str, bool] = {}  # features of _stripper that close() turns on again
         self._stripper = 0  # ifindex
         self._attached = ExitStack()
-        self._wake = asyncio.Event()
+        self.wake = asyncio.Event()  # for whoever watches: look at the interface now
         self._renewal: asyncio.TimerHandle | None = None
         self._renew_due = False
         self._renewed_at = -RENEW_PAUSE_S
@@ -132,13 +110,13 @@ class Netdev:
             undo.callback(self.close)
             # 2. The port and the program; both outlive the interface.
             self.port = self._bridge.add_netdev(self.room)
-            self._program = loader.load(self.room, MAX_MACS)
+            self._program = privileged.load(self.room, MAX_MACS)
             self.addresses.open(self.port, self._program)
             # 3. The sockets and the link.
             deadline = time.monotonic() + PATIENCE_S
             while True:
                 try:
-                    self._attach(require_link(self.name))
+                    self.attach(require_link(self.name))
                     break
                 except OSError as error:
                     raise setup_error(f"interface {self.name}", error) from error
@@ -147,7 +125,7 @@ class Netdev:
                         raise
                     time.sleep(RETRY_S)
             undo.pop_all()
-        self.state = self._state_of(link)
+        self.state = self.state_of(link)
         for advice in advise(link, self.mode, stripping(link.name), self._tells()):
             log.warning("%s", advice)
 
@@ -156,7 +134,7 @@ class Netdev:
         if self._renewal:
             self._renewal.cancel()
             self._renewal = None
-        self._detach()
+        self.detach()
         self._strip_again()
         if self._program:
             self._program.close()
@@ -166,7 +144,12 @@ class Netdev:
             self._bridge.remove_port(self.port)
             self.port = -1
 
-    def _attach(self, link: Link) -> None:
+    @property
+    def attached(self) -> bool:
+        return self._link_fd >= 0
+
+    def attach(self, link: Link) -> None:
+        """All or nothing; BusyError if others have what it takes, SetupError, OSError."""
         program = self._program
         if program is None:
             raise SetupError(f"interface {self.name}: not open")
@@ -197,18 +180,18 @@ class Netdev:
             for queue in range(self.queues):
                 self._open_queue(link, queue, mode)
             # 3. The AF_PACKET socket for group-addressed frames, and the receive filters.
-            group = self._open_group(link)
+            group = privileged.open_group(link)
             undo.callback(group.close)
             self.addresses.attach(link, group)
             undo.callback(self.addresses.detach)
             self._bridge.netdev_set_group_fd(self.port, group.fileno())
             undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
             # 4. From here on frames flow.
-            self._link_fd = self._attach_program(link, program, mode)
+            self._link_fd = privileged.attach(program, link, mode, self._tells())
             undo.callback(self._unlink)
             self._attached = undo.pop_all()
         self._group, self.mode = group, mode
-        self._index, self._ifname = link.index, link.name
+        self._index, self.ifname = link.index, link.name
         self.ifindex, self._mtu, self._rx_queues = link.index, link.mtu, link.rx_queues
         self.queues_had = max(self.queues_had, self.queues)
         log.info("%s: attached, %s XDP, queues: %d, ifindex %d", self.name, mode, self.queues, link.index)
@@ -219,7 +202,8 @@ class Netdev:
         if link_fd >= 0:
             os.close(link_fd)
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """The host gets all frames, the sockets are gone; idempotent."""
         self._group_lost = self.group_lost
         self._group = None
         self.ifindex = 0
@@ -235,7 +219,7 @@ class Netdev:
         on = stripping(link.name)
         if on:
             try:
-                set_features(link.name, dict.fromkeys(on, False))
+                privileged.set_features(link.name, dict.fromkeys(on, False))
             except OSError as error:
                 log.debug("%s: %s", self.name, error)  # advise() names what is left
         stopped = [name for name in on if name not in stripping(link.name)]
@@ -248,32 +232,17 @@ class Netdev:
         if not wanted:
             return
         try:
-            set_features(socket.if_indextoname(self._stripper), wanted)  # it may have another name now
+            privileged.set_features(socket.if_indextoname(self._stripper), wanted)  # it may have another name now
         except OSError as error:
             log.warning("%s: %s not turned on again: %s", self.name, ", ".join(wanted), error)
 
     def _open_queue(self, link: Link, queue: int, mode: str) -> None:
-        """Generic mode sees what the kernel has joined (GRO), or not cut yet (TSO at the peer of a veth)."""
-        what = f"interface {self.name}: AF_XDP socket of queue {queue}"
-        copies = link.kind in COPYING
-        makes_csum = copies and features(link.name).get(MAKES_CSUM, False)
-        opens = partial(self._bridge.netdev_open_queue, self.port, queue, link.index, link.mtu + ETH_OVERHEAD)
         tells = mode == "generic" and self._tells()
-        opens = partial(opens, makes_csum=makes_csum, joined=joins(mode), copy=self._copies, tells=tells)
-        try:
-            opens(zerocopy=self.zerocopy, copies_at_once=copies)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                remedy = "end the other AF_XDP program: ss --xdp -a -p names it"
-                raise BusyError(f"{what}: in use", remedy) from error
-            if error.errno == errno.EINVAL and link.mtu > PLAIN_MTU:
-                raise needs_frags(link) from error
-            failure = setup_error(what, error)
-            try:
-                opens(zerocopy="off")
-            except OSError:
-                raise failure from error
-            log.warning("%s with guest memory; frames are copied", failure.message)
+        failure = privileged.open_queue(
+            self._bridge, self.port, queue, link, mode, self.zerocopy, copy=self._copies, tells=tells
+        )
+        if failure:
+            log.warning("%s with guest memory; frames are copied", failure)
         self._copies = not self._bridge.netdev_xsk_stats(self.port, queue).zerocopy
         if self._program:
             socket_fd = self._bridge.netdev_queue_fd(self.port, queue)
@@ -283,13 +252,14 @@ class Netdev:
         """Whether, in generic mode, the program says what is several frames in one."""
         return self._program is not None and self._program.tells_fd >= 0
 
-    async def _renew(self, link: Link) -> None:
-        """Close and open the sockets, which then have guest memory as it is now; the link stays."""
-        if not self._bridge.netdev_is_stale(self.port, self.zerocopy):
+    async def renew(self, link: Link) -> None:
+        """If it is due, close and open the sockets, which then have guest memory as it is now; the link stays."""
+        due, self._renew_due = self._renew_due, False  # before: it may be due again while that goes on
+        if not due or not self._bridge.netdev_is_stale(self.port, self.zerocopy):
             return
         try:
             # What can be done before comes first, while there are sockets; then each queue is without one for a moment.
-            self._bridge.netdev_prepare(self.port, link.mtu + ETH_OVERHEAD, self.zerocopy, joins(self.mode))
+            privileged.prepare(self._bridge, self.port, link, self.mode, self.zerocopy)
         except OSError as error:
             log.debug("%s: %s", self.name, error)  # said by whoever needs it
         try:
@@ -300,7 +270,7 @@ class Netdev:
             self._log.info("sockets renewed: guest memory has changed, or one had lost frames")
         except (SetupError, OSError) as error:
             self._log.warning("sockets not renewed: %s", error)
-            self._detach()
+            self.detach()
         self._renewed_at = time.monotonic()
 
     def _close_queues(self, queues: Iterable[int]) -> None:
@@ -318,7 +288,7 @@ class Netdev:
                     raise
                 await asyncio.sleep(RENEW_RETRY_S)
 
-    async def _follow_queues(self, link: Link) -> None:
+    async def follow_queues(self, link: Link) -> None:
         """Sockets for queues that have come, none for those that have gone; the others stay."""
         outgrown = link.rx_queues > self._rx_queues and link.kind in FORGETFUL and self.mode == "native"
         if link.rx_queues != self._rx_queues:
@@ -345,13 +315,13 @@ class Netdev:
         """The program anew; until it is back, a moment later, guests' frames from the wire go to the host."""
         self._unlink()
         deadline = time.monotonic() + PATIENCE_S
-        while self._program and self._link_fd < 0:
+        while self._program and not self.attached:
             try:
-                self._link_fd = self._attach_program(link, self._program, self.mode)
+                self._link_fd = privileged.attach(self._program, link, self.mode, self._tells())
             except (SetupError, OSError) as error:
                 if not isinstance(error, BusyError) or time.monotonic() > deadline:  # busy with ours, for a moment
                     log.warning("%s: %s", self.name, error)
-                    self._detach()
+                    self.detach()
                     return
                 await asyncio.sleep(RENEW_RETRY_S)
 
@@ -376,37 +346,6 @@ class Netdev:
         if said and said != self._said_of_queues:
             log.warning("%s", said)
         self._said_of_queues = said
-
-    def _open_group(self, link: Link) -> GroupSocket:
-        try:
-            return GroupSocket(link.name, link.index)
-        except OSError as error:
-            raise setup_error(f"interface {self.name}: AF_PACKET socket", error) from error
-
-    def _attach_program(self, link: Link, program: loader.Program, mode: str) -> int:
-        try:
-            return self._link_program(link, program, mode)
-        except OSError as error:
-            failure = setup_error(f"interface {self.name}: attach in {mode} mode", error)
-            if error.errno in (errno.EBUSY, errno.EEXIST):
-                raise occupied(require_link(link.name)) from error
-            if error.errno == errno.EPERM:
-                raise failure from error
-            raise NotLinkedError(failure.message, failure.remedy) from error
-
-    def _link_program(self, link: Link, program: loader.Program, mode: str) -> int:
-        flags = XDP_FLAGS[mode]
-        if mode == "generic" and self._tells():
-            return core.bpf_xdp_link(program.tells_fd, link.index, flags)
-        if link.mtu > PLAIN_MTU:
-            return core.bpf_xdp_link(program.frags_fd, link.index, flags)
-        try:
-            return core.bpf_xdp_link(program.prog_fd, link.index, flags)
-        except OSError as error:
-            # Somewhat below our limit drivers have theirs, and veth minds the MTU of its peer.
-            if error.errno not in (errno.ERANGE, errno.EINVAL) or program.frags_fd < 0:
-                raise
-        return core.bpf_xdp_link(program.frags_fd, link.index, flags)
 
     # ---- addresses and counters ----
 
@@ -433,26 +372,26 @@ class Netdev:
     @property
     def mtu(self) -> int:
         """Of the interface; 0 while it is away."""
-        return self._mtu if self._link_fd >= 0 else 0
+        return self._mtu if self.attached else 0
 
     @property
     def unserved(self) -> int:
         """Queues of the interface that have no socket while others have: guests' frames on them go to the host."""
-        return max(0, self._rx_queues - self.queues) if self._link_fd >= 0 else 0
+        return max(0, self._rx_queues - self.queues) if self.attached else 0
 
     @property
     def alive(self) -> bool:
         """Attached to an interface that is still there, in this network namespace."""
-        return self._link_fd >= 0 and core.bpf_link_ifindex(self._link_fd) == self.ifindex
+        return self.attached and core.bpf_link_ifindex(self._link_fd) == self.ifindex
 
-    # ---- the interface's life ----
+    # ---- what its watch looks at, and has done ----
 
     def poke(self) -> None:
-        """Have watch() look at the interface now, as after a socket error."""
-        self._wake.set()
+        """Have the interface looked at now, as after a socket error."""
+        self.wake.set()
 
     def memory_changed(self) -> None:
-        """Have watch() give the sockets guest memory as it is now: at once, but not again and again."""
+        """Have the sockets renewed, with guest memory as it is now: at once, but not again and again."""
         if self._renewal or not self._bridge.netdev_is_stale(self.port, self.zerocopy):
             return
         pause = max(0.0, self._renewed_at + RENEW_PAUSE_S - time.monotonic())
@@ -461,144 +400,37 @@ class Netdev:
     def _renewal_is_due(self) -> None:
         self._renewal = None
         self._renew_due = True
-        self._wake.set()
+        self.wake.set()
 
-    async def watch(self, on_change: Callable[["Netdev"], None]) -> None:
-        """Follow the interface until cancelled: detach when it goes, attach when it is back. Renamed it stays the same;
-        one that comes back is known by its name.
-
-        on_change is called whenever .state has changed. rtnetlink only says when to look; what counts is what is found.
-        """
-        with (
-            self._events(socket.NETLINK_ROUTE, RTMGRP_LINK, self._drain),
-            self._events(NETLINK_KOBJECT_UEVENT, UEVENTS, self._drain_uevents),
-        ):
-            await self._follow(on_change)
-
-    @contextmanager
-    def _events(self, family: int, group: int, drain: Callable[[socket.socket], None]) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, family) as events:
-            events.bind((0, group))
-            loop.add_reader(events, drain, events)
-            try:
-                yield
-            finally:
-                loop.remove_reader(events)
-
-    def _drain(self, events: socket.socket) -> None:
-        self._wake.set()
-        for message in received(events):
-            self.addresses.stacked |= message is None or concerns(message, self.ifindex)
-
-    def _drain_uevents(self, events: socket.socket) -> None:
-        """rtnetlink does not tell of queues."""
-        ours = f"/net/{self._ifname}/queues/".encode()
-        for message in received(events):
-            if message is None or ours in message:
-                self._wake.set()
-
-    async def _follow(self, on_change: Callable[["Netdev"], None]) -> None:
-        pause = BACKOFF_S[0]
-        seen: Link | None = None
-        said = ""
-        quiet_until = 0.0
-        while True:
-            try:
-                link = self._find()
-            except SetupError as error:  # the question failed, which says nothing about the interface
-                log.warning("%s", error)
-                await asyncio.sleep(BACKOFF_S[1])
-                continue
-            if self._link_fd >= 0 and (link is None or link.index != self.ifindex or not self.alive):
-                log.warning("%s: %s", self.name, "detached by somebody else" if link else "the interface is gone")
-                self._detach()
-                quiet_until = time.monotonic() + PATIENCE_S
-            elif self._link_fd >= 0 and link and link.mtu != self._mtu:
-                log.info("%s: MTU changed from %d to %d", self.name, self._mtu, link.mtu)
-                self._detach()
-                quiet_until = time.monotonic() + PATIENCE_S
-                await asyncio.sleep(RETRY_S)
-                continue  # the answer above still has our own program
-            if self._link_fd >= 0 and link:
-                await self._follow_queues(link)
-            due, self._renew_due = self._renew_due, False  # before: it may be due again while that goes on
-            if due and self._link_fd >= 0 and link:
-                await self._renew(link)
-            if self._link_fd >= 0 and link:
-                self._follow_addresses(link)
-            if self._link_fd < 0 and link and link.up:
-                if seen is None or (seen.index, seen.up, seen.mtu) != (link.index, link.up, link.mtu):
-                    pause = BACKOFF_S[0]
-                try:
-                    self._attach(link)
-                    said = ""
-                    pause = BACKOFF_S[0]
-                except (SetupError, OSError) as error:
-                    ours = isinstance(error, BusyError) and time.monotonic() < quiet_until  # not yet released
-                    if str(error) != said and not ours:
-                        log.warning("%s: not attached: %s", self.name, error)
-                        said = str(error)
-            seen = link
-            state = self._state_of(link)
-            if state != self.state:
-                log.info("%s: %s", self.name, state)
-                self.state = state
-                on_change(self)
-            if self._link_fd >= 0 or not (link and link.up):
-                await self._next_event()
-            else:  # our own attempts make events too: here time alone counts
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, BACKOFF_S[1])
-
-    def _find(self) -> Link | None:
+    def find(self) -> Link | None:
         """The interface that we had, whatever its name is now; once that is gone, the one with the name."""
         link = None
-        if self._index and (self._link_fd < 0 or self.alive):  # else another may have the index
+        if self._index and (not self.attached or self.alive):  # else another may have the index
             link = find_link(self._index)
             if link is None:
                 self._index = 0
         link = link or find_link(self.name)
-        if link and link.name != self._ifname:
+        if link and link.name != self.ifname:
             log.info("%s: the interface is called %s now", self.name, link.name)
-            self._ifname = link.name
+            self.ifname = link.name
         return link
 
-    def _state_of(self, link: Link | None) -> State:
+    def state_of(self, link: Link | None) -> State:
         if link is None:
             return "gone"
-        if self._link_fd < 0 or not link.running:
+        if not self.attached or not link.running:
             return "down"
         return "partial" if self.unserved else "up"
 
-    def _follow_addresses(self, link: Link) -> None:
+    def follow_addresses(self, link: Link) -> None:
+        """The host's on the interface may be others now."""
         try:
             self.addresses.follow(link)
         except SetupError as error:  # the question failed, as where the interface goes: those that were found stay
             log.warning("%s", error)
         except OSError as error:
             log.warning("%s: receive filters: %s", self.name, error)  # one may be missing: from the start again
-            self._detach()
-
-    async def _next_event(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PROBE_S):  # wait_for() of Python 3.11 can swallow a cancellation
-                await self._wake.wait()
-            await asyncio.sleep(SETTLE_S)
-        self._wake.clear()
-
-
-def received(events: socket.socket) -> Iterator[bytes | None]:
-    """The messages that have come; None stands for those that were lost: all the more reason to look."""
-    while True:
-        try:
-            yield events.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise
-            yield None
+            self.detach()
 
 
 def possible_cpus() -> int:
