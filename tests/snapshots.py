@@ -1,5 +1,6 @@
 """Snapshots made by hand: a guest and an interface whose books balance."""
 
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,9 @@ DROPS = dict.fromkeys(("short", "spoof", "no_port", "no_buffer", "no_frame"), 0)
 
 
 def traffic(packets: int = 0, drops: dict[str, int] | None = None, **fields: int) -> Traffic:
-    zero = Traffic(packets, 64 * packets, {**DROPS, **(drops or {})}, *[0] * 18)
-    return replace(zero, **fields)  # type: ignore[arg-type]  # all of them are int
+    nothing: dict[str, Any] = dict.fromkeys((field.name for field in fields_of(Traffic)), 0)
+    moved = {"packets": packets, "bytes": 64 * packets, "drops": {**DROPS, **(drops or {})}}
+    return Traffic(**nothing | moved | fields)
 
 
 def ring(**fields: Any) -> Ring:
