@@ -74,14 +74,14 @@ class Backend:
             self.control.run(asyncio.sleep(0.01))
 
     def started(self, ring: int) -> bool:
-        return bool(self.control.call(lambda: self.bridge.ring_state(self.port, ring)).started)
+        return bool(self.control.call(lambda: self.port.ring_state(ring)).started)
 
     def enabled(self, ring: int) -> bool:
-        return bool(self.control.call(lambda: self.bridge.ring_state(self.port, ring)).enabled)
+        return bool(self.control.call(lambda: self.port.ring_state(ring)).enabled)
 
     def close(self) -> None:
         for frontend in self.frontends:
             frontend.close()
         for guest in self.sockets:
             self.control.run(guest.stop())
-        self.control.call(lambda: self.bridge.remove_port(self.port))
+        self.control.call(self.port.remove)

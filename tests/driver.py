@@ -230,8 +230,8 @@ class Driver:
         self.features = features
         self.memory = GuestMemory(spans, memfd_flags, prealloc=bridge.zerocopy != "off")  # else nothing of it is lent
         self.port = bridge.add_guest(pairs)
-        bridge.guest_set_memory(self.port, self.memory.regions())
-        bridge.guest_set_features(self.port, features)
+        self.port.set_memory(self.memory.regions())
+        self.port.set_features(features)
         self.pairs = [QueuePair(self.memory, features, num, base) for _ in range(pairs)]
 
     @property
@@ -245,37 +245,37 @@ class Driver:
     def start(self, kick: bool = True, call: bool = True) -> Self:
         for index, ring in enumerate(self.rings()):
             # In this order: what a ring sends while it is started and disabled is thrown away.
-            self.bridge.ring_enable(self.port, index, True)
-            self.bridge.ring_start(self.port, index, ring.config(kick=kick, call=call))
+            self.port.ring_enable(index, True)
+            self.port.ring_start(index, ring.config(kick=kick, call=call))
         return self
 
     def restart(self, index: int) -> None:
         """As a driver resets a ring: stop, forget, start."""
         ring = self.rings()[index]
-        self.bridge.ring_stop(self.port, index)
+        self.port.ring_stop(index)
         for fd in ring.err_fd, ring.call_fd:
             try:
                 os.eventfd_read(fd)
             except BlockingIOError:
                 continue
         ring.reset()
-        self.bridge.ring_start(self.port, index, ring.config())
+        self.port.ring_start(index, ring.config())
 
     def stop(self) -> list[int]:
-        return [self.bridge.ring_stop(self.port, index) for index in range(2 * len(self.pairs))]
+        return [self.port.ring_stop(index) for index in range(2 * len(self.pairs))]
 
     def close(self) -> None:
         """Removes the port."""
-        self.bridge.remove_port(self.port)
+        self.port.remove()
         for pair in self.pairs:
             pair.close()
         self.memory.close()
 
     def state(self, ring: int) -> core.RingState:
-        return self.bridge.ring_state(self.port, ring)
+        return self.port.ring_state(ring)
 
     def stats(self, direction: int, pair: int = 0) -> Traffic:
-        return self.bridge.queue_stats(self.port, pair, direction)
+        return self.port.queue_stats(pair, direction)
 
     def waiting(self, pair: int = 0) -> int:
         """Frames that wait for receive buffers."""
@@ -290,15 +290,15 @@ class Driver:
         return {name: n for name, n in self.stats(direction, pair).drops.items() if n}
 
 
-def ledger(bridge: core.Bridge, ports: dict[int, int]) -> tuple[int, int]:
+def ledger(bridge: core.Bridge, ports: dict[core.Guest, int]) -> tuple[int, int]:
     """Frames into the bridge with the copies made of them, and frames out with all drops and with what waits; by port
     and its queues, for guests, whose tx goes in and whose rx goes out."""
     into = out = 0
     for port, queues in ports.items():
         for queue in range(queues):
-            tx = bridge.queue_stats(port, queue, core.TX)
-            rx = bridge.queue_stats(port, queue, core.RX)
+            tx = port.queue_stats(queue, core.TX)
+            rx = port.queue_stats(queue, core.RX)
             into += tx.packets + tx.copies + tx.segments
             out += rx.packets + sum(rx.drops.values()) + sum(tx.drops.values())
-            out += bridge.ring_state(port, 2 * queue).waiting
+            out += port.ring_state(2 * queue).waiting
     return into, out

@@ -69,8 +69,8 @@ def guests(make_bridge: MakeBridge, packed: int) -> Iterator[MakeGuest]:
 def pair(bridge: core.Bridge, guests: MakeGuest) -> Pair:
     """Two guests that know each other: their addresses are mac(1) and mac(2), the second has receive buffers."""
     a, b = guests(bridge), guests(bridge)
-    bridge.set_mac(a.port, mac(1), False)
-    bridge.set_mac(b.port, mac(2), False)
+    a.port.set_mac(mac(1), False)
+    b.port.set_mac(mac(2), False)
     b.pair.fill()
     a.pair.fill()
     return a, b

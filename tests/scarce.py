@@ -50,25 +50,25 @@ def live(guests: tuple[Guest, Guest], ifname: str, group_fd: int) -> None:
     options = {"workers": 2, "netdev_queues": 1, "frames_per_queue": 256}
     with core.Bridge(zerocopy="on", **options) as bridge:  # type: ignore[arg-type]
         wire = bridge.add_netdev(1)
-        bridge.set_mac(wire, WIRE, False)
+        wire.set_mac(WIRE, False)
         ports = []
         for number in range(2):
             ports.append(bridge.add_guest(1))
-            bridge.set_mac(ports[-1], mac(number), number == 0)
+            ports[-1].set_mac(mac(number), number == 0)
         open_queue(bridge, wire, ifname)
-        bridge.netdev_set_group_fd(wire, group_fd)
+        wire.set_group_fd(group_fd)
         bridge.start()
-        bridge.guest_set_ips(ports[0], [IPv4Address("10.0.0.1")])
-        bridge.guest_set_ips(ports[0], [])  # what it sends below is no IP
+        ports[0].set_ips([IPv4Address("10.0.0.1")])
+        ports[0].set_ips([])  # what it sends below is no IP
         for port, guest in zip(ports, guests, strict=True):
-            bridge.guest_set_memory(port, guest.memory.regions())
-            bridge.guest_set_features(port, MODERN)
+            port.set_memory(guest.memory.regions())
+            port.set_features(MODERN)
             for index, ring in enumerate((guest.pair.rx, guest.pair.tx)):
-                bridge.ring_enable(port, index, True)
-                bridge.ring_start(port, index, ring.config())
-            bridge.guest_announce(port, mac(ports.index(port)))
+                port.ring_enable(index, True)
+                port.ring_start(index, ring.config())
+            port.announce(mac(ports.index(port)))
             guest.pair.fill()
-        bridge.netdev_close_queue(wire, 0)
+        wire.close_queue(0)
         open_queue(bridge, wire, ifname)
         one, two = guests
         one.pair.send(frame(mac(1), mac(0), 600))
@@ -81,18 +81,18 @@ def live(guests: tuple[Guest, Guest], ifname: str, group_fd: int) -> None:
         if not eventually(lambda: arrived(two.pair, got) == wanted):
             raise AssertionError("frames between guests are lost")
         for port in ports:
-            bridge.guest_add_region(port, core.Region(*region(MORE), guests[0].memory.fd))
-            bridge.guest_remove_region(port, core.Region(*region(MORE), guests[0].memory.fd))
-            bridge.ring_set_call(port, 0, guests[0].pair.rx.call_fd)
-            bridge.ring_set_err(port, 0, -1)
-        bridge.netdev_xsk_stats(wire, 0)
+            port.add_region(core.Region(*region(MORE), guests[0].memory.fd))
+            port.remove_region(core.Region(*region(MORE), guests[0].memory.fd))
+            port.ring_set_call(0, guests[0].pair.rx.call_fd)
+            port.ring_set_err(0, -1)
+        wire.xsk_stats(0)
         if not eventually(lambda: balanced(bridge, wire, ports)):
             raise AssertionError("frames are not accounted for")
         for port in ports:
             for index in range(2):
-                bridge.ring_stop(port, index)
-        bridge.netdev_set_group_fd(wire, -1)
-        bridge.remove_port(ports[0])
+                port.ring_stop(index)
+        wire.set_group_fd(-1)
+        ports[0].remove()
         bridge.stop()
 
 
@@ -106,19 +106,19 @@ def region(span: Span) -> tuple[int, int, int, int]:
     return span.guest_addr, span.size, span.user_addr, span.offset
 
 
-def balanced(bridge: core.Bridge, wire: int, ports: list[int]) -> bool:
+def balanced(bridge: core.Bridge, wire: core.Netdev, ports: list[core.Guest]) -> bool:
     into, out = ledger(bridge, dict.fromkeys(ports, 1))
-    rx, tx = (bridge.queue_stats(wire, 0, direction) for direction in (core.RX, core.TX))
+    rx, tx = (wire.queue_stats(0, direction) for direction in (core.RX, core.TX))
     into += rx.packets + rx.copies
     return into == out + tx.packets + sum(rx.drops.values()) + sum(tx.drops.values())
 
 
-def open_queue(bridge: core.Bridge, wire: int, ifname: str) -> None:
+def open_queue(bridge: core.Bridge, wire: core.Netdev, ifname: str) -> None:
     """Busy for a moment after another socket has left it."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            bridge.netdev_open_queue(wire, 0, socket.if_nametoindex(ifname), 1518, "on")
+            wire.open_queue(0, socket.if_nametoindex(ifname), 1518, "on")
             return
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:

@@ -22,7 +22,7 @@ class Scene:
         self.bad = guests(bridge, features=features, num=num, spans=SPLIT_REGIONS)
         self.good = [guests(bridge), guests(bridge)]
         for number, driver in enumerate([self.bad, *self.good]):
-            bridge.set_mac(driver.port, mac(number), False)
+            driver.port.set_mac(mac(number), False)
             if number:
                 driver.pair.fill()
         bridge.events()

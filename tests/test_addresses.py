@@ -28,10 +28,10 @@ def bridge() -> Iterator[core.Bridge]:
 def test_what_is_kept_is_restored_to_the_guest_of_that_name(bridge: core.Bridge, tmp_path: Path) -> None:
     path = tmp_path / "kept"
     ports = {"web": bridge.add_guest(1), "db": bridge.add_guest(1)}
-    bridge.guest_remember(ports["web"], mac(1), 0)
-    bridge.guest_remember(ports["web"], mac(1), 5)
-    bridge.guest_remember(ports["db"], mac(2), 0)
-    bridge.set_mac(ports["db"], mac(3), False)
+    ports["web"].remember(mac(1), 0)
+    ports["web"].remember(mac(1), 5)
+    ports["db"].remember(mac(2), 0)
+    ports["db"].set_mac(mac(3), False)
     AddressBook(str(path)).keep(bridge, ports)
     assert json.loads(path.read_text()) == {
         "web": [["52:54:00:00:00:01", 0], ["52:54:00:00:00:01", 5]],
@@ -52,15 +52,15 @@ def test_the_file_is_written_when_something_has_changed_and_goes_when_there_is_n
     book = AddressBook(str(path), lambda: 0.0)
     book.keep(bridge, ports)
     assert not path.exists()
-    bridge.guest_remember(ports["web"], mac(1), 0)
+    ports["web"].remember(mac(1), 0)
     book.keep(bridge, ports)
     inode = path.stat().st_ino
     book.keep(bridge, ports)
     assert path.stat().st_ino == inode
-    bridge.guest_remember(ports["web"], mac(2), 0)
+    ports["web"].remember(mac(2), 0)
     book.keep(bridge, ports)
     assert path.stat().st_ino != inode
-    bridge.fdb_flush(ports["web"])
+    ports["web"].flush()
     book.keep(bridge, ports)
     assert list(tmp_path.iterdir()) == []
 
@@ -72,17 +72,17 @@ def test_guests_that_change_what_they_have_taught_without_end_have_their_share_o
     path, seconds = tmp_path / "kept", itertools.count()
     ports = {"web": bridge.add_guest(1)}
     book = AddressBook(str(path), lambda: float(next(seconds)))
-    bridge.guest_remember(ports["web"], mac(1), 0)
+    ports["web"].remember(mac(1), 0)
     book.keep(bridge, ports)
     before = path.stat().st_ino
-    bridge.guest_remember(ports["web"], mac(2), 0)
+    ports["web"].remember(mac(2), 0)
     looks = 0
     while path.stat().st_ino == before:
         book.keep(bridge, ports)
         looks += 1
     assert looks == 1 / SHARE
     before = path.stat().st_ino
-    bridge.guest_remember(ports["web"], mac(3), 0)
+    ports["web"].remember(mac(3), 0)
     book.keep(bridge, ports, last=True)
     assert path.stat().st_ino != before
 
@@ -149,7 +149,7 @@ def test_a_guest_gets_back_no_more_than_is_its_to_use(bridge: core.Bridge, tmp_p
     path.write_bytes(kept([[mac(number).hex(":"), 0] for number in range(1, 9)]))
     path.chmod(0o600)
     web, owner = bridge.add_guest(1), bridge.add_guest(1)
-    bridge.set_mac(owner, mac(1), True)
+    owner.set_mac(mac(1), True)
     AddressBook(str(path)).restore(bridge, {"web": web, "owner": owner})
     assert bridge.taught() == {(web, mac(number), 0) for number in (2, 3, 4, 5)}
 
@@ -174,7 +174,7 @@ def test_a_directory_that_is_gone_is_said_once(
     caplog.set_level(logging.WARNING)
     ports = {"web": bridge.add_guest(1)}
     book = AddressBook(str(tmp_path / "gone" / "kept"), lambda: 0.0)
-    bridge.guest_remember(ports["web"], mac(1), 0)
+    ports["web"].remember(mac(1), 0)
     for _ in range(3):
         book.keep(bridge, ports)
     assert len(caplog.messages) == 1

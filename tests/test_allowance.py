@@ -64,7 +64,7 @@ def test_a_second_in_which_the_workers_stand_still_counts_several_times(backend,
         before = backend.bridge.parked_ns
         with backend.device.allowance.charged():
             for on in (True, False):
-                backend.bridge.ring_enable(backend.port, 0, on)
+                backend.port.ring_enable(0, on)
         return backend.bridge.parked_ns - before, backend.device.allowance.wait_s()
 
     parked_ns, wait_s = backend.control.call(stop_the_workers)

@@ -36,7 +36,7 @@ def bridge(held_time: None, make_bridge: MakeBridge) -> core.Bridge:
 @pytest.fixture
 def sender(bridge: core.Bridge, guests: MakeGuest) -> Driver:
     made = guests(bridge, num=1024, spans=RAM)
-    bridge.set_mac(made.port, mac(1), False)
+    made.port.set_mac(mac(1), False)
     return made
 
 
@@ -46,7 +46,7 @@ def numbered(count: int, to: bytes = mac(2), size: int = 64, start: int = 0) -> 
 
 def receiver(bridge: core.Bridge, guests: MakeGuest, number: int = 2, **options: object) -> Driver:
     made = guests(bridge, **options)
-    bridge.set_mac(made.port, mac(number), False)
+    made.port.set_mac(mac(number), False)
     return made
 
 
@@ -270,7 +270,7 @@ def test_what_waits_is_a_copy(bridge: core.Bridge, guests: MakeGuest, sender: Dr
 
 def test_a_frame_to_be_segmented_waits_whole(bridge: core.Bridge, guests: MakeGuest) -> None:
     a, b = guests(bridge, features=MODERN | SENDS | TAKES), guests(bridge, features=MODERN | SENDS | TAKES)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     whole = Segment(payload=data(30_000))
     sent = [replace(whole, seq=1 + i).frame(partial=True) for i in range(3)]
     for each in sent:
@@ -287,7 +287,7 @@ def test_a_frame_to_be_segmented_waits_whole(bridge: core.Bridge, guests: MakeGu
 
 
 def stops(bridge: core.Bridge, guest: Driver) -> None:
-    guest.bridge.ring_stop(guest.port, core.RX)
+    guest.port.ring_stop(core.RX)
 
 
 def starts_anew(bridge: core.Bridge, guest: Driver) -> None:
@@ -295,11 +295,11 @@ def starts_anew(bridge: core.Bridge, guest: Driver) -> None:
 
 
 def disables(bridge: core.Bridge, guest: Driver) -> None:
-    bridge.ring_enable(guest.port, core.RX, False)
+    guest.port.ring_enable(core.RX, False)
 
 
 def loses_its_memory(bridge: core.Bridge, guest: Driver) -> None:
-    bridge.guest_set_memory(guest.port, [])
+    guest.port.set_memory([])
 
 
 @pytest.mark.parametrize("end", [stops, starts_anew, disables, loses_its_memory], ids=lambda end: end.__name__)
@@ -324,7 +324,7 @@ def test_frames_that_wait_survive_a_change_of_memory_that_leaves_the_ring(
 ) -> None:
     b = receiver(bridge, guests)
     sender.pair.send_all(numbered(10))
-    bridge.guest_set_memory(b.port, b.memory.regions())
+    b.port.set_memory(b.memory.regions())
     assert b.waiting() == 10
     b.pair.fill()
     assert b.pair.frames(10) == numbered(10)
@@ -344,7 +344,7 @@ def test_a_guest_that_goes_away_takes_along_what_waits_for_it(
     bridge: core.Bridge, guests: MakeGuest, sender: Driver
 ) -> None:
     b = Driver(bridge).start()
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     sender.pair.send_all(numbered(10))
     b.close()
     c = receiver(bridge, guests)
@@ -401,11 +401,11 @@ def test_frames_of_the_wire_wait_and_leave_the_interface_all_its_buffers(
         sent = [frame(mac(2), mac(9), mtu, mark=i.to_bytes(4, "big")) for i in range(400)]
         for i, each in enumerate(sent, 1):
             wire.send(each)
-            assert i % 20 or eventually(lambda i=i: bridge.queue_stats(netdev.port, 0, core.RX).packets == i)  # type: ignore[misc]
+            assert i % 20 or eventually(lambda i=i: netdev.port.queue_stats(0, core.RX).packets == i)  # type: ignore[misc]
         assert eventually(lambda: b.waiting() == 400)  # they are counted as they come, and wait a moment later
         wire.send(frame(mac(3), mac(9)))
         assert c.pair.frames() == [frame(mac(3), mac(9))]
-        assert bridge.netdev_xsk_stats(netdev.port, 0).rx_fill_ring_empty_descs == 0
+        assert netdev.port.xsk_stats(0).rx_fill_ring_empty_descs == 0
         got: list[bytes] = []
         while len(got) < 400:
             b.pair.fill(4096)

@@ -60,7 +60,7 @@ def test_receive_chains_of_many_pieces_before_and_behind_plain_ones_stay_within_
     """All of a burst go to a guest whose chains use the worker's arrays up, by each way of taking them."""
     evil = guests(bridge, features=VERSION_1 | MERGEABLE | INDIRECT_DESC, spans=ROOM)
     good = guests(bridge)
-    bridge.set_mac(evil.port, mac(1), False)
+    evil.port.set_mac(mac(1), False)
     crumbs = write_table(evil, [1] * MAX_PIECES, WRITE)
     buffer = evil.memory.reserve(2048, 64)
     rx = evil.pair.rx
@@ -85,7 +85,7 @@ def test_receive_chains_of_many_pieces_before_and_behind_plain_ones_stay_within_
 def test_a_burst_takes_no_more_chains_than_the_ring_has(bridge: core.Bridge, guests: MakeGuest) -> None:
     """A small ring that is always full: what it sends comes back lap by lap, each frame once."""
     sender, sink = guests(bridge, features=MODERN, num=4), guests(bridge)
-    bridge.set_mac(sink.port, mac(1), False)
+    sink.port.set_mac(mac(1), False)
     sink.pair.fill()
     frames = [frame(mac(1), mac(2), mark=i.to_bytes(2, "big")) for i in range(128)]
     sender.pair.send_all(frames)
@@ -186,7 +186,7 @@ def test_large_frames_of_one_guest_do_not_keep_the_small_ones_of_another_waiting
     big = (Span(0x4000_0000, 64 * MIB, 0x7F12_0000_0000, 0x1000),)
     flood, other = guests(bridge, num=512, spans=big), guests(bridge)
     sink = guests(bridge, num=1024, spans=big)
-    bridge.set_mac(sink.port, mac(5), False)
+    sink.port.set_mac(mac(5), False)
     sink.pair.post(400, 65000)
     bridge.stop()
     queue_all(flood, [frame(mac(5), mac(6), size)] * 256)
@@ -206,7 +206,7 @@ def test_pairs_of_one_guest_have_together_what_a_guest_with_one_has(
     bridge = make_bridge()
     flood, other = guests(bridge, num=256, pairs=8, spans=ROOM), guests(bridge, num=1024)
     sink = guests(bridge, num=4096, spans=ROOM)
-    bridge.set_mac(sink.port, mac(5), False)
+    sink.port.set_mac(mac(5), False)
     sink.pair.fill(1600)
     bridge.stop()
     for pair in flood.pairs:
@@ -249,7 +249,7 @@ def test_a_large_frame_to_many_ports_lets_others_pass_before_it_has_reached_the_
     bridge = make_bridge()
     receivers = audience(bridge, guests, 32, num=64)
     flood, other = guests(bridge, spans=ROOM), guests(bridge)
-    bridge.set_mac(receivers[-1].port, mac(5), False)
+    receivers[-1].port.set_mac(mac(5), False)
     bridge.stop()
     queue_all(flood, [frame(BROADCAST, mac(6), 60000)])
     queue_all(other, [frame(mac(5), mac(7), 64)])
@@ -264,7 +264,7 @@ def test_a_frame_that_changes_while_it_is_flooded_is_another_one_from_there_on(
     """A driver that rewrites its frame hurts itself alone: the books balance whatever it does."""
     bridge = make_bridge()
     receivers = audience(bridge, guests, 32, num=64)
-    bridge.set_mac(receivers[0].port, mac(5), False)
+    receivers[0].port.set_mac(mac(5), False)
     flood = guests(bridge, spans=ROOM)
     addr = flood.memory.reserve(65536, 64)
     flood.memory.write(addr, bytes(12) + frame(BROADCAST, mac(6), 60000))

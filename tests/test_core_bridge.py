@@ -189,8 +189,8 @@ def test_46_of_a_share_that_is_full_what_has_aged_gives_way_the_longest_silent_f
 
 def test_46_what_a_guest_taught_an_earlier_bridge_is_known_to_this_one(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
-    bridge.guest_remember(drivers[1].port, mac(1), 0)
-    bridge.guest_remember(drivers[1].port, mac(1), 4095)
+    drivers[1].port.remember(mac(1), 0)
+    drivers[1].port.remember(mac(1), 4095)
     assert bridge.events() == core.EVENT_FDB
     assert bridge.taught() == {(drivers[1].port, mac(1), 0), (drivers[1].port, mac(1), 4095)}
     send(drivers[0], frame(mac(1), mac(0)))
@@ -200,22 +200,22 @@ def test_46_what_a_guest_taught_an_earlier_bridge_is_known_to_this_one(bridge: c
 def test_46_no_guest_remembers_what_is_not_its_own(make_bridge: MakeBridge, guests: MakeGuest) -> None:
     bridge = make_bridge(max_macs=2)
     checked, free, owner = three(bridge, guests)
-    bridge.set_mac(checked.port, mac(0), True)
-    bridge.set_mac(owner.port, mac(9), False)
+    checked.port.set_mac(mac(0), True)
+    owner.port.set_mac(mac(9), False)
     for port, address in ((checked.port, mac(1)), (checked.port, mac(0)), (free.port, mac(9)), (free.port, mac(0))):
         with pytest.raises(PermissionError):
-            bridge.guest_remember(port, address, 0)
+            port.remember(address, 0)
     for wrong, vlan in ((BROADCAST, 0), (MULTICAST, 0), (ZERO, 0), (mac(1), 4096), (mac(1), 0xFFFF)):
         with pytest.raises(OSError, match="Invalid argument"):
-            bridge.guest_remember(free.port, wrong, vlan)
+            free.port.remember(wrong, vlan)
     with pytest.raises(FileNotFoundError):
-        bridge.guest_remember(77, mac(1), 0)
+        core.Guest(bridge, 77).remember(mac(1), 0)
     with pytest.raises(ValueError, match="5 bytes"):
-        bridge.guest_remember(free.port, bytes(5), 0)
+        free.port.remember(bytes(5), 0)
     for number in (1, 2):
-        bridge.guest_remember(free.port, mac(number), 0)
+        free.port.remember(mac(number), 0)
     with pytest.raises(OSError, match="No space"):
-        bridge.guest_remember(free.port, mac(3), 0)
+        free.port.remember(mac(3), 0)
     assert bridge.taught() == {(free.port, mac(1), 0), (free.port, mac(2), 0)}
 
 
@@ -265,7 +265,7 @@ def test_addresses_that_have_aged_are_no_part_of_the_share(
 
 def test_addresses_of_some_ports_are_those_of_the_dump(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
-    bridge.set_mac(drivers[0].port, mac(0), False)
+    drivers[0].port.set_mac(mac(0), False)
     send(drivers[1], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(1), vlan=7), frame(BROADCAST, mac(11)))
     send(drivers[2], frame(BROADCAST, mac(2)))
     assert bridge.addresses_of([drivers[0].port, drivers[1].port]) == {mac(0), mac(1), mac(11)}
@@ -275,19 +275,19 @@ def test_addresses_of_some_ports_are_those_of_the_dump(bridge: core.Bridge, gues
 
 def test_flush_forgets_what_a_port_taught_and_keeps_its_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
-    bridge.set_mac(drivers[1].port, mac(1), False)
+    drivers[1].port.set_mac(mac(1), False)
     send(drivers[1], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(11)))
     send(drivers[2], frame(BROADCAST, mac(2)))
-    bridge.fdb_flush(drivers[1].port)
+    drivers[1].port.flush()
     assert known(bridge) == {(mac(1), 0xFFFF, drivers[1].port), (mac(2), 0, drivers[2].port)}
 
 
 def test_a_removed_port_takes_its_addresses_along(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
     port = bridge.add_guest(1)
-    bridge.set_mac(port, mac(5), True)
+    port.set_mac(mac(5), True)
     assert (mac(5), 0xFFFF, port) in known(bridge)
-    bridge.remove_port(port)
+    port.remove()
     assert known(bridge) == set()
     send(drivers[0], frame(mac(5), mac(0)))
     assert len(received(drivers[1])) == 1
@@ -303,7 +303,7 @@ def test_47_an_unknown_unicast_is_not_flooded_to_guests_that_have_their_own_addr
     free.pair.fill()
     checked = [guests(bridge) for _ in range(others)]
     for number, driver in enumerate(checked):
-        bridge.set_mac(driver.port, mac(number), True)
+        driver.port.set_mac(mac(number), True)
         driver.pair.fill()
     to_all, to_nobody = (frame(to, mac(1000), size) for to in (BROADCAST, mac(999)))
     send(sender, to_all, to_nobody, to_nobody, to_all)
@@ -367,7 +367,7 @@ def test_64_a_guest_that_has_taught_an_address_waits_until_it_is_steered(
 
 def test_a_port_with_an_own_address_gets_its_frames_on_every_vlan(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
-    bridge.set_mac(drivers[1].port, mac(1), False)
+    drivers[1].port.set_mac(mac(1), False)
     frames = [frame(mac(1), mac(0), vlan=vlan) for vlan in (None, 0, 1, 4094, 4095)]
     send(drivers[0], *frames)
     assert received(drivers[1]) == frames
@@ -376,7 +376,7 @@ def test_a_port_with_an_own_address_gets_its_frames_on_every_vlan(bridge: core.B
 
 def test_c22_nobody_else_can_teach_an_own_address(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
-    bridge.set_mac(drivers[1].port, mac(1), False)
+    drivers[1].port.set_mac(mac(1), False)
     send(drivers[2], frame(BROADCAST, mac(1)), frame(BROADCAST, mac(1), vlan=7))
     assert drivers[2].drops(core.TX) == {"spoof": 2}
     assert known(bridge) == {(mac(1), 0xFFFF, drivers[1].port)}
@@ -388,7 +388,7 @@ def test_c22_a_checked_port_sends_from_its_own_address_alone(
     bridge: core.Bridge, guests: MakeGuest, source: bytes
 ) -> None:
     drivers = three(bridge, guests)
-    bridge.set_mac(drivers[1].port, mac(1), True)
+    drivers[1].port.set_mac(mac(1), True)
     good = [frame(BROADCAST, mac(1)), frame(mac(9), mac(1), vlan=3)]
     bad = frame(BROADCAST, source)
     send(drivers[1], good[0], bad, good[1], bad, bad)
@@ -445,40 +445,40 @@ def test_c21_a_guest_pauses_nobody_s_card(bridge: core.Bridge, guests: MakeGuest
 
 def test_an_address_is_given_once(bridge: core.Bridge, guests: MakeGuest) -> None:
     one, two, _ = three(bridge, guests)
-    bridge.set_mac(one.port, mac(1), True)
-    bridge.set_mac(two.port, mac(2), True)
+    one.port.set_mac(mac(1), True)
+    two.port.set_mac(mac(2), True)
     with pytest.raises(OSError, match=r"set address .*: File exists"):
-        bridge.set_mac(two.port, mac(1), True)
+        two.port.set_mac(mac(1), True)
     # And what was, stays.
     assert known(bridge) == {(mac(1), 0xFFFF, one.port), (mac(2), 0xFFFF, two.port)}
-    bridge.set_mac(two.port, mac(3), True)
+    two.port.set_mac(mac(3), True)
     assert known(bridge) == {(mac(1), 0xFFFF, one.port), (mac(3), 0xFFFF, two.port)}
 
 
 def test_36_a_port_has_up_to_16_addresses_of_its_own_and_no_more(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
     many = [mac(number) for number in range(1, 17)]
-    bridge.set_macs(drivers[1].port, many, True)
+    drivers[1].port.set_macs(many, True)
     assert known(bridge) == {(each, 0xFFFF, drivers[1].port) for each in many}
     send(drivers[0], *(frame(each, mac(99), vlan=7) for each in many))
     assert [len(received(driver)) for driver in drivers] == [0, 16, 0]
     send(drivers[1], *(frame(BROADCAST, each) for each in [*many, mac(17)]))
     assert drivers[1].drops(core.TX) == {"spoof": 1}
-    assert bridge.guest_stray(drivers[1].port) == mac(17)
-    assert bridge.guest_stray(drivers[1].port) is None
+    assert drivers[1].port.stray() == mac(17)
+    assert drivers[1].port.stray() is None
     send(drivers[2], frame(BROADCAST, many[15]))
     assert drivers[2].drops(core.TX) == {"spoof": 1}
     for wrong in ([*many, mac(17)], [], [mac(1), ZERO], [BROADCAST]):
         with pytest.raises(OSError, match="Invalid argument"):
-            bridge.set_macs(drivers[1].port, wrong, True)
+            drivers[1].port.set_macs(wrong, True)
     # All of them or none.
-    bridge.set_macs(drivers[2].port, [mac(30), mac(31)], True)
+    drivers[2].port.set_macs([mac(30), mac(31)], True)
     with pytest.raises(OSError, match="File exists"):
-        bridge.set_macs(drivers[2].port, [mac(40), mac(16)], True)
+        drivers[2].port.set_macs([mac(40), mac(16)], True)
     given = {(each, 0xFFFF, drivers[1].port) for each in many}
     assert known(bridge) >= given | {(mac(30), 0xFFFF, drivers[2].port), (mac(31), 0xFFFF, drivers[2].port)}
-    bridge.set_macs(drivers[1].port, many[:2], True)
-    bridge.set_macs(drivers[2].port, [mac(31), mac(16)], True)
+    drivers[1].port.set_macs(many[:2], True)
+    drivers[2].port.set_macs([mac(31), mac(16)], True)
     assert known(bridge) - {(mac(99), 7, drivers[0].port)} == {
         (mac(1), 0xFFFF, drivers[1].port),
         (mac(2), 0xFFFF, drivers[1].port),
@@ -491,7 +491,7 @@ def test_36_a_port_has_up_to_16_addresses_of_its_own_and_no_more(bridge: core.Br
 def test_a_port_cannot_have_a_group_address(bridge: core.Bridge, address: bytes) -> None:
     port = bridge.add_guest(1)
     with pytest.raises(OSError, match="Invalid argument"):
-        bridge.set_mac(port, address, False)
+        port.set_mac(address, False)
 
 
 # ---- where frames are counted ----
@@ -514,7 +514,7 @@ def test_a_flood_passes_over_ports_that_are_not_up(bridge: core.Bridge, guests: 
 
 def test_a_frame_for_a_port_that_is_not_up_is_counted_there(bridge: core.Bridge, guests: MakeGuest) -> None:
     drivers = three(bridge, guests)
-    bridge.set_mac(drivers[1].port, mac(1), False)
+    drivers[1].port.set_mac(mac(1), False)
     drivers[1].stop()
     send(drivers[0], frame(mac(1), mac(0)))
     assert drivers[1].drops(core.RX) == {"not_ready": 1}
@@ -527,33 +527,33 @@ def test_15_a_netdev_has_any_number_of_addresses_and_they_are_no_guests(
     one, two = guests(bridge), guests(bridge)
     port = bridge.add_netdev(1)
     for number in range(3):
-        bridge.netdev_add_mac(port, mac(number + 1))
-        bridge.netdev_add_mac(port, mac(number + 1))
+        port.add_mac(mac(number + 1))
+        port.add_mac(mac(number + 1))
     two.pair.fill()
     for number, passes in ((0, True), (1, False), (2, False), (3, False), (4, True)):
         one.pair.send(frame(BROADCAST, mac(number), mark=b"x"))
         assert one.pair.wait_sent()
         assert len(two.pair.packets()) == passes
-    bridge.netdev_remove_mac(port, mac(2))
+    port.remove_mac(mac(2))
     one.pair.send(frame(BROADCAST, mac(2), mark=b"x"))
     assert one.pair.wait_sent()
     assert len(two.pair.packets()) == 1
     assert one.drops(core.TX) == {"spoof": 3}
     # What a guest taught gives way; what it was given does not.
-    bridge.netdev_add_mac(port, mac(2))
-    bridge.set_mac(two.port, mac(7), False)
-    for wrong in ((port, mac(7)), (two.port, mac(8)), (99, mac(8)), (port, bytes(6)), (port, BROADCAST)):
+    port.add_mac(mac(2))
+    two.port.set_mac(mac(7), False)
+    for number, wrong in ((port, mac(7)), (two.port, mac(8)), (99, mac(8)), (port, bytes(6)), (port, BROADCAST)):
         with pytest.raises(OSError, match=r"exists|No such|Invalid"):
-            bridge.netdev_add_mac(*wrong)
-    for wrong in ((port, mac(7)), (port, mac(0)), (port, bytes(6)), (two.port, mac(7)), (99, mac(1))):
+            core.Netdev(bridge, number).add_mac(wrong)
+    for number, wrong in ((port, mac(7)), (port, mac(0)), (port, bytes(6)), (two.port, mac(7)), (99, mac(1))):
         with pytest.raises(OSError, match="No such"):
-            bridge.netdev_remove_mac(*wrong)
+            core.Netdev(bridge, number).remove_mac(wrong)
     with pytest.raises(ValueError, match="5 bytes"):
-        bridge.netdev_add_mac(port, bytes(5))
+        port.add_mac(bytes(5))
     with pytest.raises(ValueError, match="7 bytes"):
-        bridge.netdev_remove_mac(port, bytes(7))
+        port.remove_mac(bytes(7))
     assert {entry.mac for entry in bridge.fdb_dump() if entry.port == port} == {mac(1), mac(2), mac(3)}
-    bridge.remove_port(port)
+    port.remove()
     assert {entry.mac for entry in bridge.fdb_dump() if entry.is_static} == {mac(7)}
 
 
@@ -562,9 +562,9 @@ def test_a_netdev_that_has_no_socket_yet_counts_what_it_should_have_sent(
 ) -> None:
     a = guests(bridge)
     netdev = bridge.add_netdev(2)
-    bridge.set_mac(netdev, mac(9), False)
+    netdev.set_mac(mac(9), False)
     send(a, frame(mac(9), mac(1)), frame(mac(9), mac(1)))
-    assert bridge.queue_stats(netdev, 0, core.TX).drops["not_ready"] == 2
+    assert netdev.queue_stats(0, core.TX).drops["not_ready"] == 2
 
 
 def test_the_most_ports_there_can_be(bridge: core.Bridge) -> None:
@@ -574,7 +574,7 @@ def test_the_most_ports_there_can_be(bridge: core.Bridge) -> None:
         bridge.add_guest(1)
     with pytest.raises(OSError, match="No space"):
         bridge.add_netdev(1)
-    bridge.remove_port(ports[5])
+    ports[5].remove()
     assert bridge.add_guest(1) == ports[5]
 
 
@@ -588,19 +588,19 @@ def test_what_does_not_exist_is_not_found(bridge: core.Bridge) -> None:
     port = bridge.add_guest(2)
     netdev = bridge.add_netdev(1)
     for call in (
-        lambda: bridge.queue_stats(port, 2, core.RX),
-        lambda: bridge.queue_stats(port, 0, 2),
-        lambda: bridge.queue_stats(core.MAX_PORTS, 0, core.RX),
-        lambda: bridge.queue_stats(netdev, 1, core.RX),
-        lambda: bridge.ring_state(port, 4),
-        lambda: bridge.ring_stop(netdev, 0),
-        lambda: bridge.ring_enable(port, 0xFFFFFFFF, True),
-        lambda: bridge.ring_set_call(port, 4, -1),
-        lambda: bridge.guest_set_memory(netdev, []),
-        lambda: bridge.remove_port(77),
-        lambda: bridge.fdb_flush(77),
-        lambda: bridge.netdev_queue_fd(netdev, 0),
-        lambda: bridge.netdev_close_queue(port, 0),
+        lambda: port.queue_stats(2, core.RX),
+        lambda: port.queue_stats(0, 2),
+        lambda: core.Port(bridge, core.MAX_PORTS).queue_stats(0, core.RX),
+        lambda: netdev.queue_stats(1, core.RX),
+        lambda: port.ring_state(4),
+        lambda: core.Guest(bridge, netdev).ring_stop(0),
+        lambda: port.ring_enable(0xFFFFFFFF, True),
+        lambda: port.ring_set_call(4, -1),
+        lambda: core.Guest(bridge, netdev).set_memory([]),
+        lambda: core.Port(bridge, 77).remove(),
+        lambda: core.Port(bridge, 77).flush(),
+        lambda: netdev.queue_fd(0),
+        lambda: core.Netdev(bridge, port).close_queue(0),
         lambda: bridge.worker_stats(1),
     ):
         with pytest.raises(OSError, match="No such file"):
@@ -615,8 +615,8 @@ def test_c31_a_storm_of_broadcasts_is_lost_where_it_is_not_taken_and_others_talk
 ) -> None:
     stormy, *others, aside = (guests(bridge) for _ in range(4))
     one, two = others
-    bridge.set_mac(one.port, mac(1), False)
-    bridge.set_mac(two.port, mac(2), False)
+    one.port.set_mac(mac(1), False)
+    two.port.set_mac(mac(2), False)
     aside.pair.post(8)
     for each in others:
         each.pair.fill()
@@ -664,7 +664,7 @@ def test_c32_the_table_has_a_bound_and_a_guest_s_own_address_stays_in_it(
     """A guest may teach what it is told, 4096 at most, and has that: here 4 of them try for more."""
     bridge = make_bridge(max_macs=4096)
     drivers = [guests(bridge) for _ in range(5)]
-    bridge.set_mac(drivers[4].port, mac(4), True)
+    drivers[4].port.set_mac(mac(4), True)
     for number, driver in enumerate(drivers[:4]):
         driver.pair.send_all(frame(mac(4), mac(number << 16 | i)) for i in range(1 << 8, 4400 + (1 << 8)))
         assert driver.stats(core.TX).packets == 4400
@@ -681,7 +681,7 @@ def test_c32_the_table_has_a_bound_and_a_guest_s_own_address_stays_in_it(
 def test_an_announced_guest_is_known_to_all_others(make_bridge: MakeBridge, guests: MakeGuest, workers: int) -> None:
     bridge = make_bridge(workers=workers)
     drivers = three(bridge, guests)
-    bridge.guest_announce(drivers[0].port, mac(7))
+    drivers[0].port.announce(mac(7))
     assert [driver.pair.frames() for driver in drivers[1:]] == [[rarp(mac(7))]] * 2
     assert received(drivers[0]) == []
     stats = drivers[0].stats(core.TX)
@@ -693,13 +693,13 @@ def test_an_announced_guest_is_known_to_all_others(make_bridge: MakeBridge, gues
 def test_a_guest_is_announced_before_its_rings_run(bridge: core.Bridge, guests: MakeGuest) -> None:
     idle, other = guests(bridge, started=False), guests(bridge)
     other.pair.fill()
-    bridge.guest_announce(idle.port, mac(1))
+    idle.port.announce(mac(1))
     assert other.pair.frames() == [rarp(mac(1))]
 
 
 def test_an_announcement_that_nobody_hears_is_counted_as_lost(bridge: core.Bridge, guests: MakeGuest) -> None:
     alone = guests(bridge)
-    bridge.guest_announce(alone.port, mac(1))
+    alone.port.announce(mac(1))
     assert (alone.stats(core.TX).packets, alone.drops(core.TX)) == (1, {"no_port": 1})
 
 
@@ -707,25 +707,25 @@ def test_an_announcement_before_the_workers_run_is_not_lost() -> None:
     with core.Bridge() as bridge, closing(Driver(bridge)) as one, closing(Driver(bridge)) as two:
         two.start()
         two.pair.fill()
-        bridge.guest_announce(one.port, mac(1))
+        one.port.announce(mac(1))
         assert two.pair.frames() == [rarp(mac(1))]
 
 
 def test_hostile_a40_only_an_address_of_its_own_is_announced(bridge: core.Bridge, guests: MakeGuest) -> None:
     checked, free, other = three(bridge, guests)
-    bridge.set_mac(checked.port, mac(0), True)
-    bridge.guest_announce(checked.port, mac(0))
+    checked.port.set_mac(mac(0), True)
+    checked.port.announce(mac(0))
     assert [driver.pair.frames() for driver in (free, other)] == [[rarp(mac(0))]] * 2
     refused = [(checked, mac(1)), (free, mac(0)), (free, MULTICAST), (free, BROADCAST), (free, ZERO)]
     for driver, address in refused:
         with pytest.raises(PermissionError):
-            bridge.guest_announce(driver.port, address)
+            driver.port.announce(address)
     assert [received(driver) for driver in (checked, free, other)] == [[], [], []]
     assert [driver.stats(core.TX).packets for driver in (checked, free)] == [1, 0]
 
 
 def test_only_guests_are_announced(bridge: core.Bridge) -> None:
     with pytest.raises(FileNotFoundError):
-        bridge.guest_announce(0, mac(1))
+        core.Guest(bridge, 0).announce(mac(1))
     with pytest.raises(FileNotFoundError):
-        bridge.guest_announce(core.MAX_PORTS, mac(1))
+        core.Guest(bridge, core.MAX_PORTS).announce(mac(1))

@@ -93,7 +93,7 @@ def test_a36_a_call_fd_that_is_full_and_blocks_holds_up_nobody(
             pair[0].pair.send(frame(BROADCAST, mac(1)))
             assert goes_on(pair)
         assert eventually(lambda: evil.stats(core.RX).calls >= 2)
-        assert returns(lambda: bridge.ring_enable(evil.port, 0, True))
+        assert returns(lambda: evil.port.ring_enable(0, True))
 
 
 def test_a36_an_err_fd_that_is_full_and_blocks_holds_up_nobody(
@@ -105,7 +105,7 @@ def test_a36_an_err_fd_that_is_full_and_blocks_holds_up_nobody(
         evil.pair.tx.kick(always=True)
         assert eventually(lambda: evil.state(core.TX).broken == "addr")
         assert goes_on(pair)
-        assert returns(lambda: bridge.ring_stop(evil.port, core.TX))
+        assert returns(lambda: evil.port.ring_stop(core.TX))
 
 
 def test_a36_a_new_call_fd_that_is_full_and_blocks_holds_up_nobody(
@@ -114,7 +114,7 @@ def test_a36_a_new_call_fd_that_is_full_and_blocks_holds_up_nobody(
     evil = guests(bridge)
     new = os.eventfd(0)
     with blocking(new):
-        assert returns(lambda: bridge.ring_set_call(evil.port, 1, new))
+        assert returns(lambda: evil.port.ring_set_call(1, new))
         assert goes_on(pair)
     os.close(new)
 
@@ -135,7 +135,7 @@ def test_a36_a_socket_gets_a_call_in_eight_bytes_and_holds_up_nobody(
             theirs.setblocking(True)
         elif end == "closed":
             ours.close()
-        bridge.ring_set_call(evil.port, core.RX, theirs.fileno())
+        evil.port.ring_set_call(core.RX, theirs.fileno())
         calls = evil.stats(core.RX).calls
         for turn in range(4):
             evil.pair.packets()
@@ -146,7 +146,7 @@ def test_a36_a_socket_gets_a_call_in_eight_bytes_and_holds_up_nobody(
             got = ours.recv(1 << 16)
             assert got == struct.pack("=Q", 1) * (len(got) // 8)
             assert len(got) // 8 >= 5  # one for the new socket
-        assert returns(lambda: bridge.ring_stop(evil.port, core.RX))
+        assert returns(lambda: evil.port.ring_stop(core.RX))
 
 
 @pytest.mark.parametrize("value", [FULL - 1, FULL], ids=["one below", "full"])
@@ -157,7 +157,7 @@ def test_a_counter_is_raised_up_to_its_limit_and_stays_readable(
     new = os.eventfd(0, os.EFD_NONBLOCK)
     os.eventfd_write(new, value)
     for _ in range(5):
-        bridge.ring_set_call(driver.port, 0, new)
+        driver.port.ring_set_call(0, new)
     assert value_of(new) >= FULL
     os.close(new)
 
@@ -166,7 +166,7 @@ def test_a_call_fd_that_is_a_semaphore_is_raised_by_one_for_each_call(bridge: co
     driver = guests(bridge)
     new = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
     for _ in range(3):
-        bridge.ring_set_call(driver.port, 0, new)
+        driver.port.ring_set_call(0, new)
     assert [value_of(new) for _ in range(4)] == [1, 1, 1, 0]
     os.close(new)
 
@@ -220,7 +220,7 @@ def test_a_call_that_wakes_hundreds_of_watchers_keeps_no_other_guest_from_its_fr
 ) -> None:
     """Each call of such a guest takes long; it gets them all, and the others theirs."""
     watched, other, sink = guests(bridge), guests(bridge), guests(bridge, num=1024)
-    bridge.set_mac(sink.port, mac(5), False)
+    sink.port.set_mac(mac(5), False)
     sink.pair.fill()
     with contextlib.ExitStack() as stack:
         for _ in range(300):

@@ -98,7 +98,7 @@ def port(pair: Veth) -> Iterator[tuple[Netdev, Driver]]:
         with closing(Netdev(bridge, pair.ifname)) as netdev:
             netdev.open()
             driver = Driver(bridge).start()
-            bridge.set_mac(driver.port, mac(1), False)
+            driver.port.set_mac(mac(1), False)
             netdev.sync_macs([mac(1)])
             yield netdev, driver
             driver.close()
@@ -107,13 +107,13 @@ def port(pair: Veth) -> Iterator[tuple[Netdev, Driver]]:
 def through(port: tuple[Netdev, Driver], wire: Wire, sent: bytes) -> tuple[bytes, int]:
     """What the guest gets, and how many checksums were completed."""
     netdev, driver = port
-    stats = driver.bridge.queue_stats
-    before = stats(netdev.port, 0, core.RX).csum_completed
+    stats = netdev.port.queue_stats
+    before = stats(0, core.RX).csum_completed
     driver.pair.packets()
     driver.pair.fill()
     wire.send(sent)
     (got,) = driver.pair.frames()
-    return got, stats(netdev.port, 0, core.RX).csum_completed - before
+    return got, stats(0, core.RX).csum_completed - before
 
 
 each_ip = pytest.mark.parametrize("version", [4, 6])
@@ -248,12 +248,12 @@ def told(pair: Veth, sent: bytes, start: int) -> None:
 def test_group_addressed_frames_as_well(pair: Veth, port: tuple[Netdev, Driver], version: int, tags: bytes) -> None:
     """They come by another way, through an AF_PACKET socket, which is told."""
     netdev, driver = port
-    before = driver.bridge.queue_stats(netdev.port, 0, core.RX).csum_completed
+    before = netdev.port.queue_stats(0, core.RX).csum_completed
     sent, wanted = (over(version, UDP, b"to all", which, to=BROADCAST, tags=tags) for which in (PARTIAL, RIGHT))
     driver.pair.fill()
     told(pair, sent, len(sent) - 14)
     assert driver.pair.frames() == [wanted]
-    assert driver.bridge.queue_stats(netdev.port, 0, core.RX).csum_completed == before + 1
+    assert netdev.port.queue_stats(0, core.RX).csum_completed == before + 1
 
 
 def test_a_group_addressed_frame_that_only_looks_partial_is_left_alone(port: tuple[Netdev, Driver], wire: Wire) -> None:

@@ -60,9 +60,9 @@ def test_each_reason_has_the_name_that_the_header_gives_it_and_there_is_none_beh
 
 def test_an_address_of_another_is_refused_to_a_port_that_has_none(bridge: core.Bridge) -> None:
     one, two = bridge.add_guest(1), bridge.add_guest(1)
-    bridge.set_mac(one, mac(1), False)
+    one.set_mac(mac(1), False)
     with pytest.raises(OSError, match="File exists"):
-        bridge.set_mac(two, mac(1), False)
+        two.set_mac(mac(1), False)
     assert [(entry.mac, entry.port) for entry in bridge.fdb_dump()] == [(mac(1), one)]
 
 
@@ -81,9 +81,9 @@ def test_a_ring_that_is_started_again_goes_on_where_it_is_told(
         assert b.pair.frames() == [frame(mac(2), mac(1), mark=bytes([round_]))]
         assert a.pair.wait_sent()
         ring = a.rings()[index]
-        at = bridge.ring_stop(a.port, index)
+        at = a.port.ring_stop(index)
         for _ in range(2):
-            bridge.ring_start(a.port, index, ring.config(base=at & 0xFFFF))
+            a.port.ring_start(index, ring.config(base=at & 0xFFFF))
     assert a.state(index).started
 
 
@@ -131,17 +131,17 @@ def test_as_many_regions_as_there_may_be_lie_where_frames_are_sent_from(
         bridge.events()
         for turn in range(2):
             for region in more.regions():
-                bridge.guest_add_region(a.port, region)
+                a.port.add_region(region)
             with pytest.raises(OSError, match="No space"):
-                bridge.guest_add_region(a.port, more.regions()[0])
+                a.port.add_region(more.regions()[0])
             assert bridge.events() & core.EVENT_UMEM
             b.pair.fill()
             a.pair.send(frame(BROADCAST, mac(1), 1000))
             assert b.pair.frames() == [frame(BROADCAST, mac(1), 1000)]
             for region in more.regions()[turn::2]:
-                bridge.guest_remove_region(a.port, region)
+                a.port.remove_region(region)
             for region in more.regions()[1 - turn :: 2]:
-                bridge.guest_remove_region(a.port, region)
+                a.port.remove_region(region)
 
 
 # ---- group sockets, as the kernel would not have them ----
@@ -155,9 +155,9 @@ def group(bridge: core.Bridge) -> Iterator[tuple[int, socket.socket]]:
     with here, there:
         there.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
-        bridge.netdev_set_group_fd(port, there.fileno())
+        port.set_group_fd(there.fileno())
         yield port, here
-        bridge.netdev_set_group_fd(port, -1)
+        port.set_group_fd(-1)
 
 
 def filled(bridge: core.Bridge, guests: MakeGuest) -> Driver:
@@ -167,7 +167,7 @@ def filled(bridge: core.Bridge, guests: MakeGuest) -> Driver:
 
 
 def test_what_comes_with_a_group_frame_and_is_no_tag_is_not_looked_at(
-    bridge: core.Bridge, guests: MakeGuest, group: tuple[int, socket.socket]
+    bridge: core.Bridge, guests: MakeGuest, group: tuple[core.Netdev, socket.socket]
 ) -> None:
     sink = filled(bridge, guests)
     sent = frame(BROADCAST, mac(9))
@@ -176,18 +176,18 @@ def test_what_comes_with_a_group_frame_and_is_no_tag_is_not_looked_at(
 
 
 def test_a_group_frame_that_is_longer_than_any_is_dropped_and_the_next_passes(
-    bridge: core.Bridge, guests: MakeGuest, group: tuple[int, socket.socket]
+    bridge: core.Bridge, guests: MakeGuest, group: tuple[core.Netdev, socket.socket]
 ) -> None:
     sink = filled(bridge, guests)
     port, here = group
     here.send(UNTOLD + frame(BROADCAST, mac(9), MAX_GROUP_FRAME + 1))
     here.send(UNTOLD + frame(BROADCAST, mac(9)))
     assert sink.pair.frames() == [frame(BROADCAST, mac(9))]
-    assert bridge.queue_stats(port, 0, core.RX).drops["truncated"] == 1
+    assert port.queue_stats(0, core.RX).drops["truncated"] == 1
 
 
 def test_a_frame_from_a_group_address_or_from_none_passes_and_teaches_nothing(
-    bridge: core.Bridge, guests: MakeGuest, group: tuple[int, socket.socket]
+    bridge: core.Bridge, guests: MakeGuest, group: tuple[core.Netdev, socket.socket]
 ) -> None:
     sink = filled(bridge, guests)
     for source in BROADCAST, bytes(6):
@@ -202,7 +202,7 @@ def test_a_group_socket_that_fails_is_told_once_and_left_alone_until_there_is_an
     sink = filled(bridge, guests)
     port = bridge.add_netdev(1)
     ready, write = os.pipe()
-    bridge.netdev_set_group_fd(port, ready)
+    port.set_group_fd(ready)
     assert eventually(lambda: bridge.events() & core.EVENT_SOCKET)
     for _ in range(3):
         os.write(write, b"x")
@@ -213,7 +213,7 @@ def test_a_group_socket_that_fails_is_told_once_and_left_alone_until_there_is_an
     os.close(write)
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with here, there:
-        bridge.netdev_set_group_fd(port, there.fileno())
+        port.set_group_fd(there.fileno())
         here.send(UNTOLD + frame(BROADCAST, mac(9)))
         assert sink.pair.frames() == [frame(BROADCAST, mac(9))]
-        bridge.netdev_set_group_fd(port, -1)
+        port.set_group_fd(-1)

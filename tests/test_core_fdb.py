@@ -27,7 +27,7 @@ def test_47_with_65536_addresses_known_no_frame_leaks(make_bridge: MakeBridge, g
     bridge = make_bridge(max_macs=4096)
     teachers = [guests(bridge) for _ in range(16)]
     asker = guests(bridge)
-    bridge.set_mac(asker.port, mac(1), True)
+    asker.port.set_mac(mac(1), True)
 
     def addresses(number: int) -> list[tuple[bytes, int]]:
         return [(mac(0x10000 | number << 8 | address), vlan) for address in range(16) for vlan in range(1, 4096, 16)]
@@ -49,7 +49,7 @@ def test_47_with_65536_addresses_known_no_frame_leaks(make_bridge: MakeBridge, g
 def test_47_one_address_on_every_vlan_is_found_on_each(make_bridge: MakeBridge, guests: MakeGuest) -> None:
     bridge = make_bridge(max_macs=4096)
     router, other, asker = (guests(bridge) for _ in range(3))
-    bridge.set_mac(asker.port, mac(1), True)
+    asker.port.set_mac(mac(1), True)
     router.pair.send_all(frame(mac(1), mac(2), vlan=vlan) for vlan in range(4096))
     router.stop()
     asker.pair.send_all(frame(mac(2), mac(1), vlan=vlan) for vlan in range(4096))
@@ -78,13 +78,13 @@ def test_as_many_addresses_are_given_as_there_may_be_and_no_more(make_bridge: Ma
     bridge = make_bridge()
     port = bridge.add_netdev(1)
     for number in range(core.MAX_GIVEN):
-        bridge.netdev_add_mac(port, mac(number))
+        port.add_mac(mac(number))
     with pytest.raises(OSError, match="No space"):
-        bridge.netdev_add_mac(port, mac(core.MAX_GIVEN))
+        port.add_mac(mac(core.MAX_GIVEN))
     assert len(bridge.fdb_dump()) == bridge.fdb_count()[0][port] == core.MAX_GIVEN
-    bridge.netdev_remove_mac(port, mac(7))
-    bridge.netdev_add_mac(port, mac(core.MAX_GIVEN))
-    bridge.remove_port(port)
+    port.remove_mac(mac(7))
+    port.add_mac(mac(core.MAX_GIVEN))
+    port.remove()
     assert bridge.fdb_dump() == []
 
 

@@ -47,18 +47,18 @@ def test_a_guest_waits_a_second_for_an_interface_that_takes_nothing_and_then_los
     shape = ("tbf", "rate", "8bit", "burst", "10000", "limit", "10mb")
     pair.namespace.run("tc", "qdisc", "replace", "dev", "hold0", "root", *shape)
     port = bridge.add_netdev(1)
-    bridge.set_mac(port, FAR, False)
-    bridge.netdev_open_queue(port, 0, socket.if_nametoindex(pair.ifname), mtu + ETH_OVERHEAD)
+    port.set_mac(FAR, False)
+    port.open_queue(0, socket.if_nametoindex(pair.ifname), mtu + ETH_OVERHEAD)
     a = guests(bridge, num=512, spans=ROOM)
 
     def tx() -> Traffic:
-        return bridge.queue_stats(port, 0, core.TX)
+        return port.queue_stats(0, core.TX)
 
     def is_full() -> bool:
         """And has been looked at since: the guest waits."""
         before = tx().packets
         bridge.time_advance(0)
-        return bridge.netdev_xsk_stats(port, 0).frames_free < 3 and tx().packets == before
+        return port.xsk_stats(0).frames_free < 3 and tx().packets == before
 
     for i in range(FRAMES):
         a.pair.queue(frame(FAR, mac(1), mtu + 14, mark=i.to_bytes(4, "big")))

@@ -30,9 +30,9 @@ TAGS = [b"", b"\x81\0\0\5", b"\x88\xa8\0\5\x81\0\0\6"]
 def pair(make_bridge: MakeBridge, guests: MakeGuest) -> Pair:
     bridge = make_bridge()
     a, b = guests(bridge, features=MODERN | SENDS), guests(bridge)
-    bridge.set_mac(a.port, mac(1), True)
-    bridge.set_mac(b.port, mac(2), False)
-    bridge.guest_set_ips(a.port, [ipaddress.ip_address(each) for each in (OWN4, OWN6)])
+    a.port.set_mac(mac(1), True)
+    b.port.set_mac(mac(2), False)
+    a.port.set_ips([ipaddress.ip_address(each) for each in (OWN4, OWN6)])
     b.pair.fill()
     return a, b
 
@@ -371,7 +371,7 @@ def test_17_what_linux_says_while_it_takes_its_own_addresses_passes(pair: Pair) 
 def test_c23_without_addresses_anything_passes(pair: Pair) -> None:
     a, _ = pair
     sends(pair, arp(OTHER4), False)
-    a.bridge.guest_set_ips(a.port, [])
+    a.port.set_ips([])
     sends(pair, arp(OTHER4), True)
     sends(pair, ipv6(OTHER6, nd(134, OTHER6)), True)
 
@@ -379,9 +379,9 @@ def test_c23_without_addresses_anything_passes(pair: Pair) -> None:
 def test_16_addresses_can_be_given_and_no_more(pair: Pair) -> None:
     a, _ = pair
     many = [ipaddress.ip_address(b"\x0a\1\0" + bytes([last])) for last in range(1, 18)]
-    a.bridge.guest_set_ips(a.port, many[:16])
+    a.port.set_ips(many[:16])
     sends(pair, arp(many[15].packed), True)
     with pytest.raises(OSError, match="Invalid argument"):
-        a.bridge.guest_set_ips(a.port, many)
+        a.port.set_ips(many)
     with pytest.raises(OSError, match="No such file"):
-        a.bridge.guest_set_ips(77, many[:1])
+        core.Guest(a.bridge, 77).set_ips(many[:1])

@@ -309,7 +309,7 @@ def test_b11_one_descriptor_of_4_gib_that_is_all_memory(scene: Scene, index: int
     sparse = os.memfd_create("sparse")
     try:
         os.ftruncate(sparse, 2**32)
-        scene.bridge.guest_add_region(scene.bad.port, core.Region(2**40, 2**32, 2**40, 0, sparse))
+        scene.bad.port.add_region(core.Region(2**40, 2**32, 2**40, 0, sparse))
         ring.raw((2**40, size, own_flags(index)))
         scene.use(index)
         assert eventually(lambda: ring.returned() == 1)
@@ -761,8 +761,8 @@ def test_b31_receive_buffers_that_overlap_each_other_and_what_is_sent(scene: Sce
 
 
 def test_a22_two_rings_in_one_place_hurt_only_themselves(scene: Scene) -> None:
-    scene.bridge.ring_stop(scene.bad.port, core.RX)
-    scene.bridge.ring_start(scene.bad.port, core.RX, scene.ring(core.TX).config())
+    scene.bad.port.ring_stop(core.RX)
+    scene.bad.port.ring_start(core.RX, scene.ring(core.TX).config())
     for _ in range(8):
         # For nobody: what the others get is compared. Kicked, as each ring's wish for none is also the other's.
         scene.bad.pair.queue(frame(mac(0), mac(0)))
@@ -871,7 +871,7 @@ def test_b31_the_same_memory_at_two_addresses_is_the_guest_s_own_affair(scene: S
     memory, span, alias = scene.bad.memory, SPLIT_REGIONS[2], 2**40
     addr = memory.reserve(2048, region=2)
     other = addr - span.guest_addr + alias
-    scene.bridge.guest_add_region(scene.bad.port, core.Region(alias, span.size, alias, span.offset, memory.fd))
+    scene.bad.port.add_region(core.Region(alias, span.size, alias, span.offset, memory.fd))
     for at in addr, other:
         scene.ring(core.RX).raw((at, 2048, WRITE))
     scene.ring(core.RX).publish()
@@ -1039,16 +1039,16 @@ def test_b42_a_guest_that_never_kicks_is_served_beside_busy_ones(scene: Scene) -
 
 def test_b43_a_kick_while_the_ring_is_stopped_or_disabled_is_not_missed(scene: Scene) -> None:
     ring, port = scene.ring(core.TX), scene.bad.port
-    base = scene.bridge.ring_stop(port, core.TX)
+    base = port.ring_stop(core.TX)
     scene.bad.pair.queue(frame(mac(1), mac(0), mark=b"stopped"))
     ring.kick(always=True)
     scene.others_are_undisturbed()
-    scene.bridge.ring_start(port, core.TX, ring.config(base=base))
+    port.ring_start(core.TX, ring.config(base=base))
     assert scene.good[0].pair.frames() == [frame(mac(1), mac(0), mark=b"stopped")]
-    scene.bridge.ring_enable(port, core.RX, False)
+    port.ring_enable(core.RX, False)
     scene.bad.pair.post(1)
     ring.kick(always=True)
-    scene.bridge.ring_enable(port, core.RX, True)
+    port.ring_enable(core.RX, True)
     scene.good[0].pair.send(frame(mac(0), mac(1)))
     assert scene.bad.pair.frames() == [frame(mac(0), mac(1))]
 
@@ -1072,7 +1072,7 @@ def test_b44_a_guest_that_posts_all_at_once_does_not_keep_another_waiting(
 ) -> None:
     """A burst of the one, then what the other has."""
     sink, flood, other = guests(bridge, num=1024), guests(bridge, num=8192), guests(bridge)
-    bridge.set_mac(sink.port, mac(5), False)
+    sink.port.set_mac(mac(5), False)
     sink.pair.fill(256)
     bridge.stop()
     for i in range(8192):
@@ -1091,7 +1091,7 @@ def test_b44_a_guest_that_posts_all_at_once_does_not_keep_another_waiting(
 
 @each_ring
 def test_b45_only_one_ring_of_a_pair_is_enabled(scene: Scene, index: int) -> None:
-    scene.bridge.ring_enable(scene.bad.port, 1 - index, False)
+    scene.bad.port.ring_enable(1 - index, False)
     scene.both_ways_work(index)
     if index == core.TX:
         scene.use(core.RX)
@@ -1101,7 +1101,7 @@ def test_b45_only_one_ring_of_a_pair_is_enabled(scene: Scene, index: int) -> Non
         assert scene.bad.pair.wait_sent()
         assert scene.bad.drops(core.TX) == {"disabled": 1}
     scene.both_ways_work(index)
-    scene.bridge.ring_enable(scene.bad.port, 1 - index, True)
+    scene.bad.port.ring_enable(1 - index, True)
 
 
 @pytest.mark.parametrize("enabled", [[0, 1], [1, 3], [2]], ids=str)
@@ -1110,13 +1110,13 @@ def test_b45_some_of_the_pairs_are_enabled(
 ) -> None:
     """Frames go to these alone, and the others' transmit rings are thrown away, even while it changes all the time."""
     a = guests(bridge, pairs=4, num=64)
-    bridge.set_mac(a.port, mac(5), False)
+    a.port.set_mac(mac(5), False)
     for pair in a.pairs:
         pair.fill(256)
     for turn in range(2000):
-        bridge.ring_enable(a.port, turn % 8, bool(turn // 8 % 2))
+        a.port.ring_enable(turn % 8, bool(turn // 8 % 2))
     for index in range(8):
-        bridge.ring_enable(a.port, index, index // 2 in enabled)
+        a.port.ring_enable(index, index // 2 in enabled)
     for i in range(8):
         scene.good[0].pair.send(frame(mac(5), mac(1), mark=bytes([i])))
     assert eventually(lambda: sum(pair.rx.pending() for pair in a.pairs) == 8)
@@ -1135,9 +1135,9 @@ def test_b45_some_of_the_pairs_are_enabled(
 
 def test_b45_rings_enabled_and_disabled_again_and_again(scene: Scene) -> None:
     for turn in range(1000):
-        scene.bridge.ring_enable(scene.bad.port, turn % 2, bool(turn & 2))
+        scene.bad.port.ring_enable(turn % 2, bool(turn & 2))
     for index in range(2):
-        scene.bridge.ring_enable(scene.bad.port, index, True)
+        scene.bad.port.ring_enable(index, True)
         scene.both_ways_work(index)
 
 

@@ -35,7 +35,7 @@ class Scene:
         self.bridge, self.netdev, self.wire = bridge, netdev, wire
         self.guests = {takes: Driver(bridge, MODERN | takes, num=512, spans=RAM).start() for takes in GUESTS}
         for takes, driver in self.guests.items():
-            bridge.set_mac(driver.port, GUESTS[takes], False)
+            driver.port.set_mac(GUESTS[takes], False)
         netdev.sync_macs(GUESTS.values())
 
     def through(self, sent: Sequence[bytes], takes: int = TAKES) -> list[Received]:
@@ -56,7 +56,7 @@ class Scene:
         return got
 
     def stats(self) -> Traffic:
-        return self.bridge.queue_stats(self.netdev.port, 0, core.RX)
+        return self.netdev.port.queue_stats(0, core.RX)
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_shorter_ones_than_can_be_cut_are_dropped_and_counted(bridge: core.Bridg
         pair.namespace.run("ip", "neigh", "add", "10.99.0.2", "lladdr", address, "dev", pair.peer)
         guest_on(bridge, guests)
         send_datagrams(pair, "10.99.0.2", bytes(14), 7)
-        assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).drops["gso_size"] == 1)
+        assert eventually(lambda: port.port.queue_stats(0, core.RX).drops["gso_size"] == 1)
 
 
 def test_segments_of_tcp_that_are_together_no_longer_than_a_frame_are_cut_as_they_were(
@@ -167,5 +167,5 @@ def test_what_is_joined_in_a_tunnel_is_dropped_and_counted(bridge: core.Bridge, 
         pair.namespace.run("ip", "link", "set", "tunnel", "up")
         pair.namespace.run("ip", "neigh", "add", "10.99.0.2", "lladdr", address, "dev", pair.peer)
         send(pair, over(4, TCP, bytes(3 * size), PARTIAL), TSO4, 34, size, interface="tunnel")
-        assert eventually(lambda: sum(bridge.queue_stats(port.port, 0, core.RX).drops.values()) == 1)
-        assert bridge.queue_stats(port.port, 0, core.RX).drops["oversize"] == 1
+        assert eventually(lambda: sum(port.port.queue_stats(0, core.RX).drops.values()) == 1)
+        assert port.port.queue_stats(0, core.RX).drops["oversize"] == 1

@@ -41,14 +41,14 @@ def region(memory: GuestMemory, guest: int, size: int, user: int, offset: int = 
 def test_sixty_four_regions_are_taken_and_one_more_is_not(bridge: core.Bridge, memory: GuestMemory) -> None:
     port = bridge.add_guest(1)
     regions = [region(memory, i << 20, 4096, i << 30, i << 12) for i in range(core.MAX_REGIONS + 1)]
-    bridge.guest_set_memory(port, regions[:-1])
+    port.set_memory(regions[:-1])
     with pytest.raises(OSError, match="No space"):
-        bridge.guest_add_region(port, regions[-1])
+        port.add_region(regions[-1])
     with pytest.raises(OSError, match="No space"):
-        bridge.guest_set_memory(port, regions)
-    bridge.guest_remove_region(port, regions[7])
-    bridge.guest_add_region(port, regions[-1])
-    bridge.guest_set_memory(port, [])
+        port.set_memory(regions)
+    port.remove_region(regions[7])
+    port.add_region(regions[-1])
+    port.set_memory([])
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_a_region_that_cannot_be_is_refused_and_the_table_stays(
     a = guests(bridge)
     bad = region(a.memory, guest, size, user, offset)
     with pytest.raises(OSError, match=error):
-        bridge.guest_set_memory(a.port, [bad])
+        a.port.set_memory([bad])
     with pytest.raises(OSError, match=f"{error}|File exists"):
-        bridge.guest_add_region(a.port, bad)
+        a.port.add_region(bad)
     assert a.state(core.TX).started
     a.pair.send(frame(BROADCAST, mac(1)))
     assert a.pair.wait_sent()
@@ -84,26 +84,26 @@ def test_a_region_that_cannot_be_is_refused_and_the_table_stays(
 )
 def test_regions_that_overlap_are_refused(bridge: core.Bridge, memory: GuestMemory, guest: int, user: int) -> None:
     port = bridge.add_guest(1)
-    bridge.guest_set_memory(port, [region(memory, 0x1000, 4096, 0x10000)])
+    port.set_memory([region(memory, 0x1000, 4096, 0x10000)])
     size = 4097 if guest == 0 else 4096
     with pytest.raises(OSError, match="File exists"):
-        bridge.guest_add_region(port, region(memory, guest, size, user))
+        port.add_region(region(memory, guest, size, user))
 
 
 def test_regions_that_touch_are_taken(bridge: core.Bridge, memory: GuestMemory) -> None:
     port = bridge.add_guest(1)
-    bridge.guest_set_memory(port, [region(memory, 0x1000, 4096, 0x10000)])
-    bridge.guest_add_region(port, region(memory, 0x0000, 4096, 0x11000))
-    bridge.guest_add_region(port, region(memory, 0x2000, 4096, 0xF000))
+    port.set_memory([region(memory, 0x1000, 4096, 0x10000)])
+    port.add_region(region(memory, 0x0000, 4096, 0x11000))
+    port.add_region(region(memory, 0x2000, 4096, 0xF000))
 
 
 def test_a_region_is_removed_only_if_all_of_it_matches(bridge: core.Bridge, memory: GuestMemory) -> None:
     port = bridge.add_guest(1)
-    bridge.guest_set_memory(port, [region(memory, 0x1000, 8192, 0x10000)])
+    port.set_memory([region(memory, 0x1000, 8192, 0x10000)])
     for guest, size, user in (0x2000, 8192, 0x10000), (0x1000, 4096, 0x10000), (0x1000, 8192, 0x11000):
         with pytest.raises(OSError, match=r"unmap region .*: No such file"):
-            bridge.guest_remove_region(port, region(memory, guest, size, user))
-    bridge.guest_remove_region(port, core.Region(0x1000, 8192, 0x10000, 0, -1))
+            port.remove_region(region(memory, guest, size, user))
+    port.remove_region(core.Region(0x1000, 8192, 0x10000, 0, -1))
 
 
 def test_files_that_are_not_memory_are_refused(bridge: core.Bridge) -> None:
@@ -115,7 +115,7 @@ def test_files_that_are_not_memory_are_refused(bridge: core.Bridge) -> None:
         read_only = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY)
         for fd in ours.fileno(), reader, writer, zero.fileno(), read_only, bridge.event_fd, -1, 10**6:
             with pytest.raises(OSError, match="map 1 memory regions"):
-                bridge.guest_set_memory(port, [core.Region(0, 4096, 0, 0, fd)])
+                port.set_memory([core.Region(0, 4096, 0, 0, fd)])
         os.close(read_only)
     os.close(reader)
     os.close(writer)
@@ -141,7 +141,7 @@ def test_the_table_is_replaced_again_and_again_while_frames_flow(pair: Pair) -> 
             a.pair.queue(each)
         a.pair.tx.kick()
         for driver in pair:
-            driver.bridge.guest_set_memory(driver.port, driver.memory.regions())
+            driver.port.set_memory(driver.memory.regions())
         assert a.pair.wait_sent()
         got += b.pair.frames(100)
         b.pair.fill()
@@ -153,10 +153,10 @@ def test_a_region_comes_and_goes_while_frames_flow(bridge: core.Bridge, guests: 
     spare = a.memory.regions()[2]
     b.pair.fill()
     for i in range(100):
-        bridge.guest_remove_region(a.port, spare)
+        a.port.remove_region(spare)
         a.pair.queue(frame(BROADCAST, mac(1), mark=bytes([i])))
         a.pair.tx.kick()
-        bridge.guest_add_region(a.port, spare)
+        a.port.add_region(spare)
         assert b.pair.frames() == [frame(BROADCAST, mac(1), mark=bytes([i]))]
         assert a.pair.wait_sent()
         b.pair.fill()
@@ -166,12 +166,12 @@ def test_a_ring_whose_memory_is_removed_stops_and_the_others_go_on(bridge: core.
     a, b = guests(bridge, spans=SPLIT_REGIONS), guests(bridge)
     b.pair.fill()
     ring = a.memory.regions()[0]
-    bridge.guest_remove_region(a.port, ring)
+    a.port.remove_region(ring)
     assert [a.state(index).started for index in range(2)] == [False, False]
     assert [b.state(index).started for index in range(2)] == [True, True]
     with pytest.raises(OSError, match="Bad address"):
-        bridge.ring_start(a.port, 1, a.pair.tx.config())
-    bridge.guest_add_region(a.port, ring)
+        a.port.ring_start(1, a.pair.tx.config())
+    a.port.add_region(ring)
     a.restart(0)
     a.restart(1)
     a.pair.send(frame(BROADCAST, mac(1)))
@@ -181,7 +181,7 @@ def test_a_ring_whose_memory_is_removed_stops_and_the_others_go_on(bridge: core.
 def test_a_buffer_whose_memory_is_removed_breaks_its_ring(bridge: core.Bridge, guests: MakeGuest) -> None:
     a, b = guests(bridge), guests(bridge, spans=SPLIT_REGIONS)
     b.pair.post_at(BORDER + 4096, 2048)
-    bridge.guest_remove_region(b.port, b.memory.regions()[1])
+    b.port.remove_region(b.memory.regions()[1])
     a.pair.send(frame(BROADCAST, mac(1)))
     assert eventually(lambda: b.state(core.RX).broken == "addr")
     assert b.drops(core.RX) == {"broken": 1}
@@ -221,7 +221,7 @@ def trio(bridge: core.Bridge, guests: MakeGuest) -> tuple[Victim, Driver, Driver
     victim = Victim(bridge, guests)
     one, two = guests(bridge), guests(bridge)
     for number, driver in enumerate([victim.driver, one, two]):
-        bridge.set_mac(driver.port, mac(number), False)
+        driver.port.set_mac(mac(number), False)
         driver.pair.fill()
     bridge.events()
     return victim, one, two
@@ -260,7 +260,7 @@ def test_a_guest_that_lost_its_memory_is_revived_by_new_memory_and_started_rings
     driver.restart(core.TX)
     assert eventually(lambda: driver.state(core.TX).broken == "memory")
     assert bridge.events() & core.EVENT_MEMORY
-    bridge.guest_set_memory(driver.port, driver.memory.regions())
+    driver.port.set_memory(driver.memory.regions())
     for index in range(2):
         driver.restart(index)
     driver.pair.fill()
@@ -276,12 +276,12 @@ def test_memory_truncated_in_the_middle_of_a_flood(make_bridge: MakeBridge, gues
     bridge = make_bridge(workers=workers)
     one, two = guests(bridge, pairs=workers), guests(bridge, pairs=workers)
     for number, driver in (1, one), (2, two):
-        bridge.set_mac(driver.port, mac(number), False)
+        driver.port.set_mac(mac(number), False)
         for each in driver.pairs:
             each.fill()
     for _ in range(5):
         victim = Victim(bridge, guests, pairs=workers)
-        bridge.set_mac(victim.driver.port, mac(0), False)
+        victim.driver.port.set_mac(mac(0), False)
         for each in victim.driver.pairs:
             each.fill()
         frames = [frame(mac(0), mac(1), 1000)] * 300
@@ -292,7 +292,7 @@ def test_memory_truncated_in_the_middle_of_a_flood(make_bridge: MakeBridge, gues
         provoke(victim, one)
         assert eventually(lambda driver=victim.driver: driver.state(core.RX).broken == "memory")  # type: ignore[misc]
         victim.restore()
-        bridge.remove_port(victim.driver.port)
+        victim.driver.port.remove()
         victim.driver.port = bridge.add_guest(1)  # for close()
         one.pair.send(frame(mac(2), mac(1)))
         assert frame(mac(2), mac(1)) in two.pair.frames()

@@ -145,7 +145,7 @@ class Play:
         for number, ((layout, num, base), bits) in enumerate([sender, receiver]):
             first = (base & 0x7FFF) % num | base & 0x8000 if layout else base
             driver = Driver(bridge, features=bits | layout, num=num, base=first)
-            bridge.set_mac(driver.port, mac(number), False)
+            driver.port.set_mac(mac(number), False)
             self.drivers.append(driver)
             self.models.append(Model(num, bool(layout), first))
         self.a, self.b = self.drivers
@@ -233,9 +233,9 @@ class Play:
             self.models[not step.sender] = model = Model(ring.num, model.packed, ring.default_base)
             self.sent, self.received = self.models
             return
-        base = self.bridge.ring_stop(driver.port, index)
+        base = driver.port.ring_stop(index)
         assert base == model.base()
-        self.bridge.ring_start(driver.port, index, ring.config(base=base))
+        driver.port.ring_start(index, ring.config(base=base))
 
     def calls(self, step: Calls) -> None:
         ring = self.rings[not step.sender]
@@ -266,7 +266,7 @@ def test_what_comes_back_is_what_a_plain_model_says(sender: Shape, receiver: Sha
                         play.calls(step)
             for index, driver, model in (core.TX, play.a, play.sent), (core.RX, play.b, play.received):
                 assert driver.state(index).broken == ""
-                assert bridge.ring_stop(driver.port, index) == model.base()
+                assert driver.port.ring_stop(index) == model.base()
             play.drops["not_ready"] += len(play.received.waiting)
             drops = {**play.a.drops(core.TX), **play.b.drops(core.RX)}
             assert drops == {name: n for name, n in play.drops.items() if n}

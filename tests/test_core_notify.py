@@ -183,14 +183,14 @@ def test_a_new_call_fd_is_signalled_at_once_and_used_from_then_on(
     a, b = guests(bridge, features=features), guests(bridge, features=features)
     b.pair.fill()
     old, new = b.pair.rx.call_fd, os.eventfd(0, os.EFD_NONBLOCK)
-    bridge.ring_set_call(b.port, 0, new)
+    b.port.ring_set_call(0, new)
     assert wait_readable(new, PATIENCE_S)
     os.eventfd_read(new)
     b.pair.rx.want_call()
     a.pair.send(frame(BROADCAST, mac(1)))
     assert wait_readable(new, PATIENCE_S)
     assert not wait_readable(old, 0)
-    bridge.ring_set_call(b.port, 0, -1)
+    b.port.ring_set_call(0, -1)
     os.eventfd_read(new)
     a.pair.send(frame(BROADCAST, mac(1)))
     assert eventually(lambda: b.stats(core.RX).packets == 2)
@@ -289,8 +289,8 @@ def test_a_packed_ring_that_goes_round_twice_before_the_worker_looks_still_calls
     After two laps the ring stands where it stood; that is not the same as nothing having happened.
     """
     sink, first, stuck, second = (guests(bridge, num=entries) for entries in (num, 16, 16, 16))
-    bridge.set_mac(sink.port, mac(1), False)
-    bridge.set_mac(stuck.port, mac(2), check_source=True)  # its page of zeros is for nobody
+    sink.port.set_mac(mac(1), False)
+    stuck.port.set_mac(mac(2), check_source=True)  # its page of zeros is for nobody
     sink.pair.post(1)
     first.pair.send(frame(mac(1), mac(3)))
     assert len(sink.pair.frames()) == 1  # so that a call has been made, and there is an index to compare with

@@ -91,8 +91,8 @@ def link(bridge: core.Bridge, guests: MakeGuest) -> Link:
 
     def make(takes: int = 0, sends: int = SENDS, features: int = MODERN) -> Pair:
         a, b = guests(bridge, features=MODERN | sends), guests(bridge, features=features | takes)
-        bridge.set_mac(a.port, mac(1), False)
-        bridge.set_mac(b.port, mac(2), False)
+        a.port.set_mac(mac(1), False)
+        b.port.set_mac(mac(2), False)
         if features == MODERN:
             b.pair.fill()
         else:
@@ -678,8 +678,8 @@ def test_a_flooded_frame_is_for_each_port_what_that_takes(
 
 def test_c24_frames_of_many_segments_do_not_keep_others_waiting(bridge: core.Bridge, guests: MakeGuest) -> None:
     a, b = guests(bridge, features=MODERN | SENDS), guests(bridge)
-    bridge.set_mac(a.port, mac(1), False)
-    bridge.set_mac(b.port, mac(2), False)
+    a.port.set_mac(mac(1), False)
+    b.port.set_mac(mac(2), False)
     b.pair.fill()
     bomb = replace(TCP4, payload=data(128 * 8))
     for _ in range(64):
@@ -701,7 +701,7 @@ def test_c24_a_guest_that_asks_for_the_most_and_smallest_segments_takes_no_more_
     greedy, modest = guests(bridge, features=MODERN | SENDS), guests(bridge)
     receiver = guests(bridge, num=4096, spans=(Span(0x4000_0000, 32 << 20, 0x7F12_0000_0000, 0),))
     for number, each in enumerate((greedy, modest, receiver)):
-        bridge.set_mac(each.port, mac(1 + number), False)
+        each.port.set_mac(mac(1 + number), False)
     receiver.pair.fill()
     bridge.stop()
     bomb = replace(TCP4, to=mac(3), payload=data(128 * 8))
@@ -779,11 +779,11 @@ def lane(request: pytest.FixtureRequest) -> Iterator[dict[int, Pair]]:
     with core.Bridge() as bridge:
         bridge.start()
         a = Driver(bridge, MODERN | SENDS | request.param, num=2048)
-        bridge.set_mac(a.port, mac(1), False)
+        a.port.set_mac(mac(1), False)
         pairs = {}
         for number, takes in enumerate((0, GUEST_CSUM, TAKES)):
             pairs[takes] = a, Driver(bridge, MODERN | takes | request.param, num=1024)
-            bridge.set_mac(pairs[takes][1].port, mac(10 + number), False)
+            pairs[takes][1].port.set_mac(mac(10 + number), False)
         drivers = [a, *(b for _, b in pairs.values())]
         for each in drivers:
             each.start()

@@ -70,13 +70,13 @@ def test_a_transmit_ring_goes_on_where_it_was_left(
         before = [frame(BROADCAST, mac(1), mark=bytes([turn, i])) for i in range(dice.randint(0, 2))]
         for each in before:
             a.pair.send_all([each], drawn(dice, min(most, num)))
-        bridge.ring_stop(a.port, core.TX)
+        a.port.ring_stop(core.TX)
         waiting: list[bytes] = []
         while (room := min(a.pair.tx.room, most)) and dice.random() < 0.7:
             waiting.append(frame(BROADCAST, mac(1), mark=bytes([turn, 9, len(waiting)])))
             a.pair.queue(waiting[-1], drawn(dice, room))
         a.pair.tx.publish()
-        bridge.ring_start(a.port, core.TX, a.pair.tx.config(stale(dice, num, packed)))
+        a.port.ring_start(core.TX, a.pair.tx.config(stale(dice, num, packed)))
         assert a.state(core.TX).broken == ""
         assert a.pair.wait_sent()
         assert b.pair.frames(len(before) + len(waiting)) == before + waiting
@@ -109,9 +109,9 @@ def test_a_receive_ring_goes_on_where_it_was_left(
         a.pair.send_all(sent)
         assert b.pair.frames(len(sent)) == sent
         buffers -= len(sent)
-        bridge.ring_stop(b.port, core.RX)
+        b.port.ring_stop(core.RX)
         buffers += post(dice.choice([0.7, 1]))  # at times the ring is full
-        bridge.ring_start(b.port, core.RX, b.pair.rx.config(stale(dice, num, packed)))
+        b.port.ring_start(core.RX, b.pair.rx.config(stale(dice, num, packed)))
         assert b.state(core.RX).broken == ""
     buffers += post(1)
     a.pair.send_all(sent := [frame(BROADCAST, mac(1), mark=bytes([255, i])) for i in range(buffers)])
@@ -130,10 +130,10 @@ def test_a_guest_is_woken_for_what_was_handed_back_before(bridge: core.Bridge, g
     assert b.pair.frames() == [frame(BROADCAST, mac(1))]
     ring = driver.pair.tx if index else driver.pair.rx
     for told, calls in (ring.base(), 0), (0, 1):
-        bridge.ring_stop(driver.port, index)
+        driver.port.ring_stop(index)
         ring.want_no_call()
         ring.calls()
-        bridge.ring_start(driver.port, index, ring.config(told))
+        driver.port.ring_start(index, ring.config(told))
         assert ring.calls() == calls
 
 
@@ -145,10 +145,10 @@ def test_a_ring_that_nobody_has_used_yet_is_at_its_beginning(
     """Its first lap has the wrap counter 1; user-mode Linux says 0."""
     a, b = guests(bridge), guests(bridge, started=False, num=num)
     b.pair.post(min(posted, num))
-    bridge.ring_start(b.port, core.RX, b.pair.rx.config(base=0))
-    assert bridge.ring_stop(b.port, core.RX) == WRAP * 0x10001
-    bridge.ring_start(b.port, core.RX, b.pair.rx.config(base=0))
-    bridge.ring_enable(b.port, core.RX, True)
+    b.port.ring_start(core.RX, b.pair.rx.config(base=0))
+    assert b.port.ring_stop(core.RX) == WRAP * 0x10001
+    b.port.ring_start(core.RX, b.pair.rx.config(base=0))
+    b.port.ring_enable(core.RX, True)
     b.pair.fill()
     a.pair.send(frame(BROADCAST, mac(1)))
     assert b.pair.frames() == [frame(BROADCAST, mac(1))]
@@ -195,9 +195,9 @@ class Left:
     def start(self, base: int) -> int | None:
         """Where the device has found it, on the driver's line; None: it broke."""
         port = self.driver.port
-        self.bridge.ring_start(port, core.RX, self.ring.config(base))
+        port.ring_start(core.RX, self.ring.config(base))
         broken = self.driver.state(core.RX).broken
-        found = self.bridge.ring_stop(port, core.RX)
+        found = port.ring_stop(core.RX)
         if broken:
             assert broken == "position"
             assert self.ring.is_in_error()
@@ -321,8 +321,8 @@ def test_no_content_of_a_ring_makes_its_start_more_than_broken(
     before = b.memory.snapshot()
     for index, each in enumerate(b.rings()):
         base = dice.randrange(ring.num) | dice.choice([0, WRAP])
-        bridge.ring_start(b.port, index, each.config(base))
-        bridge.ring_enable(b.port, index, True)
+        b.port.ring_start(index, each.config(base))
+        b.port.ring_enable(index, True)
     for _ in range(3):
         a.pair.send(frame(BROADCAST, mac(1)))
         assert a.pair.wait_sent()

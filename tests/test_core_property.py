@@ -59,8 +59,8 @@ def test_what_is_delivered_was_sent_and_what_was_sent_is_accounted_for(
         a = Driver(bridge, features=from_features, base=base, spans=SPLIT_REGIONS)
         b = Driver(bridge, features=to_features, base=base ^ 0xFFFF, num=1024)
         try:
-            bridge.set_mac(a.port, mac(1), False)
-            bridge.set_mac(b.port, mac(2), False)
+            a.port.set_mac(mac(1), False)
+            b.port.set_mac(mac(2), False)
             bridge.start()
             a.start()
             b.start()

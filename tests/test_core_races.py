@@ -111,7 +111,7 @@ def test_b21_b22_b23_b24_b26_b27_rings_and_tables_rewritten_while_they_are_read(
 ) -> None:
     dice = random.Random(seed)
     scene = Scene(bridge, guests, num=NUM)
-    bridge.set_mac(scene.bad.port, mac(0), check_source=True)  # no other bytes than a packet's are a frame to flood
+    scene.bad.port.set_mac(mac(0), check_source=True)  # no other bytes than a packet's are a frame to flood
     memory, (one, two) = scene.bad.memory, scene.good
     buffers = {index: [memory.take(2048) for _ in range(5)] for index in (core.TX, core.RX)}
     for addr in buffers[core.TX]:
@@ -126,13 +126,13 @@ def test_b21_b22_b23_b24_b26_b27_rings_and_tables_rewritten_while_they_are_read(
             assert time.monotonic() < deadline, "the rewriter does not get at the rings"
             for index in core.TX, core.RX:
                 if scene.bad.state(index).broken:
-                    bridge.ring_stop(scene.bad.port, index)
+                    scene.bad.port.ring_stop(index)
                     base = turn % NUM | (WRAP * (turn % 2) if packed else 0)
                     # One that makes no sense from the beginning is not looked at any further.
                     with rewriting_now.paused():
                         if packed:
                             scene.ring(index).reset(base)
-                        bridge.ring_start(scene.bad.port, index, scene.ring(index).config(base))
+                        scene.bad.port.ring_start(index, scene.ring(index).config(base))
             scene.ring(core.TX).kick(always=True)
             one.pair.send(frame(mac(0), mac(1), 60 + 8 * (turn % 180)))
             one.pair.send(frame(mac(2), mac(1), mark=turn.to_bytes(4, "big")))
@@ -177,8 +177,8 @@ def test_b27_a_receive_buffer_that_grows_over_the_end_of_memory_once_it_was_chec
                 break
             assert time.monotonic() < deadline, "the rewriter does not get at the ring"
             if scene.bad.state(core.RX).broken or not packed:
-                base = bridge.ring_stop(scene.bad.port, core.RX)
-                bridge.ring_start(scene.bad.port, core.RX, ring.config(base))
+                base = scene.bad.port.ring_stop(core.RX)
+                scene.bad.port.ring_start(core.RX, ring.config(base))
             if isinstance(ring, SplitRing):
                 ring.memory.store16(ring.avail + 2, ring.used_idx() + NUM)
             one.pair.send_all([frame(mac(0), mac(1), 1500)] * 8)
@@ -197,7 +197,7 @@ def test_b25_what_was_checked_is_what_is_delivered(
     """Source and destination flip between the guest's own and others' addresses while the frame is sent."""
     bad, one, two = (guests(bridge, num=512) for _ in range(3))
     for number, driver in enumerate([bad, one, two]):
-        bridge.set_mac(driver.port, mac(number), check_source=True)
+        driver.port.set_mac(mac(number), check_source=True)
     memory, ring = bad.memory, bad.pair.tx
     packet = bytes(12) + frame(mac(1), mac(0), 100)
     at = memory.take(256)
@@ -245,8 +245,8 @@ def test_b25_headers_that_were_judged_are_those_that_a_frame_is_cut_by(
 ) -> None:
     """virtio_net_hdr, IP and TCP headers flip between right and wrong; every segment is one of a right frame."""
     bad, one = guests(bridge, features=MODERN | SENDS), guests(bridge, num=1024)
-    bridge.set_mac(bad.port, mac(1), check_source=True)
-    bridge.set_mac(one.port, mac(2), check_source=True)
+    bad.port.set_mac(mac(1), check_source=True)
+    one.port.set_mac(mac(2), check_source=True)
     whole = Segment(payload=data(3000))
     packet = whole.header(TSO4, 1000) + whole.frame(partial=True)
     at = bad.memory.reserve(4096)
@@ -333,7 +333,7 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
             if turn > 200 and set(seen) == kinds:
                 break
             assert time.monotonic() < deadline, f"the rewriter does not get at the ring: {seen}"
-            bridge.ring_stop(scene.bad.port, core.TX)
+            scene.bad.port.ring_stop(core.TX)
             if isinstance(ring, SplitRing):
                 for i in range(NUM):
                     memory.store16(ring.avail + 4 + 2 * i, i)
@@ -343,7 +343,7 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
                 if packed:  # a lap that is available as a whole
                     for at in range(ring.parts()[0][0] + 8, ring.parts()[0][0] + 16 * NUM, 16):
                         memory.write(at, words[at][0].to_bytes(8, "little"))
-                bridge.ring_start(scene.bad.port, core.TX, ring.config(base & 0xFFFF))
+                scene.bad.port.ring_start(core.TX, ring.config(base & 0xFFFF))
             assert eventually(lambda n=NUM * turn: scene.bad.stats(core.TX).chains == n)  # type: ignore[misc]
             for packet in sink.pair.packets():
                 size = len(packet.frame)

@@ -18,40 +18,40 @@ REGION = core.Region(ONE_REGION[0].guest_addr, ONE_REGION[0].size, ONE_REGION[0]
 RING = core.RingConfig(num=256, base=0, desc_addr=0, avail_addr=0, used_addr=0)
 
 OF_GUESTS: dict[str, Call] = {
-    "set memory": lambda bridge, port, _: bridge.guest_set_memory(port, []),
-    "add region": lambda bridge, port, _: bridge.guest_add_region(port, REGION),
-    "remove region": lambda bridge, port, _: bridge.guest_remove_region(port, REGION),
-    "set features": lambda bridge, port, _: bridge.guest_set_features(port, 0),
-    "set ips": lambda bridge, port, _: bridge.guest_set_ips(port, [IPv4Address("10.0.0.1")]),
-    "remember": lambda bridge, port, _: bridge.guest_remember(port, mac(1), 0),
-    "stray": lambda bridge, port, _: bridge.guest_stray(port),
-    "announce": lambda bridge, port, _: bridge.guest_announce(port, mac(1)),
+    "set memory": lambda bridge, port, _: core.Guest(bridge, port).set_memory([]),
+    "add region": lambda bridge, port, _: core.Guest(bridge, port).add_region(REGION),
+    "remove region": lambda bridge, port, _: core.Guest(bridge, port).remove_region(REGION),
+    "set features": lambda bridge, port, _: core.Guest(bridge, port).set_features(0),
+    "set ips": lambda bridge, port, _: core.Guest(bridge, port).set_ips([IPv4Address("10.0.0.1")]),
+    "remember": lambda bridge, port, _: core.Guest(bridge, port).remember(mac(1), 0),
+    "stray": lambda bridge, port, _: core.Guest(bridge, port).stray(),
+    "announce": lambda bridge, port, _: core.Guest(bridge, port).announce(mac(1)),
 }
 OF_RINGS: dict[str, Call] = {
-    "start": lambda bridge, port, ring: bridge.ring_start(port, ring, RING),
-    "stop": lambda bridge, port, ring: bridge.ring_stop(port, ring),
-    "enable": lambda bridge, port, ring: bridge.ring_enable(port, ring, True),
-    "set call": lambda bridge, port, ring: bridge.ring_set_call(port, ring, -1),
-    "set err": lambda bridge, port, ring: bridge.ring_set_err(port, ring, -1),
-    "state": lambda bridge, port, ring: bridge.ring_state(port, ring),
+    "start": lambda bridge, port, ring: core.Guest(bridge, port).ring_start(ring, RING),
+    "stop": lambda bridge, port, ring: core.Guest(bridge, port).ring_stop(ring),
+    "enable": lambda bridge, port, ring: core.Guest(bridge, port).ring_enable(ring, True),
+    "set call": lambda bridge, port, ring: core.Guest(bridge, port).ring_set_call(ring, -1),
+    "set err": lambda bridge, port, ring: core.Guest(bridge, port).ring_set_err(ring, -1),
+    "state": lambda bridge, port, ring: core.Guest(bridge, port).ring_state(ring),
 }
 OF_NETDEVS: dict[str, Call] = {
-    "add address": lambda bridge, port, _: bridge.netdev_add_mac(port, mac(1)),
-    "remove address": lambda bridge, port, _: bridge.netdev_remove_mac(port, mac(1)),
-    "compare memory": lambda bridge, port, _: bridge.netdev_is_stale(port, "off"),
-    "set group socket": lambda bridge, port, _: bridge.netdev_set_group_fd(port, -1),
+    "add address": lambda bridge, port, _: core.Netdev(bridge, port).add_mac(mac(1)),
+    "remove address": lambda bridge, port, _: core.Netdev(bridge, port).remove_mac(mac(1)),
+    "compare memory": lambda bridge, port, _: core.Netdev(bridge, port).is_stale("off"),
+    "set group socket": lambda bridge, port, _: core.Netdev(bridge, port).set_group_fd(-1),
 }
 OF_QUEUES: dict[str, Call] = {
-    "open": lambda bridge, port, queue: bridge.netdev_open_queue(port, queue, 1, 1518),
-    "close": lambda bridge, port, queue: bridge.netdev_close_queue(port, queue),
-    "socket": lambda bridge, port, queue: bridge.netdev_queue_fd(port, queue),
-    "socket statistics": lambda bridge, port, queue: bridge.netdev_xsk_stats(port, queue),
+    "open": lambda bridge, port, queue: core.Netdev(bridge, port).open_queue(queue, 1, 1518),
+    "close": lambda bridge, port, queue: core.Netdev(bridge, port).close_queue(queue),
+    "socket": lambda bridge, port, queue: core.Netdev(bridge, port).queue_fd(queue),
+    "socket statistics": lambda bridge, port, queue: core.Netdev(bridge, port).xsk_stats(queue),
 }
 OF_ANY: dict[str, Call] = {
-    "remove": lambda bridge, port, _: bridge.remove_port(port),
-    "set address": lambda bridge, port, _: bridge.set_mac(port, mac(1), False),
-    "flush": lambda bridge, port, _: bridge.fdb_flush(port),
-    "statistics": lambda bridge, port, _: bridge.queue_stats(port, 0, core.RX),
+    "remove": lambda bridge, port, _: core.Port(bridge, port).remove(),
+    "set address": lambda bridge, port, _: core.Port(bridge, port).set_mac(mac(1), False),
+    "flush": lambda bridge, port, _: core.Port(bridge, port).flush(),
+    "statistics": lambda bridge, port, _: core.Port(bridge, port).queue_stats(0, core.RX),
 }
 EVERY = OF_GUESTS | OF_RINGS | OF_NETDEVS | OF_QUEUES | OF_ANY
 
@@ -73,8 +73,8 @@ def is_not_found(call: Call, bridge: core.Bridge, port: int, at: int = 0) -> Non
 @by_name(EVERY)
 def test_a_port_that_is_not_there_or_no_longer_is_not_found(bridge: core.Bridge, call: Call) -> None:
     gone, other = bridge.add_guest(1), bridge.add_netdev(1)
-    bridge.remove_port(gone)
-    bridge.remove_port(other)
+    gone.remove()
+    other.remove()
     for port in gone, other, core.MAX_PORTS - 1, core.MAX_PORTS, 0xFFFFFFFF:
         is_not_found(call, bridge, port)
 
@@ -111,6 +111,21 @@ def test_a_netdev_of_no_or_too_many_queues_is_refused(bridge: core.Bridge, queue
 
 def test_the_most_queues_that_a_netdev_can_have(bridge: core.Bridge) -> None:
     port = bridge.add_netdev(core.MAX_NETDEV_QUEUES)
-    assert bridge.queue_stats(port, core.MAX_NETDEV_QUEUES - 1, core.TX).packets == 0
+    assert port.queue_stats(core.MAX_NETDEV_QUEUES - 1, core.TX).packets == 0
     with pytest.raises(OSError, match="No such file"):
-        bridge.queue_stats(port, core.MAX_NETDEV_QUEUES, core.TX)
+        port.queue_stats(core.MAX_NETDEV_QUEUES, core.TX)
+
+
+def test_an_error_says_whose_port_it_is_and_of_one_without_a_name_its_number(bridge: core.Bridge) -> None:
+    web, eth, plain = bridge.add_guest(1, "web"), bridge.add_netdev(1, "eth1"), bridge.add_guest(1)
+    for port, label in (web, "guest web"), (eth, "interface eth1"), (plain, f"port {plain + 0}"):
+        assert port.label == label
+        with pytest.raises(OSError, match=f"read queue 9 of {label}: No such file"):
+            port.queue_stats(9, core.RX)
+
+
+def test_a_port_is_the_number_by_which_the_core_means_it(bridge: core.Bridge) -> None:
+    guest = bridge.add_guest(1, "web")
+    guest.set_mac(mac(1), True)
+    assert [entry.port for entry in bridge.fdb_dump()] == [guest]
+    assert {guest: "web"}[int(guest)] == "web"  # type: ignore[index]

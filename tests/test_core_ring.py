@@ -372,7 +372,7 @@ def test_a_packed_ring_starts_near_its_end_and_wraps(
         a.pair.send(sent)
         assert a.pair.wait_sent()
         assert b.pair.frames() == [sent]
-    bases = [bridge.ring_stop(b.port, 0), bridge.ring_stop(a.port, 1)]
+    bases = [b.port.ring_stop(0), a.port.ring_stop(1)]
     for ring, base, first in (b.pair.rx, bases[0], num - 2), (a.pair.tx, bases[1], num - 1):
         laps, index = divmod(first + 12, num)
         assert base == (index | (wrap ^ WRAP if laps % 2 else wrap)) * 0x10001
@@ -437,11 +437,11 @@ def start_with(bridge: core.Bridge, guests: MakeGuest, num: int, base: int, stop
     config = replace(a.pair.rx.config(), num=num, base=stopped_base)
     if legal:
         a.pair.rx.reset(base)
-        bridge.ring_start(a.port, 0, config)
-        assert bridge.ring_stop(a.port, 0) == stopped_base
+        a.port.ring_start(0, config)
+        assert a.port.ring_stop(0) == stopped_base
     else:
         with pytest.raises(OSError, match=f"start ring 0 of port {a.port}: Invalid argument"):
-            bridge.ring_start(a.port, 0, config)
+            a.port.ring_start(0, config)
 
 
 def replace(config: core.RingConfig, **fields: int) -> core.RingConfig:
@@ -457,8 +457,8 @@ def test_a_misaligned_part_of_a_ring_is_refused(
         align = 4
     config = a.pair.rx.config()
     with pytest.raises(OSError, match="Invalid argument"):
-        bridge.ring_start(a.port, 0, replace(config, **{part: getattr(config, part) + align // 2}))
-    bridge.ring_start(a.port, 0, config)
+        a.port.ring_start(0, replace(config, **{part: getattr(config, part) + align // 2}))
+    a.port.ring_start(0, config)
 
 
 def test_a_ring_that_memory_makes_misaligned_is_refused(bridge: core.Bridge, guests: MakeGuest) -> None:
@@ -468,13 +468,13 @@ def test_a_ring_that_memory_makes_misaligned_is_refused(bridge: core.Bridge, gue
     config = a.pair.rx.config()
     for shift in 1, 2, 4, 8:
         shifted = core.Region(region.guest_addr, region.size - 64, region.user_addr, region.offset + shift, region.fd)
-        bridge.guest_set_memory(a.port, [shifted])
+        a.port.set_memory([shifted])
         with pytest.raises(OSError, match="start ring 0"):
-            bridge.ring_start(a.port, 0, config)
+            a.port.ring_start(0, config)
     shifted = core.Region(region.guest_addr, region.size - 64, region.user_addr, region.offset + 16, region.fd)
-    bridge.guest_set_memory(a.port, [shifted])
-    bridge.ring_start(a.port, 0, config)
-    bridge.ring_stop(a.port, 0)
+    a.port.set_memory([shifted])
+    a.port.ring_start(0, config)
+    a.port.ring_stop(0)
 
 
 @pytest.mark.parametrize("part", ["desc_addr", "avail_addr", "used_addr"])
@@ -488,11 +488,11 @@ def test_a_part_of_a_ring_must_lie_in_memory_to_its_last_byte(
     end = span.user_addr + span.size
     last = (end - size) & ~15
     config = a.pair.rx.config()
-    bridge.ring_start(a.port, 0, replace(config, **{part: last}))
-    bridge.ring_stop(a.port, 0)
+    a.port.ring_start(0, replace(config, **{part: last}))
+    a.port.ring_stop(0)
     for addr in last + 16, end, span.user_addr - 16, 0, 2**64 - 16:
         with pytest.raises(OSError, match="Bad address"):
-            bridge.ring_start(a.port, 0, replace(config, **{part: addr}))
+            a.port.ring_start(0, replace(config, **{part: addr}))
 
 
 # ---- starting and stopping ----
@@ -515,7 +515,7 @@ def test_stop_and_start_go_on_where_the_ring_stood(pair: Pair, packed: int) -> N
     a.pair.send(frame(mac(2), mac(1), mark=b"waits"))  # nobody looks: it stays in the ring
     for driver in b, a:
         for index, ring in enumerate(driver.rings()):
-            driver.bridge.ring_start(driver.port, index, ring.config(base=bases[driver][index]))
+            driver.port.ring_start(index, ring.config(base=bases[driver][index]))
     assert b.pair.frames() == [frame(mac(2), mac(1), mark=b"waits")]
     assert a.pair.wait_sent()
 
@@ -527,8 +527,8 @@ def test_a_split_ring_starts_where_its_used_index_stands(bridge: core.Bridge, gu
     b.pair.fill()
     a = guests(bridge, started=False, base=65535)
     for index, ring in enumerate(a.rings()):
-        bridge.ring_start(a.port, index, ring.config(base=7))
-        bridge.ring_enable(a.port, index, True)
+        a.port.ring_start(index, ring.config(base=7))
+        a.port.ring_enable(index, True)
     a.pair.send(frame(BROADCAST, mac(1)))
     assert b.pair.frames() == [frame(BROADCAST, mac(1))]
     assert a.stop() == [65535, 0]
@@ -549,35 +549,35 @@ def test_stopping_twice_and_stopping_what_never_started_are_harmless(
     bridge: core.Bridge, guests: MakeGuest, packed: int
 ) -> None:
     a = guests(bridge, started=False)
-    assert bridge.ring_stop(a.port, 0) == 0
+    assert a.port.ring_stop(0) == 0
     a.start()
     assert a.stop() == a.stop() == [base_after(packed, 0)] * 2
 
 
 def test_a_disabled_transmit_ring_throws_away_and_a_disabled_receive_ring_gets_nothing(pair: Pair) -> None:
     a, b = pair
-    a.bridge.ring_enable(a.port, 1, False)
+    a.port.ring_enable(1, False)
     a.pair.send(frame(mac(2), mac(1)))
     assert a.pair.wait_sent()
     assert a.drops(core.TX) == {"disabled": 1}
-    a.bridge.ring_enable(a.port, 1, True)
-    b.bridge.ring_enable(b.port, 0, False)
+    a.port.ring_enable(1, True)
+    b.port.ring_enable(0, False)
     a.pair.send(frame(mac(2), mac(1)))
     assert a.pair.wait_sent()
     assert b.drops(core.RX) == {"not_ready": 1}
     assert b.pair.rx.returned() == 0
-    b.bridge.ring_enable(b.port, 0, True)
+    b.port.ring_enable(0, True)
     still_works(a, b)
 
 
 def test_features_that_change_the_layout_wait_for_stopped_rings(bridge: core.Bridge, guests: MakeGuest) -> None:
     a = guests(bridge)
-    bridge.guest_set_features(a.port, a.features | 1 << 5)
+    a.port.set_features(a.features | 1 << 5)
     for bit in EVENT_IDX, RING_PACKED:
         with pytest.raises(OSError, match=r"set features .*busy"):
-            bridge.guest_set_features(a.port, a.features ^ bit)
+            a.port.set_features(a.features ^ bit)
     a.stop()
-    bridge.guest_set_features(a.port, a.features ^ EVENT_IDX)
+    a.port.set_features(a.features ^ EVENT_IDX)
 
 
 # ---- what the device may write ----

@@ -32,8 +32,8 @@ def test_every_pair_of_one_guest_reaches_the_other(
     bridge = make_bridge(workers=workers)
     a = guests(bridge, pairs=pairs, num=64)
     b = guests(bridge, pairs=to_pairs, num=1024)
-    bridge.set_mac(a.port, mac(1), False)
-    bridge.set_mac(b.port, mac(2), False)
+    a.port.set_mac(mac(1), False)
+    b.port.set_mac(mac(2), False)
     for pair in b.pairs:
         pair.fill(512)
     sent = []
@@ -64,7 +64,7 @@ def test_shared_receive_rings_lose_and_mix_up_nothing(
     bridge = make_bridge(workers=workers)
     a = guests(bridge, pairs=workers, num=128, features=features)
     b = guests(bridge, pairs=1, num=1024, features=features)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     got: list[bytes] = []
     turns = 40
     for turn in range(turns):
@@ -96,8 +96,8 @@ def test_a_ring_is_stopped_and_started_a_thousand_times_while_others_run(
         pair.queue(frame(BROADCAST, mac(1)))
         pair.tx.kick()
         index = 2 * (turn % 2) + core.TX
-        base = bridge.ring_stop(a.port, index)
-        bridge.ring_start(a.port, index, pair.tx.config(base=base))
+        base = a.port.ring_stop(index)
+        a.port.ring_start(index, pair.tx.config(base=base))
         assert pair.wait_sent()
         for each in b.pairs:
             each.packets()
@@ -108,7 +108,7 @@ def test_a_ring_is_stopped_and_started_a_thousand_times_while_others_run(
 def test_guests_come_and_go_while_others_run(make_bridge: MakeBridge, guests: MakeGuest) -> None:
     bridge = make_bridge(workers=2)
     a, b = guests(bridge), guests(bridge)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     b.pair.fill()
     for turn in range(60):
         third = Driver(bridge, pairs=2).start()
@@ -139,7 +139,7 @@ def test_workers_can_be_stopped_and_started_again(make_bridge: MakeBridge, guest
         bridge.stop()
         a.pair.queue(frame(BROADCAST, mac(1), mark=bytes([i])))
         a.pair.tx.kick(always=True)
-        bridge.guest_set_memory(a.port, a.memory.regions())  # nobody to wait for
+        a.port.set_memory(a.memory.regions())  # nobody to wait for
         bridge.start()
         assert b.pair.frames() == [frame(BROADCAST, mac(1), mark=bytes([i]))]
     with pytest.raises(OSError, match="already"):
@@ -356,7 +356,7 @@ def test_frames_in_are_frames_out_and_drops_whatever_happens(
                 pair.packets()
         elif event < 0.35:
             ring = dice.randrange(2 * len(driver.pairs))
-            bridge.ring_enable(driver.port, ring, dice.random() < 0.7)
+            driver.port.ring_enable(ring, dice.random() < 0.7)
         else:
             for _ in range(dice.randrange(1, 60)):
                 to = dice.choice([BROADCAST, mac(99), *(mac(i) for i in range(4))])
@@ -411,7 +411,7 @@ def test_frames_are_spread_over_a_guest_s_rings_by_flow_and_a_flow_keeps_to_one(
     """One queue brings them all. A ring that only its own worker may use is not another worker's choice."""
     bridge = make_bridge(workers=workers)
     a, b = guests(bridge, num=1024), guests(bridge, pairs=pairs, num=64)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     for pair in b.pairs:
         pair.fill()
     sent = flows(64, 5, version=version)
@@ -425,12 +425,12 @@ def test_frames_are_spread_over_a_guest_s_rings_by_flow_and_a_flow_keeps_to_one(
 def test_only_enabled_rings_are_chosen(make_bridge: MakeBridge, guests: MakeGuest) -> None:
     bridge = make_bridge()
     a, b = guests(bridge), guests(bridge, pairs=4)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     for pair in b.pairs:
         pair.fill()
     for enabled in [0], [0, 2], [0, 1, 2, 3]:
         for number in range(4):
-            bridge.ring_enable(b.port, 2 * number + core.RX, number in enabled)
+            b.port.ring_enable(2 * number + core.RX, number in enabled)
         sent = flows(40, 1, seq=len(enabled))
         a.pair.send_all([segment.frame() for segment in sent])
         assert {ring for rings in rings_of(b, sent).values() for ring in rings} == set(enabled)
@@ -442,7 +442,7 @@ def test_only_enabled_rings_are_chosen(make_bridge: MakeBridge, guests: MakeGues
 def test_frames_of_any_kind_keep_to_one_ring_of_several(make_bridge: MakeBridge, guests: MakeGuest, kind: str) -> None:
     bridge = make_bridge()
     a, b = guests(bridge), guests(bridge, pairs=4)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     for pair in b.pairs:
         pair.fill()
     one = Segment(payload=bytes(100), protocol=UDP)

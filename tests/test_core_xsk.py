@@ -31,12 +31,12 @@ def pair() -> Iterator[Veth]:
         yield made
 
 
-def open_queue(bridge: core.Bridge, port: int, queue: int, ifname: str) -> None:
+def open_queue(bridge: core.Bridge, port: core.Netdev, queue: int, ifname: str) -> None:
     """A queue that another socket has just left is busy for a moment."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            bridge.netdev_open_queue(port, queue, socket.if_nametoindex(ifname), LONGEST)
+            port.open_queue(queue, socket.if_nametoindex(ifname), LONGEST)
             return
         except OSError:
             if time.monotonic() > deadline:
@@ -47,13 +47,13 @@ def open_queue(bridge: core.Bridge, port: int, queue: int, ifname: str) -> None:
 @pytest.fixture
 def port(bridge: core.Bridge, pair: Veth) -> int:
     made = bridge.add_netdev(2)
-    bridge.set_mac(made, FAR, False)
+    made.set_mac(FAR, False)
     open_queue(bridge, made, 0, pair.ifname)
     return made
 
 
-def tx(bridge: core.Bridge, port: int, queue: int = 0) -> Traffic:
-    return bridge.queue_stats(port, queue, core.TX)
+def tx(bridge: core.Bridge, port: core.Netdev, queue: int = 0) -> Traffic:
+    return port.queue_stats(queue, core.TX)
 
 
 def drops(stats: Traffic) -> dict[str, int]:
@@ -62,7 +62,7 @@ def drops(stats: Traffic) -> dict[str, int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_frames_leave_byte_for_byte(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int, layout: Layout
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev, layout: Layout
 ) -> None:
     a = guests(bridge, features=VERSION_1 | INDIRECT_DESC)
     with pair.wire() as wire:
@@ -75,7 +75,7 @@ def test_frames_leave_byte_for_byte(
 
 @pytest.mark.parametrize("size", [14, 15, 32, 33, 59])
 def test_c13_short_frames_are_padded_with_zeroes_never_with_another_s_bytes(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int, size: int
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev, size: int
 ) -> None:
     a = guests(bridge)
     secret = b"secret" * 200
@@ -91,7 +91,7 @@ def test_c13_short_frames_are_padded_with_zeroes_never_with_another_s_bytes(
 
 @pytest.mark.parametrize(("size", "passes"), [(LONGEST, True), (LONGEST + 1, False), (65535, False)])
 def test_c14_a_frame_longer_than_the_interface_carries_is_dropped(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int, size: int, passes: bool
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev, size: int, passes: bool
 ) -> None:
     a = guests(bridge)
     # 4 bytes more than header and MTU: those of a VLAN tag.
@@ -107,7 +107,7 @@ def test_c14_a_frame_longer_than_the_interface_carries_is_dropped(
 
 @both_layouts
 def test_b44_thousands_of_frames_leave_in_order_and_none_is_lost(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev
 ) -> None:
     """More than the arena has frames: the guest waits, it does not lose."""
     a = guests(bridge)
@@ -117,11 +117,11 @@ def test_b44_thousands_of_frames_leave_in_order_and_none_is_lost(
             a.pair.send_all(sent[start : start + 500])
             assert [wire.receive() for _ in range(500)] == sent[start : start + 500]
     assert drops(tx(bridge, port)) == {}
-    assert eventually(lambda: bridge.netdev_xsk_stats(port, 0).tx_invalid_descs == 0)
+    assert eventually(lambda: port.xsk_stats(0).tx_invalid_descs == 0)
 
 
 def test_an_interface_that_is_down_loses_frames_in_a_counter_and_recovers(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev
 ) -> None:
     a = guests(bridge)
     bridge.events()
@@ -144,10 +144,10 @@ def test_an_interface_that_is_down_loses_frames_in_a_counter_and_recovers(
 
 
 def test_an_interface_that_goes_away_stops_no_guest(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev
 ) -> None:
     a, b = guests(bridge), guests(bridge)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     b.pair.fill()
     remove(pair.ifname)
     for _ in range(5):
@@ -156,20 +156,20 @@ def test_an_interface_that_goes_away_stops_no_guest(
     assert eventually(lambda: drops(tx(bridge, port)).get("not_ready", 0) >= 1)
     a.pair.send(frame(mac(2), mac(1)))
     assert b.pair.frames() == [frame(mac(2), mac(1))]
-    bridge.netdev_close_queue(port, 0)
+    port.close_queue(0)
     a.pair.send(frame(FAR, mac(1)))
     assert a.pair.wait_sent()
 
 
 def test_a_queue_is_closed_and_opened_again_while_frames_flow(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev
 ) -> None:
     a = guests(bridge)
     for _ in range(5):
         for _ in range(64):
             a.pair.queue(frame(FAR, mac(1)))
         a.pair.tx.kick()
-        bridge.netdev_close_queue(port, 0)
+        port.close_queue(0)
         assert a.pair.wait_sent()
         open_queue(bridge, port, 0, pair.ifname)
     assert tx(bridge, port).packets + sum(tx(bridge, port).drops.values()) == 5 * 64
@@ -184,7 +184,7 @@ def test_several_workers_on_several_or_shared_sockets(
 ) -> None:
     bridge = make_bridge(workers=workers, netdev_queues=2, frames_per_queue=1024)
     port = bridge.add_netdev(2)
-    bridge.set_mac(port, FAR, False)
+    port.set_mac(FAR, False)
     for queue in range(2):
         open_queue(bridge, port, queue, pair.ifname)
     a = guests(bridge, pairs=workers)
@@ -209,20 +209,20 @@ def test_the_limits_of_opening_a_socket(make_bridge: MakeBridge, pair: Veth) -> 
     port = bridge.add_netdev(2)
     index = socket.if_nametoindex(pair.ifname)
     with pytest.raises(OSError, match="No such device"):
-        bridge.netdev_open_queue(port, 0, 999999, LONGEST)
+        port.open_queue(0, 999999, LONGEST)
     with pytest.raises(OSError, match="No such file"):
-        bridge.netdev_open_queue(port, 2, index, LONGEST)
+        port.open_queue(2, index, LONGEST)
     open_queue(bridge, port, 0, pair.ifname)
     with pytest.raises(OSError, match="already"):
-        bridge.netdev_open_queue(port, 0, index, LONGEST)
+        port.open_queue(0, index, LONGEST)
     with pytest.raises(OSError, match="No space"):
-        bridge.netdev_open_queue(port, 1, index, LONGEST)
-    stats = bridge.netdev_xsk_stats(port, 0)
+        port.open_queue(1, index, LONGEST)
+    stats = port.xsk_stats(0)
     assert (stats.open, stats.frames_fill, stats.frames_free + stats.frames_tx) == (True, 128, 128)
 
 
 def test_a_broadcast_goes_to_the_wire_and_to_the_other_guests(
-    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: int
+    bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: core.Netdev
 ) -> None:
     a, b = guests(bridge, features=MODERN), guests(bridge)
     b.pair.fill()

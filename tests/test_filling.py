@@ -338,7 +338,7 @@ def test_a_table_that_the_core_refuses_leaves_nothing_mapped(
         raise OSError(12, "Cannot allocate memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend.bridge, "guest_set_memory", refuse)
+        patch.setattr(backend.port, "set_memory", refuse)
         send_memory(frontend, memory, need_reply)
         if need_reply:
             assert frontend.receive() == (Request.SET_MEM_TABLE, (1).to_bytes(8, "little"))
@@ -381,7 +381,7 @@ def test_what_is_staged_is_used_up_by_a_table_that_is_refused(make_backend: Make
             pages.close()
             pages = core.Staged(core.Region(0, memory.size // 2, 0, 0, memory.fd))
         with pytest.raises(OSError, match="Invalid argument"):
-            backend.control.call(lambda t=table, p=pages: backend.bridge.guest_set_memory(backend.port, t, {region: p}))
+            backend.control.call(lambda t=table, p=pages: backend.port.set_memory(t, {region: p}))
         assert not pages.length
         assert eventually(lambda: not mappings(memory))
 

@@ -17,10 +17,10 @@ import pytest
 from tests import needs
 from tests.netns import call_in
 from tests.waiting import until
+from xdpnet.counters import Traffic
 from xdpnet.demo import initramfs, process, topology
 from xdpnet.demo.backend import Backend, balanced
 from xdpnet.demo.guest import Card, Guest, best_accelerator
-from xdpnet.metrics.snapshot import Traffic
 
 pytestmark = [pytest.mark.net, pytest.mark.guest, needs.root, needs.guest, pytest.mark.timeout(300)]
 

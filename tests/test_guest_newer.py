@@ -36,10 +36,10 @@ from tests.rings import MODERN, RING_PACKED
 from tests.segments import UDP, UFO, Segment
 from tests.waiting import PATIENCE_S, until
 from xdpnet.core import TX, Bridge
+from xdpnet.counters import Traffic
 from xdpnet.demo import initramfs, iperf, process, topology
 from xdpnet.demo.backend import Backend, balanced
 from xdpnet.demo.guest import Card, Guest, best_accelerator
-from xdpnet.metrics.snapshot import Traffic
 from xdpnet.virtq.features import OFFERED, VirtioFeature, mask
 
 pytestmark = [pytest.mark.net, pytest.mark.guest, needs.root, needs.newer_guest, pytest.mark.timeout(300)]

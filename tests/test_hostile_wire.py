@@ -74,7 +74,7 @@ class TxRing:
 class Scene:
     bridge: core.Bridge
     guest: Driver
-    port: int
+    port: core.Netdev
     ring: TxRing
     pair: Veth
     mtu: int
@@ -82,7 +82,7 @@ class Scene:
 
     @property
     def tx(self) -> Traffic:
-        return self.bridge.queue_stats(self.port, 0, core.TX)
+        return self.port.queue_stats(0, core.TX)
 
     def send(self, frames: Frames, layout: Layout = TOGETHER) -> None:
         """All of them are handed back, and every descriptor was one that the kernel takes."""
@@ -102,7 +102,7 @@ class Scene:
             # Metadata, if any, is of our making, and of frames that were copied.
             own = METADATA * all(addr >> 48 == 0 for addr, _, _ in chain)
             assert [options & ~own for *_, options in chain] == [CONTINUED] * (len(chain) - 1) + [0]
-        stats = self.bridge.netdev_xsk_stats(self.port, 0)
+        stats = self.port.xsk_stats(0)
         assert stats.tx_invalid_descs == 0
 
     def still_works(self) -> None:
@@ -131,9 +131,9 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
         bridge.start()
         with closing(Driver(bridge, MODERN | SENDS, num=1024, spans=RAM)) as guest:
             port = bridge.add_netdev(1)
-            bridge.set_mac(port, FAR, False)
-            bridge.netdev_open_queue(port, 0, socket.if_nametoindex(pair.ifname), mtu + 18, zerocopy)
-            with closing(TxRing(bridge.netdev_queue_fd(port, 0))) as ring:
+            port.set_mac(FAR, False)
+            port.open_queue(0, socket.if_nametoindex(pair.ifname), mtu + 18, zerocopy)
+            with closing(TxRing(port.queue_fd(0))) as ring:
                 yield Scene(bridge, guest.start(), port, ring, pair, mtu, zerocopy == "on")
 
 

@@ -35,7 +35,7 @@ def test_a_gib_each_way_arrives_whole(make_bridge: MakeBridge, guests: MakeGuest
     sent, received = ([hashlib.sha1() for _ in both] for _ in range(2))
     got = [0, 0]
     for number, driver in enumerate(both):
-        bridge.set_mac(driver.port, mac(number), check_source=True)
+        driver.port.set_mac(mac(number), check_source=True)
         driver.pair.post(num, BUFFER)
     while min(got) < GIB:
         sizes = [dice.choice(SIZES) for _ in range(64)]
@@ -73,7 +73,7 @@ def test_what_crosses_a_veth_pair_arrives_whole(
     num = 255 if packed else 256
     bridge = make_bridge(netdev_queues=1, zerocopy=zerocopy)
     guest = guests(bridge, num=num, spans=RAM)
-    bridge.set_mac(guest.port, mac(1), check_source=False)
+    guest.port.set_mac(mac(1), check_source=False)
     guest.pair.fill(4096)
     noise = random.Random(3).randbytes(MIB + PLAIN_MTU)
     dice = random.Random(4)
@@ -82,7 +82,7 @@ def test_what_crosses_a_veth_pair_arrives_whole(
     with veth(mtu=PLAIN_MTU) as pair, closing(Netdev(bridge, pair.ifname, zerocopy=zerocopy)) as netdev:
         netdev.open()
         netdev.sync_macs([mac(1)])
-        bridge.set_mac(netdev.port, mac(2), False)
+        netdev.port.set_mac(mac(2), False)
         with pair.wire() as wire:
             while min(bytes_out, bytes_back) < wanted:
                 sizes = [dice.choice(WIRE_SIZES) for _ in range(64)]
@@ -109,7 +109,7 @@ def test_what_crosses_a_veth_pair_arrives_whole(
                     bytes_back += len(each)
                 guest.pair.fill(4096)
                 assert guest.pair.wait_sent()
-        tx = bridge.queue_stats(netdev.port, 0, core.TX)
+        tx = netdev.port.queue_stats(0, core.TX)
     assert far.hexdigest() == out.hexdigest()
     assert came.hexdigest() == back.hexdigest()
     assert (guest.stats(core.TX).bytes, guest.stats(core.RX).bytes) == (bytes_out, bytes_back)

@@ -106,8 +106,8 @@ def guests() -> Iterator[Pair]:
     with core.Bridge() as bridge:
         bridge.start()
         with closing(Driver(bridge, MODERN | SENDS, num=2048)) as a, closing(Driver(bridge, num=1024)) as b:
-            bridge.set_mac(a.port, mac(1), False)
-            bridge.set_mac(b.port, mac(2), False)
+            a.port.set_mac(mac(1), False)
+            b.port.set_mac(mac(2), False)
             yield a.start(), b.start()
 
 

@@ -58,15 +58,15 @@ def jumbo(
 
 def guest_on(bridge: core.Bridge, guests: MakeGuest, features: int = MODERN) -> Driver:
     made = guests(bridge, features=features)
-    bridge.set_mac(made.port, GUEST, False)
+    made.port.set_mac(GUEST, False)
     made.pair.fill()
     return made
 
 
 def books(bridge: core.Bridge, guest: Driver, port: Netdev) -> tuple[int, int]:
     """Frames in with the copies made of them, and frames out with all drops."""
-    sources = guest.stats(core.TX), bridge.queue_stats(port.port, 0, core.RX)
-    sinks = guest.stats(core.RX), bridge.queue_stats(port.port, 0, core.TX)
+    sources = guest.stats(core.TX), port.port.queue_stats(0, core.RX)
+    sinks = guest.stats(core.RX), port.port.queue_stats(0, core.TX)
     into = sum(each.packets + each.copies + each.segments - each.joined for each in sources)
     return into, sum(each.packets for each in sinks) + sum(sum(each.drops.values()) for each in (*sources, *sinks))
 
@@ -75,7 +75,7 @@ def all_is_well(bridge: core.Bridge, guest: Driver, port: Netdev) -> None:
     """Nothing was dropped by anybody, and every frame of the arena is where it was."""
     into, out = books(bridge, guest, port)
     assert into == out
-    stats = bridge.netdev_xsk_stats(port.port, 0)
+    stats = port.port.xsk_stats(0)
     assert (stats.rx_dropped, stats.rx_invalid_descs, stats.tx_invalid_descs, stats.rx_ring_full) == (0, 0, 0, 0)
     assert stats.frames_free + stats.frames_tx == 128
 
@@ -97,7 +97,7 @@ def test_frames_pass_both_ways_at_every_border_of_descriptors(
             guest.pair.fill()
         assert guest.pair.wait_sent()
         for direction in core.RX, core.TX:
-            stats = bridge.queue_stats(port.port, 0, direction)
+            stats = port.port.queue_stats(0, direction)
             assert (stats.packets, stats.bytes) == (len(SIZES), sum(SIZES))
             assert sum(stats.drops.values()) == 0
         all_is_well(bridge, guest, port)
@@ -116,7 +116,7 @@ def test_the_longest_frame_of_an_mtu_passes_with_a_tag_and_one_byte_more_does_no
         assert wire.receive() == sent[:12] + sent[16:]
         guest.pair.send(frame(PEER, GUEST, longest + 1, vlan=TAG))
         assert guest.pair.wait_sent()
-        assert bridge.queue_stats(port.port, 0, core.TX).drops["oversize"] == 1
+        assert port.port.queue_stats(0, core.TX).drops["oversize"] == 1
         for destination in GUEST, BROADCAST:
             sent = frame(destination, PEER, longest, vlan=TAG)
             wire.send(sent)
@@ -154,7 +154,7 @@ def test_a_checksum_is_made_over_all_descriptors(
             payload = os.urandom(size)
             guest.pair.send(over(4, protocol, payload, PARTIAL, to=mac(60)), layout, header)
             assert wire.receive() == over(4, protocol, payload, RIGHT, to=mac(60))
-        stats = bridge.queue_stats(port.port, 0, core.TX)
+        stats = port.port.queue_stats(0, core.TX)
         assert (stats.csum_computed, stats.csum_partial) == ((3, 0) if by == "core" else (0, 3))
         all_is_well(bridge, guest, port)
 
@@ -184,10 +184,10 @@ def test_the_guest_waits_for_room_and_loses_nothing(bridge: core.Bridge, guests:
         got = [wire.receive()]
         while (each := wire.receive(timeout=0.1)) is not None:
             got.append(each)
-        assert bridge.queue_stats(port.port, 0, core.TX).packets == len(sent)
+        assert port.port.queue_stats(0, core.TX).packets == len(sent)
         assert set(got) <= set(sent)  # not all: the far end's socket buffer is small
         all_is_well(bridge, guest, port)
-        assert eventually(lambda: bridge.netdev_xsk_stats(port.port, 0).tx_invalid_descs == 0)
+        assert eventually(lambda: port.port.xsk_stats(0).tx_invalid_descs == 0)
 
 
 def test_bursts_from_the_wire_keep_their_order(bridge: core.Bridge, guests: MakeGuest) -> None:
@@ -283,7 +283,7 @@ def test_frames_are_sent_from_where_they_lie_as_long_as_one_descriptor_holds_the
             guest.pair.send(frame(PEER, GUEST, size))
             assert wire.receive() == frame(PEER, GUEST, size)
             assert guest.pair.wait_sent()
-            assert bridge.queue_stats(port.port, 0, core.TX).in_place == in_place
+            assert port.port.queue_stats(0, core.TX).in_place == in_place
             wire.send(frame(GUEST, PEER, 9014))
             assert guest.pair.frames() == [frame(GUEST, PEER, 9014)]
             all_is_well(bridge, guest, port)
@@ -342,7 +342,7 @@ def test_c30_datagrams_that_the_kernel_has_joined_do_not_become_one(
         if told:
             assert [len(each) for each in guest.pair.frames(10)] == [1442] * 10
         else:
-            assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).drops["oversize"] == 1)
+            assert eventually(lambda: port.port.queue_stats(0, core.RX).drops["oversize"] == 1)
             assert guest.pair.frames(1, 0.2) == []
 
 
@@ -404,14 +404,14 @@ def port(bridge: core.Bridge, request: pytest.FixtureRequest) -> Iterator[int]:
     mtu: int = getattr(request, "param", 9000)
     with veth(mtu=mtu) as pair:
         made = bridge.add_netdev(1)
-        bridge.netdev_open_queue(made, 0, socket.if_nametoindex(pair.ifname), mtu + 18)
+        made.open_queue(0, socket.if_nametoindex(pair.ifname), mtu + 18)
         yield made
-        bridge.netdev_close_queue(made, 0)
+        made.close_queue(0)
 
 
 @pytest.fixture
-def kernel(bridge: core.Bridge, port: int) -> Iterator[FaultyKernel]:
-    with contextlib.closing(FaultyKernel(bridge.netdev_queue_fd(port, 0), 128)) as made:
+def kernel(bridge: core.Bridge, port: core.Netdev) -> Iterator[FaultyKernel]:
+    with contextlib.closing(FaultyKernel(port.queue_fd(0), 128)) as made:
         yield made
 
 
@@ -426,8 +426,8 @@ Drops = Callable[[], dict[str, int]]
 
 
 @pytest.fixture
-def drops(bridge: core.Bridge, port: int) -> Drops:
-    return lambda: {name: n for name, n in bridge.queue_stats(port, 0, core.RX).drops.items() if n}
+def drops(bridge: core.Bridge, port: core.Netdev) -> Drops:
+    return lambda: {name: n for name, n in port.queue_stats(0, core.RX).drops.items() if n}
 
 
 def lengths(guest: Driver, count: int = 1) -> list[int]:
@@ -566,17 +566,17 @@ def test_c28_a_part_of_a_frame_on_a_socket_that_gets_none_is_not_ours(
 
 @each_socket
 def test_c28_a_kernel_that_does_so_three_times_gets_a_new_socket(
-    bridge: core.Bridge, port: int, kernel: FaultyKernel, guest: Driver, drops: Drops
+    bridge: core.Bridge, port: core.Netdev, kernel: FaultyKernel, guest: Driver, drops: Drops
 ) -> None:
     bridge.events()
     for _ in range(2):
         kernel.deliver([(1 << 40, 60, 0)])
     assert eventually(lambda: kernel.consumed == 2)
-    assert not bridge.netdev_is_stale(port, "off")
+    assert not port.is_stale("off")
     assert not bridge.events() & core.EVENT_UMEM
     kernel.deliver([(1 << 40, 60, 0), *kernel.chain(60)])
     assert lengths(guest) == [60]
-    assert bridge.netdev_is_stale(port, "off")
+    assert port.is_stale("off")
     assert bridge.events() & core.EVENT_UMEM
     assert drops() == {"bad_frame": 3}
 

@@ -112,7 +112,9 @@ def test_veth_is_opened_in_native_mode_and_left_as_it_was(bridge: core.Bridge, p
     port.close()
     port.close()
     assert free(pair.ifname)
-    assert (port.port, port.alive) == (-1, False)
+    assert not port.alive
+    with pytest.raises(SetupError, match=f"{pair.ifname}: not open"):
+        port.port.queue_stats(0, core.RX)
     assert open_files() == before
 
 
@@ -227,7 +229,7 @@ def test_every_receive_queue_gets_a_socket(bridge: core.Bridge) -> None:
     with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
         port.open()
         assert port.queues == 2
-        assert [core.Bridge.netdev_xsk_stats(bridge, port.port, queue).open for queue in (0, 1)] == [1, 1]
+        assert [port.port.xsk_stats(queue).open for queue in (0, 1)] == [1, 1]
 
 
 def test_fewer_queues_than_the_interface_has_are_warned_of(
@@ -304,7 +306,7 @@ def test_a_program_of_somebody_else_is_left_alone(bridge: core.Bridge, pair: Vet
 def test_a_queue_in_use_by_another_process_is_named(bridge: core.Bridge, pair: Veth) -> None:
     other = core.Bridge(netdev_queues=1, frames_per_queue=256)
     port = other.add_netdev(1)
-    other.netdev_open_queue(port, 0, require_link(pair.ifname).index, 1518)
+    port.open_queue(0, require_link(pair.ifname).index, 1518)
     try:
         with pytest.raises(BusyError, match="AF_XDP socket of queue 0: in use"):
             Netdev(bridge, pair.ifname).open()
@@ -376,7 +378,7 @@ def test_frames_are_steered_by_destination_and_counted(bridge: core.Bridge, pair
             host.recv(65536)
         assert sorted(seen) == sorted([STRANGER] * 4 + [BROADCAST] * 3 + [MULTICAST] * 2)
         # The guests' frames reached the bridge: unicast through AF_XDP, the others through AF_PACKET.
-        assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).packets == 10)
+        assert eventually(lambda: port.port.queue_stats(0, core.RX).packets == 10)
 
 
 def host_socket(ifname: str) -> socket.socket:
@@ -412,7 +414,7 @@ def test_frames_of_a_queue_without_a_socket_go_to_the_host(bridge: core.Bridge, 
 
 
 def received_frames(bridge: core.Bridge, port: Netdev) -> int:
-    return sum(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(port.queues))
+    return sum(port.port.queue_stats(queue, core.RX).packets for queue in range(port.queues))
 
 
 def test_an_announced_guest_is_heard_at_the_far_end(opened: Netdev, pair: Veth, bridge: core.Bridge) -> None:
@@ -424,8 +426,8 @@ def test_an_announced_guest_is_heard_at_the_far_end(opened: Netdev, pair: Veth, 
         session.handle(Message(Header(Request.SEND_RARP, VERSION, 8), Address(GUEST).pack()), [])
         assert wire.receive() == rarp(GUEST)
         assert wire.receive(timeout=0.2) is None
-    assert bridge.queue_stats(device.port, 0, core.TX).packets == 1
-    assert bridge.queue_stats(opened.port, 0, core.TX).packets == 1
+    assert device.port.queue_stats(0, core.TX).packets == 1
+    assert opened.port.queue_stats(0, core.TX).packets == 1
     session.close()
 
 
@@ -433,7 +435,7 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
     opened: Netdev, pair: Veth, bridge: core.Bridge
 ) -> None:
     with contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
-        bridge.set_mac(guest.port, GUEST, True)
+        guest.port.set_mac(GUEST, True)
         opened.sync_macs([GUEST])
         guest.pair.fill()
         bridge.events()
@@ -441,7 +443,7 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
             wire.send(frame(GUEST, b"\x02\0" + number.to_bytes(4, "big")))
             if number % 64 == 63:  # the socket has 128 frames
                 assert eventually(
-                    lambda sent=number + 1: bridge.queue_stats(opened.port, 0, core.RX).packets == sent  # type: ignore[misc]
+                    lambda sent=number + 1: opened.port.queue_stats(0, core.RX).packets == sent  # type: ignore[misc]
                 )
         assert not bridge.events() & core.EVENT_FDB, "no address of a guest has changed"
         entries = bridge.fdb_dump()
@@ -463,7 +465,7 @@ def test_47_what_is_for_a_router_on_many_vlans_of_the_wire_reaches_no_other_gues
 
     with contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
         other = Driver(bridge).start()
-        bridge.set_mac(guest.port, GUEST, True)
+        guest.port.set_mac(GUEST, True)
         opened.sync_macs([GUEST])
         guest.pair.fill()
         other.pair.fill()
@@ -473,8 +475,8 @@ def test_47_what_is_for_a_router_on_many_vlans_of_the_wire_reaches_no_other_gues
             guest.pair.fill()
         for vlan in range(1, 33):
             guest.pair.send_all([tagged(STRANGER, GUEST, vlan)])
-            assert bridge.queue_stats(opened.port, 0, core.TX).packets == vlan
-        assert bridge.queue_stats(guest.port, 0, core.TX).copies == 0
+            assert opened.port.queue_stats(0, core.TX).packets == vlan
+        assert guest.port.queue_stats(0, core.TX).copies == 0
         assert other.pair.packets() == []
         other.close()
 
@@ -496,9 +498,9 @@ def test_46_what_comes_back_from_the_wire_takes_no_address_and_a_station_there_d
         return next(entry.port for entry in bridge.fdb_dump() if entry.mac == address)
 
     def from_wire(sent: bytes) -> None:
-        before = bridge.queue_stats(port.port, 0, core.RX).packets
+        before = port.port.queue_stats(0, core.RX).packets
         wire.send(sent)
-        assert eventually(lambda: bridge.queue_stats(port.port, 0, core.RX).packets == before + 1)
+        assert eventually(lambda: port.port.queue_stats(0, core.RX).packets == before + 1)
 
     bridge = held_bridge
     port = Netdev(bridge, pair.ifname)
@@ -506,7 +508,7 @@ def test_46_what_comes_back_from_the_wire_takes_no_address_and_a_station_there_d
         port.open()
         port.sync_macs([SECOND])
         with contextlib.closing(Driver(bridge).start()) as other:
-            bridge.set_mac(other.port, SECOND, True)
+            other.port.set_mac(SECOND, True)
             for moved in (frame(BROADCAST, GUEST), frame(SECOND, GUEST)):
                 guest.pair.send_all([frame(BROADCAST, GUEST)])
                 assert wire.receive() == frame(BROADCAST, GUEST)
@@ -538,8 +540,8 @@ def test_57_what_comes_back_of_a_guest_with_an_address_is_dropped_while_it_is_he
 ) -> None:
     with contextlib.closing(Driver(bridge).start()) as guest, pair.wire() as wire:
         other = Driver(bridge).start()
-        bridge.set_mac(guest.port, GUEST, True)
-        bridge.set_mac(other.port, SECOND, True)
+        guest.port.set_mac(GUEST, True)
+        other.port.set_mac(SECOND, True)
         opened.sync_macs([GUEST, SECOND])
         guest.pair.fill()
         other.pair.fill()
@@ -550,14 +552,14 @@ def test_57_what_comes_back_of_a_guest_with_an_address_is_dropped_while_it_is_he
             wire.send(frame(destination, GUEST))
             wire.send(frame(destination, STRANGER))
             assert other.pair.frames() == guest.pair.frames() == [frame(destination, STRANGER)]
-        assert bridge.queue_stats(opened.port, 0, core.RX).drops["reflected"] == 2
+        assert opened.port.queue_stats(0, core.RX).drops["reflected"] == 2
         # To one station nothing comes back; and one that has gone to another host is heard from there.
         wire.send(frame(SECOND, GUEST))
         assert other.pair.frames() == [frame(SECOND, GUEST)]
         guest.stop()
         wire.send(frame(BROADCAST, GUEST))
         assert other.pair.frames() == [frame(BROADCAST, GUEST)]
-        assert bridge.queue_stats(opened.port, 0, core.RX).drops["reflected"] == 2
+        assert opened.port.queue_stats(0, core.RX).drops["reflected"] == 2
         other.close()
 
 
@@ -615,8 +617,8 @@ def test_c22_a_guest_cannot_send_from_the_interfaces_own_address(
         for source in (pair.mac, GUEST):
             guest.pair.send(BROADCAST + source + PAYLOAD)
         assert guest.pair.wait_sent()
-        assert bridge.queue_stats(guest.port, 0, core.TX).drops["spoof"] == 1
-        assert bridge.queue_stats(opened.port, 0, core.TX).packets == 1
+        assert guest.port.queue_stats(0, core.TX).drops["spoof"] == 1
+        assert opened.port.queue_stats(0, core.TX).packets == 1
         assert pair.mac not in {entry.mac for entry in bridge.fdb_dump() if entry.port == guest.port}
 
 
@@ -956,7 +958,7 @@ def four() -> Iterator[Veth]:
 @pytest.fixture
 def guest(bridge: core.Bridge) -> Iterator[Driver]:
     with contextlib.closing(Driver(bridge).start()) as made:
-        bridge.set_mac(made.port, GUEST, True)
+        made.port.set_mac(GUEST, True)
         yield made
 
 
@@ -985,7 +987,7 @@ def all_cross(guest: Driver, pair: Veth) -> bool:
 
 
 def sockets(port: Netdev) -> list[int]:
-    return [queue for queue in range(port.room) if core.Bridge.netdev_xsk_stats(port._bridge, port.port, queue).open]
+    return [queue for queue in range(port.room) if port.port.xsk_stats(queue).open]
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
@@ -995,7 +997,7 @@ def test_d19_queues_that_come_under_traffic_get_sockets_and_every_flow_its_guest
     with contextlib.closing(Netdev(bridge, four.ifname, mode=mode)) as port:
         port.open()
         port.sync_macs([GUEST])
-        first = bridge.netdev_queue_fd(port.port, 0)
+        first = port.port.queue_fd(0)
         assert (port.room, port.queues, port.unserved, port.state) == (4, 1, 0, "up")
         assert all_cross(guest, four)
 
@@ -1012,10 +1014,10 @@ def test_d19_queues_that_come_under_traffic_get_sockets_and_every_flow_its_guest
 
         asyncio.run(story())
         assert sockets(port) == [0, 1, 2, 3]
-        assert bridge.netdev_queue_fd(port.port, 0) == first  # guests have sent meanwhile
+        assert port.port.queue_fd(0) == first  # guests have sent meanwhile
         assert all_cross(guest, four)
         if mode == "native":  # else veth does not say where a frame came from
-            assert all(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(4))
+            assert all(port.port.queue_stats(queue, core.RX).packets for queue in range(4))
 
 
 def test_d19_the_kernel_takes_away_no_queue_that_has_a_socket(bridge: core.Bridge, guest: Driver) -> None:
@@ -1079,10 +1081,10 @@ def test_d19_sockets_of_vanished_queues_are_closed_and_come_again_with_them(
                 await watch.until(lambda: port.queues == 1)
                 assert sockets(port) == [0]
                 assert (port.state, port.unserved, port.queues_had) == ("up", 0, 4)
-                assert not bridge.netdev_is_stale(port.port, port.zerocopy)
+                assert not port.port.is_stale(port.zerocopy)
                 assert all_arrive(guest, tap.send)
                 # The books keep what the others had.
-                assert sum(bridge.queue_stats(port.port, queue, core.RX).packets for queue in range(4)) > sums
+                assert sum(port.port.queue_stats(queue, core.RX).packets for queue in range(4)) > sums
                 tap.grow(4)
                 await watch.until(lambda: port.queues == 4)
 
@@ -1136,7 +1138,7 @@ def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_cou
                 told = "3 receive queues and 2 AF_XDP sockets"
                 assert [told in message for message in caplog.messages].count(True) == 1
                 assert "or queues=3 and a restart" in caplog.text
-                assert not bridge.netdev_is_stale(port.port, port.zerocopy)
+                assert not port.port.is_stale(port.zerocopy)
                 set_channels(four, 3, 2)
                 await watch.reach("partial", "up")
 
@@ -1151,7 +1153,7 @@ def test_d19_a_queue_that_somebody_else_has_is_told_of_and_taken_once_it_is_free
     monkeypatch.setattr("xdpnet.netdev.watch.PROBE_S", 0.2)
     set_channels(four, 1, 2)
     other = core.Bridge(netdev_queues=1, frames_per_queue=256)
-    other.netdev_open_queue(other.add_netdev(2), 1, socket.if_nametoindex(four.ifname), 1518)
+    other.add_netdev(2).open_queue(1, socket.if_nametoindex(four.ifname), 1518)
     # The kernel lets nobody take away the queue of a socket: the interface begins with both.
     link = require_link
     monkeypatch.setattr("xdpnet.netdev.port.require_link", lambda name: Link(**{**vars(link(name)), "rx_queues": 1}))
@@ -1177,7 +1179,7 @@ def test_d19_a_queue_that_somebody_else_has_is_told_of_and_taken_once_it_is_free
 def test_d19_queues_that_are_as_they_were_change_nothing(bridge: core.Bridge, caplog: pytest.LogCaptureFixture) -> None:
     with veth(queues=2) as pair, contextlib.closing(Netdev(bridge, pair.ifname)) as port:
         port.open()
-        before = port._link_fd, [bridge.netdev_queue_fd(port.port, queue) for queue in (0, 1)]
+        before = port._link_fd, [port.port.queue_fd(queue) for queue in (0, 1)]
         said = len(caplog.messages)
 
         async def story() -> None:
@@ -1189,7 +1191,7 @@ def test_d19_queues_that_are_as_they_were_change_nothing(bridge: core.Bridge, ca
                 assert watch.states == []
 
         asyncio.run(story())
-        assert (port._link_fd, [bridge.netdev_queue_fd(port.port, queue) for queue in (0, 1)]) == before
+        assert (port._link_fd, [port.port.queue_fd(queue) for queue in (0, 1)]) == before
         assert len(caplog.messages) == said
 
 
@@ -1227,10 +1229,10 @@ def stacked(ifname: str, address: bytes, kind: str = "macvlan", space: str = "")
 
 def dropped(bridge: core.Bridge, guest: Driver, source: bytes) -> int:
     """How many of one frame with this source are refused to the guest."""
-    before = bridge.queue_stats(guest.port, 0, core.TX).drops["spoof"]
+    before = guest.port.queue_stats(0, core.TX).drops["spoof"]
     guest.pair.send(BROADCAST + source + PAYLOAD)
     assert guest.pair.wait_sent()
-    return bridge.queue_stats(guest.port, 0, core.TX).drops["spoof"] - before
+    return guest.port.queue_stats(0, core.TX).drops["spoof"] - before
 
 
 def learned(bridge: core.Bridge, guest: Driver) -> set[bytes]:
@@ -1342,7 +1344,7 @@ def test_15_an_address_that_the_bridge_has_no_room_for_is_named_and_not_steered(
     bridge.stop()  # no worker has to be waited for, many times over
     for each in many:
         try:
-            bridge.netdev_add_mac(opened.port, each)
+            opened.port.add_mac(each)
         except OSError as error:
             left.append(each)
             errors.add(error.errno)
@@ -1555,7 +1557,7 @@ def test_on_veth_the_peer_decides_whether_a_tag_arrives(bridge: core.Bridge, pai
     ):
         port.open()
         port.sync_macs([GUEST])
-        bridge.set_mac(guest.port, GUEST, False)
+        guest.port.set_mac(GUEST, False)
         guest.start().pair.fill()
         for ours, peers, arrives in (("on", "on", plain), ("off", "on", plain), ("on", "off", tagged)):
             command("ethtool", "-K", pair.ifname, "rxvlan", ours)

@@ -17,8 +17,8 @@ MADE_OF = {
     "bpf_xdp_load_frags": {"bpf/loader.py"},
     "ethtool.set_features": LIST,  # pyroute2's
     "loader.load": LIST,
-    "netdev_open_queue": LIST,
-    "netdev_prepare": LIST,
+    "port.open_queue": LIST,
+    "port.prepare": LIST,
 }
 
 

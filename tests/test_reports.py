@@ -36,7 +36,8 @@ class Interface:
 
 
 def with_bridge(
-    steps: Callable[[core.Bridge, int, Interface], Awaitable[None]], spent: Callable[[], float] = time.thread_time
+    steps: Callable[[core.Bridge, core.Guest, Interface], Awaitable[None]],
+    spent: Callable[[], float] = time.thread_time,
 ) -> Interface:
     """Runs the steps beside a bridge with one guest, whose events are read."""
     interface = Interface()
@@ -62,8 +63,8 @@ async def settle(holds: Callable[[], bool]) -> None:
 
 
 def test_an_address_that_comes_is_steered_without_being_asked_for() -> None:
-    async def steps(bridge: core.Bridge, port: int, interface: Interface) -> None:
-        bridge.set_mac(port, MAC, True)
+    async def steps(bridge: core.Bridge, port: core.Guest, interface: Interface) -> None:
+        port.set_mac(MAC, True)
         await settle(lambda: bool(interface.synced) and interface.synced[-1] == {MAC})
 
     with_bridge(steps)
@@ -72,10 +73,10 @@ def test_an_address_that_comes_is_steered_without_being_asked_for() -> None:
 def test_a_flood_of_changes_costs_few_updates_and_the_last_state_wins() -> None:
     """One at once, and one more each time that the pause is over, however long the changes take."""
 
-    async def steps(bridge: core.Bridge, port: int, interface: Interface) -> None:
+    async def steps(bridge: core.Bridge, port: core.Guest, interface: Interface) -> None:
         begin = time.monotonic()
         for number in range(50):
-            bridge.set_mac(port, MAC[:5] + bytes([number]), True)
+            port.set_mac(MAC[:5] + bytes([number]), True)
             await asyncio.sleep(0)
         await settle(lambda: bool(interface.synced) and MAC[:5] + bytes([49]) in interface.synced[-1])
         assert len(interface.synced) <= 1 + (time.monotonic() - begin) / SETTLE_S
@@ -84,13 +85,13 @@ def test_a_flood_of_changes_costs_few_updates_and_the_last_state_wins() -> None:
 
 
 def test_an_interface_that_cannot_take_the_addresses_stops_nothing() -> None:
-    async def steps(bridge: core.Bridge, port: int, interface: Interface) -> None:
+    async def steps(bridge: core.Bridge, port: core.Guest, interface: Interface) -> None:
         interface.fails = True
-        bridge.set_mac(port, MAC, True)
+        port.set_mac(MAC, True)
         await settle(lambda: len(interface.synced) == 1)
         await asyncio.sleep(2 * SETTLE_S)
         interface.fails = False
-        bridge.set_mac(port, MAC[:5] + b"\x02", True)
+        port.set_mac(MAC[:5] + b"\x02", True)
         await settle(lambda: len(interface.synced) == 2)
 
     with_bridge(steps)
@@ -101,9 +102,9 @@ def test_the_more_an_update_costs_the_longer_the_next_one_waits(cost_s: float, m
     """Of a thousand seconds of work one has to recover for hours."""
     clock = itertools.count(0.0, cost_s)
 
-    async def steps(bridge: core.Bridge, port: int, interface: Interface) -> None:
+    async def steps(bridge: core.Bridge, port: core.Guest, interface: Interface) -> None:
         for number in range(20):
-            bridge.set_mac(port, MAC[:5] + bytes([number]), True)
+            port.set_mac(MAC[:5] + bytes([number]), True)
             await asyncio.sleep(SETTLE_S)
 
     assert (len(with_bridge(steps, lambda: next(clock)).synced) > 1) is more
@@ -164,7 +165,7 @@ def test_36_a_guest_whose_frames_are_dropped_for_their_source_is_told_of_once_wi
     with contextlib.ExitStack() as stack:
         bridge = stack.enter_context(core.Bridge())
         drivers = [stack.enter_context(contextlib.closing(Driver(bridge).start())) for _ in range(3)]
-        bridge.set_macs(drivers[0].port, [mac(1), mac(0)], True)
+        drivers[0].port.set_macs([mac(1), mac(0)], True)
         bridge.start()
         asyncio.run(run())
     assert caplog.messages == [
@@ -232,7 +233,7 @@ def test_what_a_report_of_broken_rings_costs_is_what_broke(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No ring is asked how it is."""
-    monkeypatch.setattr(core.Bridge, "queue_stats", lambda *_: pytest.fail("asked for counters"))
+    monkeypatch.setattr(core.Port, "queue_stats", lambda *_: pytest.fail("asked for counters"))
     caplog.set_level(logging.WARNING)
     broken_rings((1,))
     assert len(caplog.messages) == 1

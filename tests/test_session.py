@@ -930,18 +930,18 @@ MAC = bytes.fromhex("525400000001")
 
 def test_an_announcement_is_sent_from_the_guests_port(backend, talk):
     assert talk[0].tell(Request.SEND_RARP, MAC + b"\xff\xff") == 0  # the last two bytes say nothing
-    stats = backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX))
+    stats = backend.control.call(lambda: backend.port.queue_stats(0, TX))
     assert (stats.packets, stats.bytes) == (1, 60)
 
 
 @pytest.mark.parametrize("mac", ["01005e000001", "ffffffffffff", "000000000000"])
 def test_hostile_a40_an_announcement_of_no_guests_address_is_refused(backend, talk, mac):
     assert refused(talk, "rarp", Request.SEND_RARP, Address(bytes.fromhex(mac)))
-    assert backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX)).packets == 0
+    assert backend.control.call(lambda: backend.port.queue_stats(0, TX)).packets == 0
 
 
 def test_hostile_a40_a_checked_guest_announces_only_its_own_address(backend, talk):
-    backend.control.call(lambda: backend.bridge.set_mac(backend.port, MAC, True))
+    backend.control.call(lambda: backend.port.set_mac(MAC, True))
     assert refused(talk, "rarp", Request.SEND_RARP, Address(MAC[:5] + b"\2"))
     assert talk[0].tell(Request.SEND_RARP, Address(MAC)) == 0
 
@@ -951,7 +951,7 @@ def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connec
     frontend, guest = talk
 
     def counts():
-        stats = backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX))
+        stats = backend.control.call(lambda: backend.port.queue_stats(0, TX))
         return stats.packets, guest.counters.rarp_limited
 
     for _ in range(device.ANNOUNCE_AT_ONCE):
@@ -975,7 +975,7 @@ def test_hostile_a40_a_flood_of_announcements_disturbs_nobody(backend, talk):
         frontend.send_bytes(100 * one)
     frontend.ask_u64(Request.GET_FEATURES)
     passed = time.monotonic() - begin
-    sent = backend.control.call(lambda: backend.bridge.queue_stats(backend.port, 0, TX)).packets
+    sent = backend.control.call(lambda: backend.port.queue_stats(0, TX)).packets
     assert sent + guest.counters.rarp_limited == count
     assert device.ANNOUNCE_AT_ONCE <= sent <= device.ANNOUNCE_AT_ONCE + 1 + passed / device.ANNOUNCE_EVERY_S
 
@@ -1163,10 +1163,10 @@ def test_hostile_a11_no_order_of_requests_breaks_a_session_or_leaks_a_descriptor
         good, fds = scripted(request, peer.memory, peer.event, peer.sockets[0].fileno())
         deliver(session, request, good if payload is None else payload, [*fds, peer.event][: max(extra, len(fds))])
         for ring in session.device.rings:
-            assert ring.running == lone_bridge.ring_state(port, ring.index).started
+            assert ring.running == port.ring_state(ring.index).started
     session.close()
-    assert not any(lone_bridge.ring_state(port, ring).started for ring in (0, 1))
-    lone_bridge.remove_port(port)
+    assert not any(port.ring_state(ring).started for ring in (0, 1))
+    port.remove()
     until_equal(open_fds, before)
 
 
@@ -1189,7 +1189,7 @@ with GuestMemory(seal=False) as memory:
     for _ in range(100):
         os.eventfd_write(kick, 1)
         backend.settle()
-        state = control.call(lambda: bridge.ring_state(backend.port, 1))
+        state = control.call(lambda: backend.port.ring_state(1))
         if state.broken:
             break
     print(state.broken)

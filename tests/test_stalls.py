@@ -104,7 +104,7 @@ def test_d14_of_a_worker_that_delivers_to_slow_memory_both_guests_are_named(
     bridge: core.Bridge, guests: MakeGuest
 ) -> None:
     sender, slow_one = guests(bridge), guests(bridge, features=VERSION_1)
-    bridge.set_mac(slow_one.port, mac(2), False)
+    slow_one.port.set_mac(mac(2), False)
     watched = Watched(bridge)
     with slow(core_memory(slow_one)):
         slow_one.pair.post_at(untouched(slow_one), 2048)
@@ -148,7 +148,7 @@ def test_workers_that_sleep_spin_or_are_parked_are_not_stalled(make_bridge: Make
         for _ in range(5):
             driver.pair.send(frame(mac(1), mac(2)))
             assert driver.pair.wait_sent()
-            bridge.ring_enable(driver.port, 0, True)
+            driver.port.ring_enable(0, True)
             let_move(bridge)
             assert watched.look() == {}
         bridge.stop()
@@ -163,7 +163,7 @@ def test_d14_userfaults_of_the_frontend_are_the_frontends_alone(
 ) -> None:
     """They are of an address space, not of the file: where the frontend waits is a hole for us, full of zeroes."""
     driver, other = guests(bridge, features=VERSION_1), guests(bridge)
-    bridge.set_mac(driver.port, mac(2), False)
+    driver.port.set_mac(mac(2), False)
     own = ctypes.addressof(ctypes.c_char.from_buffer(driver.memory.map))
     addr = untouched(driver)
     with slow([(own + driver.memory.offset(addr), PAGE)]):

@@ -49,16 +49,16 @@ class Lane:
     def __init__(self, bridge: core.Bridge, guest: Driver, pair: Veth, far: Wire) -> None:
         self.bridge, self.guest, self.pair, self.far = bridge, guest, pair, far
         self.port = bridge.add_netdev(1)
-        bridge.set_mac(self.port, FAR, False)
+        self.port.set_mac(FAR, False)
         self.makes_csum(True)
 
     def makes_csum(self, makes: bool, zerocopy: core.ZeroCopy = "off", max_frame: int = LONGEST) -> None:
-        self.bridge.netdev_close_queue(self.port, 0)
+        self.port.close_queue(0)
         index = socket.if_nametoindex(self.pair.ifname)
 
         def opens() -> bool:
             with contextlib.suppress(OSError):
-                self.bridge.netdev_open_queue(self.port, 0, index, max_frame, zerocopy, makes_csum=makes)
+                self.port.open_queue(0, index, max_frame, zerocopy, makes_csum=makes)
                 return True
             return False
 
@@ -78,7 +78,7 @@ class Lane:
     @property
     def counts(self) -> tuple[int, int]:
         """Checksums made, and left."""
-        stats = self.bridge.queue_stats(self.port, 0, core.TX)
+        stats = self.port.queue_stats(0, core.TX)
         return stats.csum_computed, stats.csum_partial
 
     def goes_on(self) -> None:
@@ -86,9 +86,9 @@ class Lane:
         self.passes(frame(FAR, GUEST, mark=b"good"), frame(FAR, GUEST, mark=b"good"))
         self.send(BIG.frame(partial=True), BIG.header())
         assert self.far.receive() in (BIG.frame(partial=True), BIG.frame())
-        stats = self.bridge.netdev_xsk_stats(self.port, 0)
+        stats = self.port.xsk_stats(0)
         assert (stats.tx_invalid_descs, stats.frames_free + stats.frames_tx) == (0, FRAMES // 2)
-        assert drops(self.bridge.queue_stats(self.port, 0, core.TX)) == {}
+        assert drops(self.port.queue_stats(0, core.TX)) == {}
 
 
 BIG = Segment(payload=data(1400), to=FAR)
@@ -190,10 +190,10 @@ def test_netdev_leaves_it_to_an_interface_that_has_it_turned_on(
             command("ethtool", "-K", pair.ifname, "tx", turned)
             with contextlib.closing(Netdev(bridge, pair.ifname)) as port:
                 port.open()
-                before = bridge.queue_stats(port.port, 0, core.TX)
+                before = port.port.queue_stats(0, core.TX)
                 guest.pair.send(BIG.frame(partial=True), header=BIG.header())
                 assert far.receive() == BIG.frame(partial=turned == "on")
-                after = bridge.queue_stats(port.port, 0, core.TX)
+                after = port.port.queue_stats(0, core.TX)
                 made = after.csum_computed - before.csum_computed, after.csum_partial - before.csum_partial
                 assert made == counts
 
@@ -205,7 +205,7 @@ def test_netdev_leaves_it_to_an_interface_that_has_it_turned_on(
 def stack(bridge: core.Bridge, guests: MakeGuest, pair: Veth) -> Iterator[tuple[Driver, Netdev]]:
     """A guest, 10.99.0.2 to the far end's own stack."""
     guest = guests(bridge, features=MODERN | SENDS)
-    bridge.set_mac(guest.port, GUEST, False)
+    guest.port.set_mac(GUEST, False)
     guest.pair.fill()
     space = ("ip", "-n", pair.namespace.name)
     command(*space, "neigh", "add", "10.99.0.2", "lladdr", GUEST.hex(":"), "dev", pair.peer)
@@ -258,7 +258,7 @@ def test_a_stream_reaches_a_socket_as_a_large_frame_that_was_cut(stack: tuple[Dr
             while len(got) < len(whole.payload):
                 got += accepted.recv(65536)
         assert got == whole.payload
-    stats = port._bridge.queue_stats(port.port, 0, core.TX)
+    stats = port.port.queue_stats(0, core.TX)
     assert (stats.csum_partial, stats.csum_computed) == (14, 1)
 
 
@@ -341,12 +341,12 @@ def lends(lane: Lane, at: int, sent: bytes) -> None:
     guest = lane.guest.pair
     header = guest.memory.reserve(12)
     guest.memory.write(at, sent)
-    before = lane.bridge.queue_stats(lane.port, 0, core.TX).in_place
+    before = lane.port.queue_stats(0, core.TX).in_place
     guest.tx.add([Buffer(header, 12), Buffer(at, len(sent))], writable=False, owned=False)
     guest.tx.kick()
     assert lane.far.receive() == sent
     assert guest.wait_sent()
-    assert lane.bridge.queue_stats(lane.port, 0, core.TX).in_place == before + 1
+    assert lane.port.queue_stats(0, core.TX).in_place == before + 1
 
 
 @pytest.mark.parametrize("size", [60, 1400])
@@ -376,6 +376,6 @@ def test_a_frame_that_needs_its_checksum_is_copied_from_a_guest_that_lends(lane:
     for _ in range(3):
         lane.passes(BIG.frame(partial=True), BIG.frame(partial=True), BIG.header())
         lane.passes(frame(FAR, GUEST, 1000), frame(FAR, GUEST, 1000))
-    stats = lane.bridge.queue_stats(lane.port, 0, core.TX)
+    stats = lane.port.queue_stats(0, core.TX)
     assert (stats.in_place, stats.csum_partial) == (3, 3)
     lane.goes_on()

@@ -78,7 +78,7 @@ class Wired:
 
     bridge: core.Bridge
     ifname: str
-    port: int
+    port: core.Netdev
     policy: core.ZeroCopy = "on"
     queues: int = 1
     copies_at_once: bool = False  # of veth it could be said: as a rule these tests want the harder case
@@ -99,19 +99,19 @@ class Wired:
 
     def close(self) -> None:
         for queue in range(self.queues):
-            self.bridge.netdev_close_queue(self.port, queue)
+            self.port.close_queue(queue)
 
     def open(self, queue: int) -> None:
         index = socket.if_nametoindex(self.ifname)
-        self.bridge.netdev_open_queue(self.port, queue, index, LONGEST, self.policy, self.copies_at_once)
+        self.port.open_queue(queue, index, LONGEST, self.policy, self.copies_at_once)
 
     @property
     def stale(self) -> bool:
-        return self.bridge.netdev_is_stale(self.port, self.policy)
+        return self.port.is_stale(self.policy)
 
     @property
     def tx(self) -> Traffic:
-        return self.bridge.queue_stats(self.port, 0, core.TX)
+        return self.port.queue_stats(0, core.TX)
 
     @property
     def sent(self) -> tuple[int, int]:
@@ -120,7 +120,7 @@ class Wired:
 
     @property
     def in_flight(self) -> int:
-        return self.bridge.netdev_xsk_stats(self.port, 0).in_flight
+        return self.port.xsk_stats(0).in_flight
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def port(bridge: core.Bridge, pair: Veth) -> Wired:
 
 def wired(bridge: core.Bridge, pair: Veth, policy: core.ZeroCopy = "on", queues: int = 1) -> Wired:
     made = Wired(bridge, pair.ifname, bridge.add_netdev(queues), policy, queues)
-    bridge.set_mac(made.port, FAR, False)
+    made.port.set_mac(FAR, False)
     made.renew()
     return made
 
@@ -226,7 +226,7 @@ def test_thousands_of_frames_leave_in_order_and_their_chains_come_back_in_order(
             a.pair.send_all(batch)
             assert [wire.receive() for _ in batch] == batch
     assert port.sent == (4000, 0)
-    assert bridge.netdev_xsk_stats(port.port, 0).tx_invalid_descs == 0
+    assert port.port.xsk_stats(0).tx_invalid_descs == 0
 
 
 @dataclass
@@ -294,14 +294,14 @@ def test_frames_of_a_packed_ring_leave_byte_for_byte_and_in_place(
     a = guests(bridge, started=False, features=PACKED)
     ring = PackedTx(a)
     with contextlib.closing(ring), pair.wire() as wire:
-        bridge.ring_start(a.port, 1, ring.config)
-        bridge.ring_enable(a.port, 1, True)
+        a.port.ring_start(1, ring.config)
+        a.port.ring_enable(1, True)
         port.renew()
         for i in range(100):  # laps, with chains of one and of two descriptors
             ring.send(bytes(12) + full(i, 60 + 7 * i), [12] if i % 3 == 0 else [])
             assert wire.receive() == full(i, 60 + 7 * i)
             assert eventually(lambda: ring.done() == 1)
-        bridge.ring_stop(a.port, 1)
+        a.port.ring_stop(1)
     assert port.sent == (100, 0)
 
 
@@ -311,8 +311,8 @@ def test_a_packed_ring_is_handed_back_only_when_the_kernel_has_sent_it(
     a = guests(bridge, started=False, features=PACKED)
     ring = PackedTx(a)
     with contextlib.closing(ring):
-        bridge.ring_start(a.port, 1, ring.config)
-        bridge.ring_enable(a.port, 1, True)
+        a.port.ring_start(1, ring.config)
+        a.port.ring_enable(1, True)
         port.renew()
         ring.send(bytes(12) + full(0))
         assert eventually(lambda: ring.done() == 1)
@@ -322,7 +322,7 @@ def test_a_packed_ring_is_handed_back_only_when_the_kernel_has_sent_it(
         assert ring.done() == 0
         held.release()
         assert eventually(lambda: not ring.heads or (ring.done() >= 0 and not ring.heads))
-        base = bridge.ring_stop(a.port, 1)
+        base = a.port.ring_stop(1)
         assert base == 15 * 0x10001 | 0x80008000
 
 
@@ -359,8 +359,8 @@ def test_a_guest_whose_source_address_is_checked_is_copied(
     bridge: core.Bridge, guests: MakeGuest, pair: Veth, port: Wired, checked: bool
 ) -> None:
     a = guests(bridge, started=False)
-    bridge.set_mac(a.port, mac(1), checked)
-    bridge.guest_set_memory(a.port, a.memory.regions())
+    a.port.set_mac(mac(1), checked)
+    a.port.set_memory(a.memory.regions())
     a.start()
     port.renew()
     with pair.wire() as wire:
@@ -369,7 +369,7 @@ def test_a_guest_whose_source_address_is_checked_is_copied(
     assert port.sent == ((0, 1) if checked else (1, 0))
     # Its memory is not pinned either.
     private = 2 * 256 * core.FRAME_SIZE
-    assert (bridge.netdev_xsk_stats(port.port, 0).umem == private) == checked
+    assert (port.port.xsk_stats(0).umem == private) == checked
 
 
 def test_a_check_that_begins_later_ends_it_at_once(
@@ -379,7 +379,7 @@ def test_a_check_that_begins_later_ends_it_at_once(
     port.renew()
     with pair.wire() as wire:
         for checked in False, True, False:
-            bridge.set_mac(a.port, mac(1), checked)
+            a.port.set_mac(mac(1), checked)
             a.pair.send(full(1))
             assert wire.receive() == full(1)
     assert port.sent == (2, 1)
@@ -401,7 +401,7 @@ def test_auto_sends_in_place_from_huge_pages_while_no_address_of_another_could_b
     a = guests(bridge, spans=HUGE_SPAN, memfd_flags=os.MFD_HUGETLB if huge else 0)
     b = guests(bridge)
     if another_has_an_address:
-        bridge.set_mac(b.port, mac(2), True)
+        b.port.set_mac(mac(2), True)
     port = wired(bridge, pair, "auto")
     with pair.wire() as wire:
         a.pair.send(full(1))
@@ -414,7 +414,7 @@ def test_a_netdev_that_is_off_copies_beside_one_that_is_on(
 ) -> None:
     with veth() as other:
         off = Wired(bridge, other.ifname, bridge.add_netdev(1), "off")
-        bridge.set_mac(off.port, mac(98), False)
+        off.port.set_mac(mac(98), False)
         a = guests(bridge)
         off.renew()
         assert not off.stale
@@ -427,7 +427,7 @@ def test_a_netdev_that_is_off_copies_beside_one_that_is_on(
             assert on_wire.receive() == off_wire.receive() == frame(BROADCAST, mac(1), 1000)
         assert a.pair.wait_sent()
         assert (port.sent, off.sent) == ((2, 0), (0, 2))
-        bridge.remove_port(off.port)
+        off.port.remove()
 
 
 def test_a_frame_flooded_to_two_interfaces_and_a_guest_is_lent_once(
@@ -445,7 +445,7 @@ def test_a_frame_flooded_to_two_interfaces_and_a_guest_is_lent_once(
         assert b.pair.frames() == [frame(BROADCAST, mac(1), 1000)]
         assert a.pair.wait_sent()
         assert sorted((port.sent, second.sent)) == [(0, 1), (1, 0)]
-        bridge.remove_port(second.port)
+        second.port.remove()
 
 
 def test_a_frame_whose_checksum_was_made_for_a_guest_is_not_lent_behind_it(
@@ -493,7 +493,7 @@ def test_a_chain_is_handed_back_only_when_the_kernel_has_sent_it_and_none_overta
     bridge: core.Bridge, guests: MakeGuest, port: Wired, held: Held
 ) -> None:
     a, b = guests(bridge), guests(bridge)
-    bridge.set_mac(b.port, mac(2), False)
+    b.port.set_mac(mac(2), False)
     b.pair.fill()
     port.renew()
     lend(a, port)
@@ -553,13 +553,13 @@ def test_a_head_that_is_made_available_again_and_again_is_never_out_more_often_t
     lend(a, port, 8)
     head = next(iter(a.pair.tx.chains))
     for _ in range(100):
-        before = bridge.ring_state(a.port, 1).last_avail
+        before = a.port.ring_state(1).last_avail
         for _ in range(16):
             a.pair.tx.put(head)
         a.pair.tx.publish()
         os.eventfd_write(a.pair.tx.kick_fd, 1)
         bridge.time_advance(0)
-        if bridge.ring_state(a.port, 1).last_avail == before:
+        if a.port.ring_state(1).last_avail == before:
             break
     assert port.in_flight <= 16
     held.release()
@@ -575,11 +575,11 @@ def test_a_stopped_ring_has_got_everything_back_before_the_answer(
         for i in range(100):
             a.pair.queue(full(i))
         a.pair.tx.kick()
-        base = bridge.ring_stop(a.port, 1)
+        base = a.port.ring_stop(1)
         assert a.pair.tx.used_idx() == base
         a.pair.reap()
-        bridge.ring_start(a.port, 1, a.pair.tx.config(base=base))
-        bridge.ring_enable(a.port, 1, True)
+        a.port.ring_start(1, a.pair.tx.config(base=base))
+        a.port.ring_enable(1, True)
         os.eventfd_write(a.pair.tx.kick_fd, 1)
         assert a.pair.wait_sent()
     assert port.sent[0] == 2000
@@ -593,11 +593,11 @@ def test_what_the_kernel_does_not_let_go_of_is_ended_by_closing_the_socket(
     lend(a, port)
     bridge.events()
     assert not port.stale
-    base = bridge.ring_stop(a.port, 1)
+    base = a.port.ring_stop(1)
     assert a.pair.tx.used_idx() == base == 11
     assert bridge.events() & core.EVENT_UMEM
     assert port.stale
-    assert not bridge.netdev_xsk_stats(port.port, 0).open
+    assert not port.port.xsk_stats(0).open
     held.release()
     port.renew()
     assert not port.stale
@@ -610,7 +610,7 @@ def test_a_guest_whose_loans_cost_the_others_a_socket_is_copied_from_then_on(
     port.renew()
     lend(a, port)
     before = bridge.parked_ns
-    bridge.guest_set_memory(a.port, a.memory.regions())
+    a.port.set_memory(a.memory.regions())
     assert bridge.parked_ns > before
     held.release()
     port.renew()
@@ -669,7 +669,7 @@ def test_where_the_kernel_copies_at_once_nobody_waits_for_the_frame(
         assert a.pair.wait_sent()
         assert port.sent == (40 * (turn + 1), 0)
         assert port.in_flight == 0
-    frames = bridge.netdev_xsk_stats(port.port, 0)
+    frames = port.port.xsk_stats(0)
     assert (frames.frames_free, frames.frames_tx) == (128 - 119, 119)
     held.release()
     a.pair.send_all(full(i) for i in range(500))
@@ -746,7 +746,7 @@ def test_a_region_that_is_added_or_removed_costs_nobody_a_frame(
     port.renew()
     with GuestMemory((SECOND_REGION,), prealloc=True) as more, pair.wire() as wire:
         (region,) = more.regions()
-        bridge.guest_add_region(a.port, region)
+        a.port.add_region(region)
         assert port.stale
         more.write(SECOND_REGION.guest_addr, bytes(12) + full(7))
 
@@ -763,15 +763,15 @@ def test_a_region_that_is_added_or_removed_costs_nobody_a_frame(
         port.renew()
         send_from_region()
         assert port.sent == (2, 1)
-        bridge.guest_remove_region(a.port, region)
+        a.port.remove_region(region)
         assert port.stale
         for each in a, b:
             each.pair.send(full(3))
             assert wire.receive() == full(3)
         assert port.sent == (4, 1)
-        before = bridge.netdev_xsk_stats(port.port, 0).umem
+        before = port.port.xsk_stats(0).umem
         port.renew()
-        assert bridge.netdev_xsk_stats(port.port, 0).umem < before
+        assert port.port.xsk_stats(0).umem < before
 
 
 def test_frames_in_flight_are_back_before_their_memory_is_taken_away(
@@ -783,10 +783,10 @@ def test_frames_in_flight_are_back_before_their_memory_is_taken_away(
         for i in range(100):
             a.pair.queue(full(i))
         a.pair.tx.kick()
-        bridge.guest_set_memory(a.port, a.memory.regions())
+        a.port.set_memory(a.memory.regions())
         assert a.pair.wait_sent()
         port.renew()
-    bridge.guest_set_memory(a.port, [])
+    a.port.set_memory([])
     assert port.in_flight == 0
 
 
@@ -840,13 +840,13 @@ def test_memory_that_was_cut_off_is_left_out_and_the_others_are_sent_in_place(
     port.renew()
     os.ftruncate(a.memory.fd, 0)
     os.eventfd_write(a.pair.tx.kick_fd, 1)
-    assert eventually(lambda: bridge.ring_state(a.port, 1).broken == "memory")
+    assert eventually(lambda: a.port.ring_state(1).broken == "memory")
     port.renew()
     with pair.wire() as wire:
         b.pair.send(full(1))
         assert wire.receive() == full(1)
     assert port.sent == (1, 0)
-    bridge.guest_set_memory(a.port, [])
+    a.port.set_memory([])
     port.renew()
     with pair.wire() as wire:
         b.pair.send(full(2))
@@ -872,7 +872,7 @@ def test_13_huge_pages_that_the_frontend_has_not_are_not_taken_from_the_host(
         if missing < 4:
             os.posix_fallocate(memory, missing * HUGE, (4 - missing) * HUGE)
         free = free_huge_pages()
-        bridge.guest_add_region(a.port, core.Region(1 << 40, 4 * HUGE, 1 << 40, 0, memory))
+        a.port.add_region(core.Region(1 << 40, 4 * HUGE, 1 << 40, 0, memory))
         port.renew()
         assert free_huge_pages() == free
         assert os.fstat(memory).st_blocks * 512 == (4 - missing) * HUGE
@@ -897,7 +897,7 @@ def test_13_pages_that_the_frontend_has_not_are_not_made_by_the_daemon(
                 os.posix_fallocate(more.fd, start, end - start)
         have = os.fstat(more.fd).st_blocks
         assert have * 512 == size - (0 if hole is None else 4096)
-        bridge.guest_add_region(a.port, more.regions()[0])
+        a.port.add_region(more.regions()[0])
         port.renew()
         assert os.fstat(more.fd).st_blocks == have
     with pair.wire() as wire:
@@ -917,7 +917,7 @@ def test_whatever_came_and_went_the_books_balance(
         a.pair.tx.kick()
         port.renew()
         if turn % 3 == 0:
-            bridge.guest_set_memory(a.port, a.memory.regions())
+            a.port.set_memory(a.memory.regions())
         assert a.pair.wait_sent()
     out = port.tx.packets + sum(port.tx.drops.values())
     tx = a.stats(core.TX)
@@ -1007,20 +1007,20 @@ def test_a_guest_whose_memory_moved_is_copied_and_no_longer_pinned_and_the_other
             assert a.driver.pair.wait_sent()
 
         both(in_place=2)
-        assert not bridge.guest_leave_umem(a.driver.port)
+        assert not a.driver.port.leave_umem()
         bridge.events()
         a.cycle()
         both(in_place=1)
         assert eventually(lambda: bridge.events() & core.EVENT_UMEM)
         assert not port.stale
-        before = bridge.netdev_xsk_stats(port.port, 0).umem
-        assert not bridge.guest_leave_umem(b.port)
-        assert bridge.guest_leave_umem(a.driver.port)
-        assert not bridge.guest_leave_umem(a.driver.port)
+        before = port.port.xsk_stats(0).umem
+        assert not b.port.leave_umem()
+        assert a.driver.port.leave_umem()
+        assert not a.driver.port.leave_umem()
         assert port.stale
         both(in_place=1)
         port.renew()
-        assert bridge.netdev_xsk_stats(port.port, 0).umem < before + a.driver.memory.size
+        assert port.port.xsk_stats(0).umem < before + a.driver.memory.size
         both(in_place=1)
         a.driver.memory.give_up(a.page, a.size)
         have = os.fstat(a.driver.memory.fd).st_blocks
@@ -1029,7 +1029,7 @@ def test_a_guest_whose_memory_moved_is_copied_and_no_longer_pinned_and_the_other
         both(in_place=1)
         a.cycle()
         # With another table, as after a reset of its driver, it begins anew.
-        bridge.guest_set_memory(a.driver.port, a.driver.memory.regions())
+        a.driver.port.set_memory(a.driver.memory.regions())
         port.renew()
         both(in_place=2)
 
@@ -1045,7 +1045,7 @@ def test_pages_given_up_before_they_are_pinned_again_are_not_made_anew_and_the_g
     with pytest.raises(OSError, match="Bad address"):
         port.renew()
     assert bridge.events() & core.EVENT_UMEM
-    assert bridge.guest_leave_umem(a.driver.port)
+    assert a.driver.port.leave_umem()
     port.renew()
     assert os.fstat(a.driver.memory.fd).st_blocks == have
     with pair.wire() as wire:
@@ -1064,7 +1064,7 @@ def test_memory_that_moves_all_the_time_costs_no_frame(make_bridge: MakeBridge, 
     pages = [a.memory.reserve(4096, 4096) for _ in range(64)]
     with pair.wire() as wire:
         for turn in range(20):
-            bridge.guest_set_memory(a.port, a.memory.regions())
+            a.port.set_memory(a.memory.regions())
             port.renew()
             for page in pages:
                 a.memory.give_up(page, 4096)
@@ -1111,7 +1111,7 @@ def test_sockets_are_renewed_as_guests_come_and_go_and_the_link_stays(
     netdev.open()
 
     def umem() -> int:
-        return bridge.netdev_xsk_stats(netdev.port, 0).umem
+        return netdev.port.xsk_stats(0).umem
 
     async def life() -> None:
         task = asyncio.create_task(Watch(netdev, lambda _: None).run())
@@ -1121,10 +1121,10 @@ def test_sockets_are_renewed_as_guests_come_and_go_and_the_link_stays(
             a, b = Driver(bridge).start(), Driver(bridge).start()
             # A window begins in a table of pages where its file does (c/staging.h).
             windows = ONE_REGION[0].offset + 2 * ONE_REGION[0].size
-            await watched.until(lambda: umem() == private + windows and not bridge.netdev_is_stale(netdev.port, "on"))
+            await watched.until(lambda: umem() == private + windows and not netdev.port.is_stale("on"))
             a.pair.send(full(1))
             b.pair.send(full(2))
-            await watched.until(lambda: bridge.queue_stats(netdev.port, 0, core.TX).in_place == 2)
+            await watched.until(lambda: netdev.port.queue_stats(0, core.TX).in_place == 2)
             a.close()
             b.close()
             await watched.until(lambda: umem() == private)
@@ -1146,16 +1146,16 @@ def test_sockets_are_renewed_one_after_another_with_memory_that_was_registered_b
     netdev = Netdev(bridge, pair.ifname, zerocopy="on")
     netdev.open()
     assert netdev.queues == 2
-    opens = bridge.netdev_open_queue
+    opens = netdev.port.open_queue
     found: list[tuple[int, list[int], int, object]] = []
 
     def sockets() -> int:
         return sum("socket" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
 
-    def watched(port: int, queue: int, *arguments: object, **options: object) -> None:
-        others = [each for each in range(2) if each != queue and bridge.netdev_xsk_stats(port, each).open]
+    def watched(queue: int, *arguments: object, **options: object) -> None:
+        others = [each for each in range(2) if each != queue and netdev.port.xsk_stats(each).open]
         before = sockets()
-        opens(port, queue, *arguments, **options)  # type: ignore[arg-type]
+        opens(queue, *arguments, **options)  # type: ignore[arg-type]
         found.append((queue, others, sockets() - before, options["copy"]))
 
     async def life() -> None:
@@ -1167,7 +1167,7 @@ def test_sockets_are_renewed_one_after_another_with_memory_that_was_registered_b
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    monkeypatch.setattr(bridge, "netdev_open_queue", watched)
+    monkeypatch.setattr(netdev.port, "open_queue", watched)
     with contextlib.closing(netdev):
         asyncio.run(life())
         # The first takes the socket that has the memory; veth has no zero copy, which is not asked again.
@@ -1179,7 +1179,7 @@ def test_memory_that_is_registered_and_gone_before_it_is_used_is_registered_anew
 ) -> None:
     a, b = Driver(bridge).start(), guests(bridge)
     for _ in range(2):  # again: what is there is enough
-        bridge.netdev_prepare(port.port, LONGEST, "on")
+        port.port.prepare(LONGEST, "on")
     a.close()
     port.renew()
     assert not port.stale
@@ -1187,7 +1187,7 @@ def test_memory_that_is_registered_and_gone_before_it_is_used_is_registered_anew
         b.pair.send(full(1))
         assert wire.receive() == full(1)
     assert port.sent == (1, 0)
-    bridge.netdev_prepare(port.port, LONGEST, "on")  # an open one has it
+    port.port.prepare(LONGEST, "on")  # an open one has it
 
 
 def test_memory_that_cannot_be_pinned_is_said_and_frames_are_copied(
@@ -1195,13 +1195,13 @@ def test_memory_that_cannot_be_pinned_is_said_and_frames_are_copied(
 ) -> None:
     a, b = guests(bridge), guests(bridge)
     with GuestMemory((SECOND_REGION,), prealloc=True) as more:
-        bridge.guest_add_region(a.port, more.regions()[0])
+        a.port.add_region(more.regions()[0])
         os.ftruncate(more.fd, 0)  # which nobody notices: no ring is there, nor any buffer
     with contextlib.closing(Netdev(bridge, pair.ifname, zerocopy="on")) as netdev:
         netdev.open()
         assert "with guest memory; frames are copied" in caplog.text
-        bridge.set_mac(netdev.port, FAR, False)
+        netdev.port.set_mac(FAR, False)
         with pair.wire() as wire:
             b.pair.send(full(1))
             assert wire.receive(lambda got: got == full(1)) is not None
-        assert bridge.queue_stats(netdev.port, 0, core.TX).in_place == 0
+        assert netdev.port.queue_stats(0, core.TX).in_place == 0

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from xdpnet.config import Mac
-from xdpnet.core import Bridge
+from xdpnet.core import Bridge, Guest
 
 SHARE = 0.02  # of the control thread's time
 MAX_BYTES = 64 << 20  # 127 guests that have taught 4096 addresses each are 16 MiB
@@ -39,7 +39,7 @@ class AddressBook:
         self._kept: frozenset[tuple[int, bytes, int]] = frozenset()
         self._said = ""
 
-    def restore(self, bridge: Bridge, ports: Mapping[str, int]) -> None:
+    def restore(self, bridge: Bridge, ports: Mapping[str, Guest]) -> None:
         """Teaches the bridge what it knew of these guests, by name; what cannot be read is said and goes."""
         try:
             kept = self._read()
@@ -52,7 +52,7 @@ class AddressBook:
             for mac, vlan in taught:
                 with suppress(OSError):  # not the guest's to use any more, or more than its share
                     if name in ports:
-                        bridge.guest_remember(ports[name], mac, vlan)
+                        ports[name].remember(mac, vlan)
         self._kept = bridge.taught()
         log.info("addresses %s: restored: %d", self._path, len(self._kept))
 

@@ -242,16 +242,16 @@ class Daemon:
     def _add_guest(self, guest: GuestConfig) -> GuestPort:
         if guest.fd is not None and not _is_socket(guest.fd):
             raise SetupError(f"guest {guest.name}: descriptor {guest.fd} is not an open socket", "pass one with --fd")
-        port = self.bridge.add_guest(guest.queues)
+        port = self.bridge.add_guest(guest.queues, guest.name)
         if guest.macs:
             try:
-                self.bridge.set_macs(port, guest.macs, guest.checks_source)
+                port.set_macs(guest.macs, guest.checks_source)
             except OSError as error:
                 raise SetupError(
                     f"guest {guest.name}: mac {_macs(guest)}: {error.strerror}",
                     "choose an address that no interface of this daemon has",
                 ) from error
-        self.bridge.guest_set_ips(port, guest.ips)
+        port.set_ips(guest.ips)
         max_memory = guest.max_memory or self.config.max_memory
         device = GuestDevice(
             self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory, guest.guest_offloads
@@ -325,7 +325,7 @@ class Daemon:
             if guest.device.port == place.port:
                 return f"guest {guest.config.name}'s {'tx' if place.queue % 2 else 'rx'} ring {place.queue // 2}"
         for netdev in self.netdevs.values():
-            if netdev.port == place.port:
+            if netdev.has(place.port):
                 group = place.queue == netdev.room
                 return f"interface {netdev.name}'s {'group socket' if group else f'queue {place.queue}'}"
         return f"port {place.port}"

@@ -41,15 +41,16 @@ class Reports:
     def __init__(
         self,
         bridge: core.Bridge,
-        guests: Mapping[int, str],
+        guests: Mapping[core.Guest, str],
         netdevs: Mapping[str, Steering],
         end_connection: Callable[[int], None],
         checked: Container[int] = (),
         spent: Callable[[], float] = time.thread_time,
     ) -> None:
-        """guests: port -> name; checked: those whose source addresses are; spent: seconds of processor time."""
+        """guests: with their names; checked: those whose source addresses are; spent: seconds of processor time."""
         self._bridge = bridge
         self._guests = guests
+        self._names: dict[int, str] = dict(guests.items())
         self._netdevs = netdevs
         self._end_connection = end_connection
         self._loop = asyncio.get_running_loop()
@@ -116,7 +117,7 @@ class Reports:
     def say_strays(self) -> None:
         """The remedy for frames that were dropped for their source address; asked for now and then."""
         for port, name in self._guests.items():
-            mac = self._bridge.guest_stray(port)
+            mac = port.stray()
             suffix = self._strays.allow(name) if mac is not None else None
             if mac is not None and suffix is not None:
                 log.warning("guest %s: %s%s", name, self._stray(port, mac), suffix)
@@ -137,7 +138,7 @@ class Reports:
     def _memory_moved(self) -> None:
         for port, name in self._guests.items():
             try:
-                moved = self._bridge.guest_leave_umem(port)
+                moved = port.leave_umem()
             except OSError as error:  # copied it is all the same
                 log.debug("guest %s: %s", name, error)
                 continue
@@ -155,7 +156,7 @@ class Reports:
         for ring in self._bridge.broken_rings():
             broken.setdefault(ring.port, []).append(ring)
         for port, rings in broken.items():
-            name = self._guests[port]
+            name = self._names[port]
             self._say_broken(name, rings)
             if any(ring.reason == "memory" for ring in rings):
                 suffix = self._limit.allow((name, "memory"))

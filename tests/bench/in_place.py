@@ -31,7 +31,7 @@ HUGE_MIB = 320
 
 
 @asynccontextmanager
-async def served(pair: netns.Veth, path: Path) -> AsyncIterator[tuple[core.Bridge, int, Netdev]]:
+async def served(pair: netns.Veth, path: Path) -> AsyncIterator[tuple[core.Bridge, core.Guest, Netdev]]:
     """A bridge of one guest and one interface; its sockets follow the guest's memory as in the daemon."""
     with core.Bridge(netdev_queues=1, cpus=[BACKEND_CPU], zerocopy="on", copybreak=60) as bridge:
         netdev = Netdev(bridge, pair.ifname, 1, zerocopy="on")
@@ -51,13 +51,13 @@ async def served(pair: netns.Veth, path: Path) -> AsyncIterator[tuple[core.Bridg
             netdev.close()
 
 
-async def rate(bridge: core.Bridge, guest: int, netdev: Netdev, in_place: bool, seconds: float) -> float:
+async def rate(bridge: core.Bridge, guest: core.Guest, netdev: Netdev, in_place: bool, seconds: float) -> float:
     """Million frames a second that reach the interface one way or the other."""
-    bridge.set_mac(guest, parse_mac(MAC), check_source=not in_place)
+    guest.set_mac(parse_mac(MAC), check_source=not in_place)
     await asyncio.sleep(seconds / 4)
-    before, start = bridge.queue_stats(netdev.port, 0, core.TX), time.monotonic()
+    before, start = netdev.port.queue_stats(0, core.TX), time.monotonic()
     await asyncio.sleep(seconds)
-    after, end = bridge.queue_stats(netdev.port, 0, core.TX), time.monotonic()
+    after, end = netdev.port.queue_stats(0, core.TX), time.monotonic()
     sent = after.packets - before.packets
     if after.in_place - before.in_place != (sent if in_place else 0):
         raise RuntimeError(f"{after.in_place - before.in_place} of {sent} frames were sent in place")
@@ -76,7 +76,7 @@ async def measure(directory: Path, huge: Path, size: int, turns: int, seconds: f
             await asyncio.to_thread(stack.enter_context, client)
             await asyncio.to_thread(client.await_link)
             netdev.memory_changed()
-            while bridge.netdev_is_stale(netdev.port, "on"):
+            while netdev.port.is_stale("on"):
                 await asyncio.sleep(0.05)
             await asyncio.to_thread(client.command, "start")
             try:

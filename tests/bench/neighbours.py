@@ -251,7 +251,7 @@ class Stage:
         where: Sequence[Span] | None = None,
     ) -> Driver:  # fmt: skip
         made = Driver(self.bridge, features, num, pairs, where or spans(mib))
-        self.bridge.set_mac(made.port, mac(number), False)
+        made.port.set_mac(mac(number), False)
         self.guests.append(made)
         return made
 
@@ -262,7 +262,7 @@ class Stage:
     def control(self) -> None:
         """What changes something in the core each time, at a guest that does nothing."""
         self._enabled = not self._enabled
-        self.bridge.ring_enable(self.idle.port, 0, self._enabled)
+        self.idle.port.ring_enable(0, self._enabled)
 
 
 Others = Callable[[Stage], list[DrivenRing]]

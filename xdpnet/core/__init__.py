@@ -1,6 +1,6 @@
-"""The C core, in Python's terms."""
+"""The C core, in Python's terms: c/xdpnet.h says what each of them means."""
 
-from xdpnet.core.bridge import (
+from xdpnet.core.binding import (
     ANY_VLAN,
     BROKEN_NAMES,
     COPYBREAK,
@@ -28,8 +28,21 @@ from xdpnet.core.bridge import (
     MIN_FRAMES,
     RX,
     TX,
-    ZEROCOPY,
-    Bridge,
+    ZeroCopy,
+    ffi,
+    lib,
+)
+from xdpnet.core.bpf import (
+    bpf_link_ifindex,
+    bpf_map_delete,
+    bpf_map_lookup,
+    bpf_map_update,
+    bpf_xdp_link,
+    bpf_xdp_load_frags,
+)
+from xdpnet.core.bridge import Bridge, check_calls, time_hold, time_release
+from xdpnet.core.ports import Guest, Netdev, Port
+from xdpnet.core.records import (
     BrokenRing,
     FdbEntry,
     Place,
@@ -39,18 +52,6 @@ from xdpnet.core.bridge import (
     Staged,
     WorkerStats,
     XskStats,
-    ZeroCopy,
-    bpf_link_ifindex,
-    bpf_map_delete,
-    bpf_map_lookup,
-    bpf_map_update,
-    bpf_xdp_link,
-    bpf_xdp_load_frags,
-    check_calls,
-    ffi,
-    lib,
-    time_hold,
-    time_release,
 )
 
 __all__ = [
@@ -81,11 +82,13 @@ __all__ = [
     "MIN_FRAMES",
     "RX",
     "TX",
-    "ZEROCOPY",
     "Bridge",
     "BrokenRing",
     "FdbEntry",
+    "Guest",
+    "Netdev",
     "Place",
+    "Port",
     "Region",
     "RingConfig",
     "RingState",

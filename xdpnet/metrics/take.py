@@ -33,7 +33,7 @@ class GuestSource:
     """Where a guest's part comes from."""
 
     name: str
-    port: int
+    port: core.Guest
     pairs: int
     guest: Guest
 
@@ -42,7 +42,7 @@ class NetdevSource(Protocol):
     """What take() reads of an interface."""
 
     @property
-    def port(self) -> int: ...
+    def port(self) -> core.Netdev: ...
     @property
     def queues(self) -> int: ...
     @property
@@ -73,8 +73,8 @@ def take(
     stalls: Mapping[int, Stall],
 ) -> Snapshot:
     """Reads everything once. Called on the control thread, which alone may call the core."""
-    ports = [_guest_port(bridge, source) for source in guests]
-    ports += [_netdev_port(bridge, name, source) for name, source in netdevs.items()]
+    ports = [_guest_port(source) for source in guests]
+    ports += [_netdev_port(name, source) for name, source in netdevs.items()]
     given, learned = bridge.fdb_count()
     ports = [replace(port, given=given[port.number], learned=learned[port.number]) for port in ports]
     names = {port.number: port.name for port in ports}
@@ -90,27 +90,27 @@ def take(
     )
 
 
-def _guest_port(bridge: core.Bridge, source: GuestSource) -> Port:
+def _guest_port(source: GuestSource) -> Port:
     queues = tuple(
         Queue(
             number=pair,
-            rx=bridge.queue_stats(source.port, pair, core.RX),
-            tx=bridge.queue_stats(source.port, pair, core.TX),
-            rx_ring=_ring(bridge.ring_state(source.port, 2 * pair)),
-            tx_ring=_ring(bridge.ring_state(source.port, 2 * pair + 1)),
+            rx=source.port.queue_stats(pair, core.RX),
+            tx=source.port.queue_stats(pair, core.TX),
+            rx_ring=_ring(source.port.ring_state(2 * pair)),
+            tx_ring=_ring(source.port.ring_state(2 * pair + 1)),
         )
         for pair in range(source.pairs)
     )
     return Port(source.name, source.port, queues, guest=source.guest)
 
 
-def _netdev_port(bridge: core.Bridge, name: str, source: NetdevSource) -> Port:
+def _netdev_port(name: str, source: NetdevSource) -> Port:
     queues = tuple(
         Queue(
             number=queue,
-            rx=bridge.queue_stats(source.port, queue, core.RX),
-            tx=bridge.queue_stats(source.port, queue, core.TX),
-            xsk=_xsk(bridge.netdev_xsk_stats(source.port, queue)) if queue < source.queues else None,
+            rx=source.port.queue_stats(queue, core.RX),
+            tx=source.port.queue_stats(queue, core.TX),
+            xsk=_xsk(source.port.xsk_stats(queue)) if queue < source.queues else None,
         )
         for queue in range(source.queues_had)
     )

@@ -12,7 +12,7 @@ from xdpnet.errors import SetupError
 from xdpnet.netdev.link import Link, features, kernel_version
 
 ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
-PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (core.netdev_open_queue)
+PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (c/xdpnet.h)
 MAX_MTU = core.MAX_MTU
 FRAGS_KERNEL = (6, 6)  # AF_XDP for frames in several buffers
 # AF_XDP loses a VLAN tag that comes beside the frame: an interface with these features takes it out of the frame ...

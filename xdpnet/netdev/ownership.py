@@ -21,12 +21,11 @@ log = logging.getLogger(__name__)
 class Addresses:
     """Of one netdev port. All calls from the control thread."""
 
-    def __init__(self, bridge: core.Bridge, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self.stacked = False  # something may have come onto the interface whose address a guest has
         self._name = name
         self._log = RationedLog(log, name)  # for what guests can provoke
-        self._bridge = bridge
-        self._port = -1
+        self._port: core.Netdev | None = None
         self._program: loader.Program | None = None
         self._group: GroupSocket | None = None
         self._own: frozenset[bytes] = frozenset()  # the host's addresses on the interface, as found last
@@ -36,7 +35,7 @@ class Addresses:
         self._wanted_macs: frozenset[bytes] = frozenset()
         self._refused: frozenset[bytes] = frozenset()
 
-    def open(self, port: int, program: loader.Program) -> None:
+    def open(self, port: core.Netdev, program: loader.Program) -> None:
         self._port, self._program = port, program
 
     def close(self) -> None:
@@ -77,13 +76,16 @@ class Addresses:
 
     def _claim(self, own: frozenset[bytes]) -> None:
         """The host's own addresses are no guest's to use: neither does the bridge let one, nor are they steered."""
+        port = self._port
+        if port is None:
+            return
         for mac in self._guarded - own:
-            self._bridge.netdev_remove_mac(self._port, mac)
+            port.remove_mac(mac)
             self._guarded.discard(mac)
         self._unguarded &= own
         for mac in sorted(own - self._guarded):
             try:
-                self._bridge.netdev_add_mac(self._port, mac)
+                port.add_mac(mac)
                 self._guarded.add(mac)
                 self._unguarded.discard(mac)
             except OSError as error:

@@ -69,7 +69,7 @@ class Netdev:
         self.ifname = ifname  # its own, now
         self._index = 0  # of the interface that we have had: it stays ours when it is renamed
         self._log = RationedLog(log, ifname)  # for what guests can provoke
-        self.port = -1
+        self._port: core.Netdev | None = None
         self.room = 0  # sockets that there may be, whatever becomes of the interface
         self.queues = 0  # of the interface, from the first, those that have a socket while attached
         self.queues_had = 0  # the most that these have been
@@ -90,7 +90,7 @@ class Netdev:
         self._group_lost = 0  # of its predecessors
         self._link_fd = -1
         self._mtu = 0
-        self.addresses = Addresses(bridge, ifname)
+        self.addresses = Addresses(ifname)
         self._stopped_stripping: dict[str, bool] = {}  # features of _stripper that close() turns on again
         self._stripper = 0  # ifindex
         self._attached = ExitStack()
@@ -98,6 +98,17 @@ class Netdev:
         self._renewal: asyncio.TimerHandle | None = None
         self._renew_due = False
         self._renewed_at = -RENEW_PAUSE_S
+
+    @property
+    def port(self) -> core.Netdev:
+        """SetupError while it is not open."""
+        if self._port is None:
+            raise SetupError(f"interface {self.name}: not open")
+        return self._port
+
+    def has(self, number: int) -> bool:
+        """Whether its port is the one that the core means; for any thread."""
+        return self._port == number
 
     # ---- opening and closing ----
 
@@ -109,7 +120,7 @@ class Netdev:
         with ExitStack() as undo:
             undo.callback(self.close)
             # 2. The port and the program; both outlive the interface.
-            self.port = self._bridge.add_netdev(self.room)
+            self._port = self._bridge.add_netdev(self.room, self.name)
             self._program = privileged.load(self.room, MAX_MACS)
             self.addresses.open(self.port, self._program)
             # 3. The sockets and the link.
@@ -140,9 +151,9 @@ class Netdev:
             self._program.close()
             self._program = None
         self.addresses.close()
-        if self.port >= 0:
-            self._bridge.remove_port(self.port)
-            self.port = -1
+        if self._port is not None:
+            self._port.remove()
+            self._port = None
 
     @property
     def attached(self) -> bool:
@@ -184,8 +195,8 @@ class Netdev:
             undo.callback(group.close)
             self.addresses.attach(link, group)
             undo.callback(self.addresses.detach)
-            self._bridge.netdev_set_group_fd(self.port, group.fileno())
-            undo.callback(self._bridge.netdev_set_group_fd, self.port, -1)
+            self.port.set_group_fd(group.fileno())
+            undo.callback(self.port.set_group_fd, -1)
             # 4. From here on frames flow.
             self._link_fd = privileged.attach(program, link, mode, self._tells())
             undo.callback(self._unlink)
@@ -238,14 +249,12 @@ class Netdev:
 
     def _open_queue(self, link: Link, queue: int, mode: str) -> None:
         tells = mode == "generic" and self._tells()
-        failure = privileged.open_queue(
-            self._bridge, self.port, queue, link, mode, self.zerocopy, copy=self._copies, tells=tells
-        )
+        failure = privileged.open_queue(self.port, queue, link, mode, self.zerocopy, copy=self._copies, tells=tells)
         if failure:
             log.warning("%s with guest memory; frames are copied", failure)
-        self._copies = not self._bridge.netdev_xsk_stats(self.port, queue).zerocopy
+        self._copies = not self.port.xsk_stats(queue).zerocopy
         if self._program:
-            socket_fd = self._bridge.netdev_queue_fd(self.port, queue)
+            socket_fd = self.port.queue_fd(queue)
             core.bpf_map_update(self._program.xsks_fd, struct.pack("=I", queue), struct.pack("=I", socket_fd))
 
     def _tells(self) -> bool:
@@ -255,11 +264,11 @@ class Netdev:
     async def renew(self, link: Link) -> None:
         """If it is due, close and open the sockets, which then have guest memory as it is now; the link stays."""
         due, self._renew_due = self._renew_due, False  # before: it may be due again while that goes on
-        if not due or not self._bridge.netdev_is_stale(self.port, self.zerocopy):
+        if not due or not self.port.is_stale(self.zerocopy):
             return
         try:
             # What can be done before comes first, while there are sockets; then each queue is without one for a moment.
-            privileged.prepare(self._bridge, self.port, link, self.mode, self.zerocopy)
+            privileged.prepare(self.port, link, self.mode, self.zerocopy)
         except OSError as error:
             log.debug("%s: %s", self.name, error)  # said by whoever needs it
         try:
@@ -275,7 +284,7 @@ class Netdev:
 
     def _close_queues(self, queues: Iterable[int]) -> None:
         for queue in queues:
-            self._bridge.netdev_close_queue(self.port, queue)
+            self.port.close_queue(queue)
         self._closed_at = time.monotonic()
 
     async def _reopen_queue(self, link: Link, queue: int) -> None:
@@ -392,7 +401,7 @@ class Netdev:
 
     def memory_changed(self) -> None:
         """Have the sockets renewed, with guest memory as it is now: at once, but not again and again."""
-        if self._renewal or not self._bridge.netdev_is_stale(self.port, self.zerocopy):
+        if self._renewal or not self.port.is_stale(self.zerocopy):
             return
         pause = max(0.0, self._renewed_at + RENEW_PAUSE_S - time.monotonic())
         self._renewal = asyncio.get_running_loop().call_later(pause, self._renewal_is_due)

@@ -51,13 +51,13 @@ class NotLinkedError(SetupError):
 load = loader.load
 
 
-def prepare(bridge: core.Bridge, port: int, link: Link, mode: str, zerocopy: core.ZeroCopy) -> None:
+def prepare(port: core.Netdev, link: Link, mode: str, zerocopy: core.ZeroCopy) -> None:
     """What a new socket's memory takes, before the old one is closed; OSError."""
-    bridge.netdev_prepare(port, link.mtu + ETH_OVERHEAD, zerocopy, joins(mode))
+    port.prepare(link.mtu + ETH_OVERHEAD, zerocopy, joins(mode))
 
 
 def open_queue(
-    bridge: core.Bridge, port: int, queue: int, link: Link, mode: str, zerocopy: core.ZeroCopy, copy: bool, tells: bool
+    port: core.Netdev, queue: int, link: Link, mode: str, zerocopy: core.ZeroCopy, copy: bool, tells: bool
 ) -> str:
     """An AF_XDP socket, of the core; what went wrong if it could be had only without guest memory, or nothing.
 
@@ -67,7 +67,7 @@ def open_queue(
     what = f"interface {link.name}: AF_XDP socket of queue {queue}"
     copies = link.kind in COPYING
     makes_csum = copies and features(link.name).get(MAKES_CSUM, False)
-    opens = partial(bridge.netdev_open_queue, port, queue, link.index, link.mtu + ETH_OVERHEAD)
+    opens = partial(port.open_queue, queue, link.index, link.mtu + ETH_OVERHEAD)
     opens = partial(opens, makes_csum=makes_csum, joined=joins(mode), copy=copy, tells=tells)
     try:
         opens(zerocopy=zerocopy, copies_at_once=copies)

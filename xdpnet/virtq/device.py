@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from xdpnet import limits
 from xdpnet.closer import Closer
-from xdpnet.core import MAX_REGIONS, MAX_RING, Bridge, Region, Staged
+from xdpnet.core import MAX_REGIONS, MAX_RING, Bridge, Guest, Region, Staged
 from xdpnet.ration import Ration, RationedLog
 from xdpnet.virtq import features
 from xdpnet.virtq.allowance import Allowance
@@ -36,7 +36,7 @@ class GuestDevice:
         self,
         bridge: Bridge,
         name: str,
-        port: int,
+        port: Guest,
         pairs: int,
         mtu: int | None = None,
         poll: bool = False,
@@ -82,7 +82,7 @@ class GuestDevice:
         if changed and any(ring.running for ring in self.rings):
             raise ProtocolError("features", f"{', '.join(features.names(changed))} cannot change while rings run")
         with _refusing("features", "set features"):
-            self._bridge.guest_set_features(self.port, bits & ~features.PROTOCOL_FEATURES)
+            self.port.set_features(bits & ~features.PROTOCOL_FEATURES)
         self.features = bits
         if not bits & features.PROTOCOL_FEATURES:
             # Such a frontend knows no SET_VRING_ENABLE.
@@ -113,7 +113,7 @@ class GuestDevice:
             return False
         self.announcements.spend(1)
         with _refusing("rarp", "announce the guest"):
-            self._bridge.guest_announce(self.port, mac)
+            self.port.announce(mac)
         return True
 
     @property
@@ -142,7 +142,7 @@ class GuestDevice:
 
         def apply(staged: dict[Region, Staged]) -> int:
             with _refusing("mem", "map the memory table"):
-                self._bridge.guest_set_memory(self.port, table, staged)
+                self.port.set_memory(table, staged)
             self.memory = list(regions)
             self._keep_files(files)
             self._say_left_out(foreign)
@@ -174,7 +174,7 @@ class GuestDevice:
 
         def apply(staged: dict[Region, Staged]) -> int:
             with _refusing("mem", "map the region"):
-                self._bridge.guest_add_region(self.port, added, staged.get(added))
+                self.port.add_region(added, staged.get(added))
             self.memory.append(region)
             self._keep_files(self._files | {region: file})
             self._say_sparse([fd])
@@ -194,7 +194,7 @@ class GuestDevice:
         try:
             with _refusing("mem", "map guest memory"):
                 for region in table:
-                    if self._bridge.guest_stages(self.port, region):
+                    if self.port.stages(region):
                         staged[region] = Staged(region)
         except ProtocolError:
             for pages in staged.values():
@@ -209,7 +209,7 @@ class GuestDevice:
             raise ProtocolError("mem", f"no region at {region.guest_addr:#x} of {region.size:#x} bytes")
         if self.memory.count(known) == 1 and known in self._files:
             with _refusing("mem", "unmap the region"):
-                self._bridge.guest_remove_region(self.port, _core_region(known, None))
+                self.port.remove_region(_core_region(known, None))
         self.memory.remove(known)
         self._keep_files({region: file for region, file in self._files.items() if region in self.memory})
         self._follow_memory()
@@ -237,7 +237,7 @@ class GuestDevice:
     def _follow_memory(self) -> None:
         """Rings that the core stopped for want of memory wait; rings that waited for it start."""
         for ring in self.rings:
-            if ring.running and not self._bridge.ring_state(self.port, ring.index).started:
+            if ring.running and not self.port.ring_state(ring.index).started:
                 self._halt(ring)
             try:
                 self._start_if_complete(ring)
@@ -307,19 +307,19 @@ class GuestDevice:
         return ring.base
 
     def enable(self, ring: Virtqueue, on: bool) -> None:
-        self._bridge.ring_enable(self.port, ring.index, on)
+        self.port.ring_enable(ring.index, on)
         ring.enabled = on
 
     def set_call(self, ring: Virtqueue, fd: Fd | None) -> None:
         if ring.running and (fd or ring.call):
             with _refusing("event_fd", "set the call descriptor"):
-                self._bridge.ring_set_call(self.port, ring.index, number_of(fd))
+                self.port.ring_set_call(ring.index, number_of(fd))
         ring.set_call(fd)
 
     def set_err(self, ring: Virtqueue, fd: Fd | None) -> None:
         if ring.running and (fd or ring.err):
             with _refusing("event_fd", "set the err descriptor"):
-                self._bridge.ring_set_err(self.port, ring.index, number_of(fd))
+                self.port.ring_set_err(ring.index, number_of(fd))
         ring.set_err(fd)
 
     def _start_if_complete(self, ring: Virtqueue) -> None:
@@ -327,7 +327,7 @@ class GuestDevice:
         if ring.running or config is None or not self._files:
             return
         with _refusing("ring_addr", f"start ring {ring.index}"):
-            self._bridge.ring_start(self.port, ring.index, config)
+            self.port.ring_start(ring.index, config)
         ring.running = True
 
     def _require_halted(self, ring: Virtqueue, what: str) -> None:
@@ -339,7 +339,7 @@ class GuestDevice:
 
     def _halt(self, ring: Virtqueue) -> None:
         if ring.running:
-            ring.base = self._bridge.ring_stop(self.port, ring.index)
+            ring.base = self.port.ring_stop(ring.index)
             ring.running = False
 
     # ---- resets ----
@@ -357,13 +357,13 @@ class GuestDevice:
             ring.forget()
         self.features = 0
         self.guest_mtu = None
-        self._bridge.guest_set_features(self.port, 0)
+        self.port.set_features(0)
 
     def release(self) -> None:
         """The frontend is gone: no ring runs, nothing of its memory stays mapped, no descriptor of it stays open."""
         self.reset()
         if self.memory:
-            self._bridge.guest_set_memory(self.port, [])
+            self.port.set_memory([])
         self.memory = []
         self._keep_files({})
         self._said_no_memory = False
