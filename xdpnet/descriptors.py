@@ -10,15 +10,14 @@ import resource
 from xdpnet.closer import MAX_PENDING
 from xdpnet.config import Config
 from xdpnet.core import MAX_REGIONS
-from xdpnet.virtq.message import MAX_FDS
+from xdpnet.virtq.message import MAX_FDS, SCM_MAX_FD
 
 OWN = 128  # standard streams, event loops, listening sockets, what libraries keep; clients of metrics and control
 WORKER = 3
 NETDEV = 64  # program, maps, link, netlink; a socket for each of its queues
-ONE_MESSAGE = 253  # what one sendmsg() may bring, SCM_MAX_FD
 # Sockets; memory, and as much of the core's; half a message; what is being closed, of the frontend and of others that
 # were turned away.
-GUEST = 4 + 2 * MAX_REGIONS + MAX_FDS + MAX_PENDING + ONE_MESSAGE + MAX_PENDING
+GUEST = 4 + 2 * MAX_REGIONS + MAX_FDS + MAX_PENDING + SCM_MAX_FD + MAX_PENDING
 QUEUE_PAIR = 2 * 3 * 2  # rings, each with three events, of which the core has copies
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ lets itself be read.
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from xdpnet.bpf.headers import Headers, find_headers
 from xdpnet.errors import SetupError
 
 SOURCE = Path(__file__).with_name("steer.c")
-VERDICTS = ("redirected", "no_socket", "group", "host", "runt")  # enum verdict
+# What the program's enum has; its last is the number of them.
+VERDICTS = tuple(re.findall(r"enum verdict \{ (.*), VERDICTS \}", SOURCE.read_text())[0].lower().split(", "))
 MAPS = ("xsks", "macs", "verdicts")
 CACHE_LINE = 64  # SMP_CACHE_BYTES
 # enum SKB_GSO_*: what is not simply TCP or UDP to be cut, tunnels and fragments.

@@ -15,7 +15,7 @@ struct mac_key {
 	__u8 zero[2];
 };
 
-/* loader.VERDICTS has the same names in the same order. */
+/* What their counters are called, too: loader.VERDICTS. */
 enum verdict { REDIRECTED, NO_SOCKET, GROUP, HOST, RUNT, VERDICTS };
 
 BPF_XSKMAP(xsks, XN_QUEUES);

@@ -8,8 +8,8 @@ from xdpnet import _core
 ffi: Any = _core.ffi
 lib: Any = _core.lib
 
-RX = 0
-TX = 1
+RX: int = lib.XN_RX
+TX: int = lib.XN_TX
 
 MAX_PORTS: int = lib.XN_MAX_PORTS
 MAX_PAIRS: int = lib.XN_MAX_PAIRS

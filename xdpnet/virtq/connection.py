@@ -18,7 +18,7 @@ from xdpnet import threads
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.filling import MemoryChange
-from xdpnet.virtq.message import HEADER_SIZE, MAX_FDS, FramingError, Header, Message, ProtocolError, Reason
+from xdpnet.virtq.message import HEADER_SIZE, MAX_FDS, SCM_MAX_FD, FramingError, Header, Message, ProtocolError, Reason
 from xdpnet.virtq.session import Session
 
 PATIENCE_S = 5.0  # for the rest of a message that has begun, and for room for a reply
@@ -27,7 +27,7 @@ REST_MOST_S = 1.0  # then it is looked again whether something may be read
 MESSAGES_PER_TURN = 16  # then the event loop serves the other sockets
 # Room for all that one sendmsg() can send (SCM_MAX_FD), and for what else a socket may be set to deliver: of what finds
 # no room the kernel closes the descriptors, in our thread.
-ANCILLARY_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize) + 512
+ANCILLARY_ROOM = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize) + 512
 
 
 class Connection:

@@ -111,6 +111,7 @@ FLAG_REPLY = 0x4
 FLAG_NEED_REPLY = 0x8
 MAX_PAYLOAD = 4096  # ours; far above every payload of the specification
 MAX_TABLE_REGIONS = 8  # of SET_MEM_TABLE
+SCM_MAX_FD = 253  # what one sendmsg() may bring; include/net/scm.h
 MAX_FDS = 64  # ours, with one message; no request takes more than eight
 
 
