@@ -14,7 +14,8 @@ import pytest
 
 from tests.waiting import PATIENCE_S
 from xdpnet import clients
-from xdpnet.control.server import CLIENTS, DEADLINE_S, REQUEST_BYTES, ControlServer, ask, directory_of
+from xdpnet.control.client import ask
+from xdpnet.control.server import CLIENTS, DEADLINE_S, REQUEST_BYTES, ControlServer, directory_of
 from xdpnet.errors import ControlError, SocketPathError
 
 

@@ -31,8 +31,9 @@ from tests.remote import RemoteGuest
 from tests.traced import stopped
 from tests.waiting import PATIENCE_S
 from xdpnet.closer import MAX_PENDING
+from xdpnet.control.client import ask
 from xdpnet.control.orders import OTHERS
-from xdpnet.control.server import CLIENTS, ask
+from xdpnet.control.server import CLIENTS
 from xdpnet.metrics.endpoint import CONNECTIONS
 from xdpnet.metrics.snapshot import Port, Snapshot
 from xdpnet.virtq.message import Request

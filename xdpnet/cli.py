@@ -221,7 +221,7 @@ def _seconds(word: str) -> float:
 
 def _stats(options: argparse.Namespace) -> int:
     """Shows what the running daemon has counted, by port and queue."""
-    from xdpnet.control.server import ask
+    from xdpnet.control.client import ask
 
     if options.json:
         while True:
@@ -266,7 +266,7 @@ def _watch(console: "Console", path: str, seconds: float) -> None:
 
 
 def _snapshot(path: str) -> Any:
-    from xdpnet.control.server import ask
+    from xdpnet.control.client import ask
     from xdpnet.metrics.snapshot import Snapshot
 
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.traced import WALL, stopped
 from tests.waiting import until
-from xdpnet.control.server import ask
+from xdpnet.control.client import ask
 from xdpnet.demo import initramfs
 from xdpnet.metrics.snapshot import Snapshot
 

@@ -19,13 +19,12 @@ from typing import Any
 
 from xdpnet.clients import serve_few
 from xdpnet.closer import Closer
-from xdpnet.errors import ControlError, SocketPathError
+from xdpnet.errors import SocketPathError
 from xdpnet.ration import RationedLog
 from xdpnet.sockets import Access, ListeningSocket, listen_unix, peer_of
 
 CLIENTS = 16
 DEADLINE_S = 2.0
-ANSWER_S = 10.0  # a daemon that has many guests, or is joining a large one to its interfaces, takes a second or two
 REQUEST_BYTES = 4096
 
 log = RationedLog(logging.getLogger(__name__), "control")  # clients provoke it
@@ -112,31 +111,3 @@ class ControlServer:
 def _line(answer: Any) -> bytes:
     """Bytes are JSON already."""
     return (answer if isinstance(answer, bytes) else json.dumps(answer).encode()) + b"\n"
-
-
-def ask(path: str, command: str) -> Any:
-    """The running daemon's answer."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(ANSWER_S)
-            sock.connect(path)
-            sock.sendall(json.dumps({"command": command}).encode() + b"\n")
-            with sock.makefile("rb") as file:
-                line = file.readline()
-    except PermissionError as error:
-        raise ControlError(f"control socket {path}: {error.strerror}; run as root or as the daemon's user") from error
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise ControlError(f"no daemon at {path}; start it with xdpnet run, or name its socket: --control") from error
-    except TimeoutError as error:
-        raise ControlError(
-            f"control socket {path}: no answer in {ANSWER_S:.0f} s; /healthz says what holds up the daemon"
-        ) from error
-    except OSError as error:
-        raise ControlError(f"control socket {path}: {error.strerror or error}") from error
-    try:
-        answer = json.loads(line)
-    except ValueError as error:
-        raise ControlError(f"control socket {path}: the daemon ended the connection without an answer") from error
-    if isinstance(answer, dict) and "error" in answer:
-        raise ControlError(f"control socket {path}: {answer['error']}")
-    return answer

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdpnet.control.server import ask
+from xdpnet.control.client import ask
 from xdpnet.demo import process
 from xdpnet.demo.topology import Namespace
 from xdpnet.errors import ControlError, SetupError
