@@ -1,6 +1,7 @@
 """What c/xdpnet.h says, as Python has it: its limits, enumerations and names, and errors as OSError."""
 
 import os
+from functools import cache
 from typing import Any, Literal
 
 from xdpnet import _core
@@ -62,4 +63,9 @@ def check(result: int, what: str) -> int:
 
 def fields_of(struct: Any) -> dict[str, Any]:
     """All fields of a struct of c/xdpnet.h, by name."""
-    return {name: getattr(struct, name) for name, _ in ffi.typeof(struct).item.fields}
+    return {name: getattr(struct, name) for name in _fields(ffi.typeof(struct))}
+
+
+@cache
+def _fields(pointer: Any) -> tuple[str, ...]:
+    return tuple(name for name, _ in pointer.item.fields)
