@@ -1,4 +1,4 @@
-"""Ways between the host and its guests, by the commands in README, with a Linux guest."""
+"""Ways between the host and its guests, by the commands in deploy/README.md, with a Linux guest."""
 
 import re
 from contextlib import ExitStack, closing
@@ -18,8 +18,8 @@ GUEST, GUEST_AT_HOME = topology.GUEST_ADDRESSES[0], "192.0.2.1"
 
 
 def commands(first: str) -> tuple[list[list[str]], list[str]]:
-    """Of the block in README that begins so: those of ip, and xdpnet's options for interfaces."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    """Of the block in the manual that begins so: those of ip, and xdpnet's options for interfaces."""
+    readme = (Path(__file__).parent.parent / "deploy" / "README.md").read_text()
     block = next(block for block in re.findall(r"```\n(.*?)```", readme, re.DOTALL) if block.startswith(first))
     lines = [line.replace("eth1", topology.HOST_IF).split() for line in block.splitlines()]
     *made, run = lines
