@@ -3,6 +3,9 @@
 #
 #   deploy/bootstrap.sh                        install; afterwards .venv/bin/xdpnet is there
 #   deploy/bootstrap.sh demo                   install, then boot a guest and pass traffic
+#   deploy/bootstrap.sh build                  for developers: the same with their packages, and the C core anew if it changed
+#   deploy/bootstrap.sh lint                   then ruff, mypy and clang-format
+#   deploy/bootstrap.sh unit [PYTEST ARGS]     then the tests that need no interface, no guest and no root: a few minutes
 #   deploy/bootstrap.sh test [-- PYTEST ARGS]  install, then lint and every test; with arguments: that pytest run alone
 #   deploy/bootstrap.sh fuzz [MINUTES [TARGET...]]  install, then fuzz the core and the daemon, an hour unless told
 #   deploy/bootstrap.sh bench [ROW...]         install, then the benchmark
@@ -229,9 +232,9 @@ main() {
 	local verb=${1:-install}
 	[ $# = 0 ] || shift
 	case $verb in
-	install | demo | test | fuzz | bench) ;;
+	install | demo | build | lint | unit | test | fuzz | bench) ;;
 	-h | --help) sed -n '2,/^set/ { /^#/s/^# \{0,1\}//p }' "$ROOT/deploy/bootstrap.sh" && exit ;;
-	*) fail "no such command: $verb" "one of: install, demo, test, fuzz, bench" ;;
+	*) fail "no such command: $verb" "one of: install, demo, build, lint, unit, test, fuzz, bench" ;;
 	esac
 	require_debian "$verb" "$@"
 	LOG=$(mktemp -t "xdpnet-bootstrap-$$-XXXXXX")
@@ -248,6 +251,18 @@ main() {
 		environment ""
 		rm -f "$LOG"
 		exec "$VENV/bin/xdpnet" demo "$@" # in our place, so that a signal reaches it
+		;;
+	build)
+		environment "[dev]"
+		say "ready: .venv, and the core in xdpnet/"
+		;;
+	lint)
+		environment "[dev]"
+		lint
+		;;
+	unit)
+		environment "[dev]"
+		"$VENV/bin/python" -m pytest -q -m "not net and not guest and not dpdk" -n "$CORE_JOBS" --dist worksteal "$@"
 		;;
 	test)
 		test_packages
