@@ -5,7 +5,7 @@
 #   deploy/bootstrap.sh demo                   install, then boot a guest and pass traffic
 #   deploy/bootstrap.sh build                  for developers: the same with their packages, and the C core anew if it changed
 #   deploy/bootstrap.sh lint                   then ruff, mypy and clang-format
-#   deploy/bootstrap.sh unit [PYTEST ARGS]     then the tests that need no interface, no guest and no root: a few minutes
+#   deploy/bootstrap.sh unit [PYTEST ARGS]     then the tests that need no interface and no guest
 #   deploy/bootstrap.sh test [-- PYTEST ARGS]  install, then lint and every test; with arguments: that pytest run alone
 #   deploy/bootstrap.sh fuzz [MINUTES [TARGET...]]  install, then fuzz the core and the daemon, an hour unless told
 #   deploy/bootstrap.sh bench [ROW...]         install, then the benchmark
