@@ -2,15 +2,19 @@
 
 import contextlib
 import ipaddress
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from xdpnet import config
 from xdpnet.errors import ConfigError
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
 
 
 def raw(**settings: Any) -> dict[str, Any]:
@@ -423,6 +427,19 @@ def test_a_file_that_is_no_configuration_is_named_and_nothing_else_happens(tmp_p
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"config /nonexistent/x\.toml: No such file"):
         config.load_file("/nonexistent/x.toml")
+
+
+def keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()} - {"fd"}  # a flag alone
+
+
+def test_each_key_has_its_row_in_the_manual_and_its_line_in_the_example() -> None:
+    every = keys(config.Config) | keys(config.GuestConfig) | keys(config.NetdevConfig)
+    manual, example = ((DEPLOY / file).read_text() for file in ("README.md", "xdpnet.toml"))
+    (table,) = re.findall(r"^\| key \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", manual, re.MULTILINE)
+    rows = {key for row in table.splitlines() for key in re.findall(r"`(?:\[\[)?(\w+)(?:\]\])?`", row.split("|")[1])}
+    assert rows == every
+    assert set(re.findall(r"^(?:# )?(?:\[\[)?(\w+)(?:\]\]$| = )", example, re.MULTILINE)) == every
 
 
 VALUES = st.recursive(

@@ -95,6 +95,14 @@ def test_bootstrap_explains_itself_wherever_it_is_called_from(tmp_path: Path) ->
     assert "deploy/bootstrap.sh demo" in text
 
 
+def test_each_command_of_bootstrap_has_its_line_of_help(tmp_path: Path) -> None:
+    _, refused = bootstrap("nonsense", cwd=tmp_path)
+    _, text = bootstrap("--help", cwd=tmp_path)
+    install, *commands = refused.partition("one of: ")[2].strip().split(", ")
+    explained = [line.split()[1] for line in text.splitlines() if line.lstrip().startswith("deploy/bootstrap.sh ")]
+    assert explained == [f"{install};", *commands]  # to install takes no word
+
+
 @needs.root
 def test_a_bootstrap_that_fails_keeps_its_log_and_names_it_without_escape_codes(tmp_path: Path) -> None:
     programs = tmp_path / "programs"
