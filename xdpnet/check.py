@@ -198,7 +198,7 @@ def _kvm() -> str:
 def _accelerator() -> str:
     """As demo finds it; tried once."""
     kernel = initramfs.find_kernel()
-    with tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-") as directory:
+    with tempfile.TemporaryDirectory(prefix="xdpn-") as directory:
         initrd = initramfs.build(kernel, Path(directory) / "initramfs", programs=())
         return best_accelerator(kernel, initrd, Path(directory), KVM_PATIENCE_S)
 

@@ -62,7 +62,7 @@ class Demo:
         self._console.print(f"[green]ok[/] {title}: {', '.join(result)} [dim]({took})[/]", soft_wrap=True)
 
     def play(self, stack: ExitStack) -> None:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"xdpn{os.getpid()}-")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xdpn-")))
         socket = directory / "demo.socket"
         with self._step("guest image") as result:
             kernel = initramfs.find_kernel()
