@@ -5,7 +5,7 @@ rx and tx of a guest are the guest's own view: tx is what it sent. On an interfa
 Invariant, exact when no frame is on its way: into the bridge + copies + segments = out of it + joined + drops + those
 that wait for receive buffers.
 
-Counters never run backwards ; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
+Counters never run backwards; field names are those of c/xdpnet.h, with "available" and "last" spelled out.
 """
 
 from collections.abc import Iterable
