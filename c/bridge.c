@@ -2,29 +2,6 @@
 #include "bridge.h"
 
 #include <stdlib.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
-
-void bridge_event(struct xn_bridge *b, enum xn_event event)
-{
-	static const u64 one = 1;
-
-	if (__atomic_fetch_or(&b->events, event, __ATOMIC_ACQ_REL) & event)
-		return;
-	/* Does not block: a counter near its limit has been readable for long. */
-	if (write(b->event_fd, &one, sizeof(one)) < 0)
-		return;
-}
-
-void bridge_call(struct xn_bridge *b, int fd)
-{
-	if (fd < 0)
-		return;
-	spin_lock(&b->caller_lock);
-	caller_add(&b->caller, fd);
-	caller_flush(&b->caller);
-	spin_unlock(&b->caller_lock);
-}
 
 /* ---- public: the bridge ---- */
 
@@ -53,8 +30,7 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 	if (!b)
 		return NULL;
 	b->config = *config;
-	b->event_fd = -1;
-	b->arena.watch = b->arena.ready.fd = -1;
+	b->events.fd = b->arena.watch = b->arena.ready.fd = -1;
 	pthread_mutex_init(&b->parking.mutex, NULL);
 	pthread_cond_init(&b->parking.changed, NULL);
 	b->cycles_per_us = clock_cycles_per_us();
@@ -62,10 +38,7 @@ struct xn_bridge *xn_bridge_new(const struct xn_bridge_config *config)
 	b->fdb = fdb_new(config->ageing_s, config->max_macs);
 	if (!b->fdb)
 		goto fail;
-	b->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	if (b->event_fd < 0)
-		goto fail;
-	int r = caller_init(&b->caller);
+	int r = events_init(&b->events);
 
 	if (!r)
 		r = arena_init(&b->arena, config->netdev_queues, frames, config->zerocopy);
@@ -127,10 +100,8 @@ void xn_bridge_free(struct xn_bridge *b)
 	for (u32 i = 0; i < b->config.workers; i++)
 		worker_free(b->workers[i]);
 	arena_release(&b->arena);
-	caller_release(&b->caller);
+	events_release(&b->events);
 	fdb_free(b->fdb);
-	if (b->event_fd >= 0)
-		close(b->event_fd);
 	pthread_cond_destroy(&b->parking.changed);
 	pthread_mutex_destroy(&b->parking.mutex);
 	free(b);
@@ -143,17 +114,12 @@ int xn_bridge_lends(const struct xn_bridge *b)
 
 int xn_bridge_event_fd(struct xn_bridge *b)
 {
-	return b->event_fd;
+	return b->events.fd;
 }
 
 uint32_t xn_bridge_events(struct xn_bridge *b)
 {
-	u64 ignored;
-
-	/* The fd is cleared before the bits, so that a bit set in between signals it again. */
-	if (read(b->event_fd, &ignored, sizeof(ignored)) < 0 && errno != EAGAIN)
-		return 0;
-	return __atomic_exchange_n(&b->events, 0, __ATOMIC_ACQ_REL);
+	return events_take(&b->events);
 }
 
 int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out)
@@ -163,16 +129,15 @@ int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out)
 	for (u32 id = 0; id < b->ports_n; id++) {
 		struct port *p = &b->ports[id];
 
-		if (p->kind != PORT_GUEST || !__atomic_load_n(&p->guest.broke, __ATOMIC_RELAXED))
-			continue;
-		/* Acquire: the reason was stored before the bit. */
-		for (u32 rings = __atomic_exchange_n(&p->guest.broke, 0, __ATOMIC_ACQUIRE); rings; rings &= rings - 1) {
-			u32 ring = (u32)__builtin_ctz(rings);
+		for (u32 ring = 0; p->kind == PORT_GUEST && ring < 2 * p->guest.pairs; ring++) {
+			struct virtqueue *q = &p->guest.rings[ring];
 
+			/* Acquire: the reason was stored before. */
+			if (!__atomic_load_n(&q->has_broken, __ATOMIC_RELAXED) ||
+			    !__atomic_exchange_n(&q->has_broken, false, __ATOMIC_ACQUIRE))
+				continue;
 			out[n++] = (struct xn_broken_ring){
-				.port = id,
-				.ring = ring,
-				.broken = __atomic_load_n(&p->guest.rings[ring].broken, __ATOMIC_RELAXED)};
+				.port = id, .ring = ring, .broken = __atomic_load_n(&q->broken, __ATOMIC_RELAXED)};
 		}
 	}
 	return n;
@@ -229,7 +194,7 @@ int xn_fdb_flush(struct xn_bridge *b, uint32_t port)
 	if (port >= XN_MAX_PORTS || b->ports[port].kind == PORT_NONE)
 		return -ENOENT;
 	fdb_flush(b->fdb, port, false);
-	bridge_event(b, XN_EVENT_FDB);
+	events_tell(&b->events, XN_EVENT_FDB);
 	return 0;
 }
 
@@ -284,7 +249,7 @@ int xn_port_set_macs(struct xn_bridge *b, uint32_t port, const uint8_t *macs, ui
 	}
 	guests_settle_lending(b);
 	workers_resume(b);
-	bridge_event(b, XN_EVENT_FDB);
+	events_tell(&b->events, XN_EVENT_FDB);
 	return r;
 }
 
@@ -297,7 +262,7 @@ int xn_netdev_add_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
 	int r = value ? fdb_set_static(b->fdb, value, port) : -EINVAL;
 
 	if (!r)
-		bridge_event(b, XN_EVENT_FDB);
+		events_tell(&b->events, XN_EVENT_FDB);
 	return r;
 }
 
@@ -305,7 +270,7 @@ int xn_netdev_remove_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6
 {
 	if (!bridge_port(b, port, PORT_NETDEV) || !fdb_clear_static(b->fdb, station(mac), port))
 		return -ENOENT;
-	bridge_event(b, XN_EVENT_FDB);
+	events_tell(&b->events, XN_EVENT_FDB);
 	return 0;
 }
 
@@ -348,6 +313,8 @@ int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs)
 		p->guest.rings = rings;
 		for (u32 i = 0; i < 2 * pairs; i++) {
 			rings[i].port = p;
+			rings[i].alarms = &p->guest.alarms;
+			rings[i].events = &b->events;
 			rings[i].index = i;
 			rings[i].kick_fd = rings[i].call_fd = rings[i].err_fd = -1;
 			rings[i].backlog.room = share;
@@ -398,7 +365,7 @@ int xn_port_remove(struct xn_bridge *b, uint32_t port)
 	p->kind = PORT_NONE;
 	guests_settle_lending(b);
 	workers_resume(b);
-	bridge_event(b, XN_EVENT_FDB | XN_EVENT_UMEM);
+	events_tell(&b->events, XN_EVENT_FDB | XN_EVENT_UMEM);
 	return 0;
 }
 

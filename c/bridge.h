@@ -7,13 +7,12 @@
 #ifndef XN_BRIDGE_H
 #define XN_BRIDGE_H
 
+#include "events.h"
 #include "fdb.h"
 #include "guard.h"
 #include "vring.h"
 #include "worker.h"
 #include "xsk.h"
-
-_Static_assert(2 * XN_MAX_PAIRS <= 32, "a bit for every ring of a guest");
 
 /* No part of an address. */
 #define STRAY (1ull << 63)
@@ -35,7 +34,6 @@ struct guest {
 	u32 taught;		 /* of the bridge's changes, the last that this guest has taught ... */
 	u64 taught_at;		 /* ... in cycles */
 	u64 stray;		 /* STRAY | the source of a frame that was dropped for it; 0: none of late */
-	u32 broke;		 /* rings that broke since the control thread asked, one bit each */
 	enum xn_zerocopy lends;	 /* the least that a netdev must ask for to be lent its frames; OFF: none is */
 	u64 umem;		 /* the first UMEM that has all its memory */
 	bool recalling;		 /* nothing more is lent, and what is comes back */
@@ -89,10 +87,7 @@ struct xn_bridge {
 	u64 spin_cycles;
 	bool running;
 	struct parking parking;
-	struct caller caller; /* the control thread's, and of whoever breaks a ring: under the lock */
-	struct spinlock caller_lock;
-	int event_fd;
-	u32 events;
+	struct events events;
 };
 
 /* Whether the address was given to the port. */
@@ -104,10 +99,6 @@ static inline bool port_owns(const struct port *p, u64 mac)
 	return false;
 }
 
-/* Tells the control thread. */
-void bridge_event(struct xn_bridge *b, enum xn_event event);
-/* Signals an eventfd that is not ours (-1: none), at once; from any thread. */
-void bridge_call(struct xn_bridge *b, int fd);
 /*
  * Takes n views (at most XN_BURST) that `from` got on its queue `queue` to where they go, and counts them in `stats`.
  * Views marked VIEW_DROPPED are counted as that. Of a guest, whose ring keeps the rest, it takes no more than one poll may

@@ -44,10 +44,10 @@ static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan
 		from->guest.taught_at = w->turn;
 		__atomic_store_n(&from->guest.taught, __atomic_add_fetch(&b->changes, 1, __ATOMIC_RELEASE),
 				 __ATOMIC_RELAXED);
-		bridge_event(b, XN_EVENT_FDB);
+		events_tell(&b->events, XN_EVENT_FDB);
 		break;
 	case FDB_LEARNED:
-		bridge_event(b, XN_EVENT_FDB);
+		events_tell(&b->events, XN_EVENT_FDB);
 		break;
 	case FDB_REFLECTED:
 		/* Who was to have it has it, and the guest would take it for another's. */

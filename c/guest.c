@@ -112,8 +112,8 @@ static bool recall(struct port *p, bool patient)
 		}
 		if (guest_take_back(q, cycles())) {
 			full_fence();
-			(void)vring_notify(q, q->used, &p->bridge->caller);
-			caller_flush(&p->bridge->caller);
+			(void)vring_notify(q, q->used, &p->bridge->events.caller);
+			caller_flush(&p->bridge->events.caller);
 		}
 		done &= q->loans_head == q->loans_tail;
 	}
@@ -220,7 +220,7 @@ static void swap_memory(struct port *p, struct mem *new, bool anew)
 	workers_resume(p->bridge);
 	mem_free(old);
 	if (p->bridge->arena.windows_n || changes != p->bridge->arena.changes)
-		bridge_event(p->bridge, XN_EVENT_UMEM);
+		events_tell(&p->bridge->events, XN_EVENT_UMEM);
 }
 
 static struct arena *arena_of(const struct port *p)
@@ -402,7 +402,7 @@ int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], 
 	case FDB_FULL:
 		return -ENOSPC;
 	default:
-		bridge_event(b, XN_EVENT_FDB);
+		events_tell(&b->events, XN_EVENT_FDB);
 		return 0;
 	}
 }
@@ -521,7 +521,7 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 		stop_ring(q);
 	/* What our predecessor handed back it may have had no time to tell of. */
 	else if (!cursor_is(found, told))
-		bridge_call(b, q->call_fd);
+		events_call(&b->events, q->call_fd);
 out:
 	guest_settle(q->port);
 	guests_settle_lending(b);
@@ -606,7 +606,7 @@ int xn_ring_set_call(struct xn_bridge *b, uint32_t port, uint32_t ring, int fd)
 
 	/* An interrupt sent to the old fd may be lost with it: one to the new one makes up for it. */
 	if (!r && q->started)
-		bridge_call(b, q->call_fd);
+		events_call(&b->events, q->call_fd);
 	return r;
 }
 

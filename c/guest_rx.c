@@ -352,7 +352,7 @@ static u32 poll_waiting(struct worker *w, struct source *s)
 
 	vring_lock(q);
 	if (b->n) {
-		if (unlikely(__atomic_load_n(&q->port->guest.alarms.lost, __ATOMIC_RELAXED)))
+		if (unlikely(__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED)))
 			vring_break(q, XN_BROKEN_MEMORY);
 		n = serve_waiting(w, q, XN_BURST);
 	} else if (b->bytes && w->turn - b->last > w->bridge->cycles_per_us * BACKLOG_US) {
@@ -420,7 +420,7 @@ static void deliver_to(struct worker *w, struct virtqueue *q, const struct view 
 {
 	worker_delivers_to(w, place_of(q->port->id, q->index));
 	vring_lock(q);
-	if (unlikely(__atomic_load_n(&q->port->guest.alarms.lost, __ATOMIC_RELAXED)))
+	if (unlikely(__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
 	u32 done = likely(!q->backlog.n) ? deliver(w, q, views, which, n) : deliver_behind(w, q, views, which, n);
 

@@ -242,11 +242,11 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	/* A guest may make the same chain available again and again: no more than its ring has are out at once. */
 	u32 most = min_u32(XN_BURST, q->num);
 
-	if (unlikely(__atomic_load_n(&g->alarms.lost, __ATOMIC_RELAXED)))
+	if (unlikely(__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
-	if (unlikely(__atomic_load_n(&g->alarms.moved, __ATOMIC_RELAXED) == MEM_MOVED)) {
-		__atomic_store_n(&g->alarms.moved, MEM_MOVED_TOLD, __ATOMIC_RELAXED);
-		bridge_event(q->port->bridge, XN_EVENT_UMEM);
+	if (unlikely(__atomic_load_n(&q->alarms->moved, __ATOMIC_RELAXED) == MEM_MOVED)) {
+		__atomic_store_n(&q->alarms->moved, MEM_MOVED_TOLD, __ATOMIC_RELAXED);
+		events_tell(q->events, XN_EVENT_UMEM);
 	}
 	if (unlikely(q->loans))
 		most = min_u32(most, q->loans_mask + 1 - (q->loans_tail - q->loans_head));

@@ -14,27 +14,6 @@
 
 #include "arena.h"
 
-/* What the SIGBUS handler raises, of all memory of a guest. */
-struct mem_alarms {
-	u32 lost;  /* some of it was taken away */
-	u32 moved; /* enum mem_moved: some of it is not where it was when it was pinned */
-};
-
-enum mem_moved { MEM_IN_PLACE, MEM_MOVED, MEM_MOVED_TOLD };
-
-/* One mmap of a region's file, shared by every table that holds the region. */
-struct mapping {
-	u8 *base;
-	size_t length;
-	u32 refs;
-	struct mem_alarms *alarms;
-	bool huge;	     /* on hugetlbfs: its pages are there to stay */
-	struct arena *arena; /* that it is a window of; NULL: of none */
-	u64 umem;	     /* the first UMEM that has it */
-	int fd;		     /* of a window: its file, and where in that it begins */
-	u64 offset;
-};
-
 struct region {
 	u64 guest_addr;
 	u64 size;

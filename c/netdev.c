@@ -69,7 +69,7 @@ void netdev_recall(struct xsk *x, bool patient)
 	}
 	struct netdev_queue *nq = &x->port->netdev.queue[x->queue];
 
-	bridge_event(x->port->bridge, XN_EVENT_UMEM);
+	events_tell(&x->port->bridge->events, XN_EVENT_UMEM);
 	close_queue(x->port, nq);
 	nq->lost = true;
 }
@@ -103,7 +103,7 @@ int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, ui
 	int r = xsk_prepare(&b->arena, max_frame, zerocopy, flags);
 
 	if (r == -EFAULT)
-		bridge_event(b, XN_EVENT_UMEM);
+		events_tell(&b->events, XN_EVENT_UMEM);
 	return r;
 }
 
@@ -123,7 +123,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 
 	/* Some guest's memory is not where it was. */
 	if (r == -EFAULT)
-		bridge_event(b, XN_EVENT_UMEM);
+		events_tell(&b->events, XN_EVENT_UMEM);
 	if (r < 0)
 		return r;
 	x->port = &b->ports[port];

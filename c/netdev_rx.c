@@ -79,7 +79,7 @@ static __attribute__((noinline)) void drop_bad_frame(struct xsk *x, struct view 
 	if (++x->bad_frames % BAD_FRAMES)
 		return;
 	x->stuck = true;
-	bridge_event(x->port->bridge, XN_EVENT_UMEM);
+	events_tell(&x->port->bridge->events, XN_EVENT_UMEM);
 }
 
 /* A frame of the TCP in which frames are that nobody has told the size of, but that each was one of the interface. */
@@ -336,7 +336,7 @@ static u32 group_poll(struct worker *w, struct source *s)
 	if (n <= 0) {
 		if (n < 0 && errno != EAGAIN && errno != EINTR && errno != ENETDOWN) {
 			d->group_failed = true;
-			bridge_event(p->bridge, XN_EVENT_SOCKET);
+			events_tell(&p->bridge->events, XN_EVENT_SOCKET);
 		}
 		return 0;
 	}

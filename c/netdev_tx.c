@@ -257,7 +257,7 @@ bool netdev_kick(struct xsk *x)
 		xsk_recall(x);
 	unlock_tx(x);
 	if (x->down != was_down || x->gone != was_gone)
-		bridge_event(x->port->bridge, XN_EVENT_SOCKET);
+		events_tell(&x->port->bridge->events, XN_EVENT_SOCKET);
 	return !x->pending;
 }
 
@@ -271,5 +271,5 @@ void netdev_is_stuck(struct xsk *x)
 	x->stuck |= keeps;
 	unlock_tx(x);
 	if (keeps)
-		bridge_event(x->port->bridge, XN_EVENT_UMEM);
+		events_tell(&x->port->bridge->events, XN_EVENT_UMEM);
 }

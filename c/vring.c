@@ -1,19 +1,18 @@
 #include "vring.h"
 
-#include "bridge.h"
-
 void vring_break(struct virtqueue *q, enum xn_broken why)
 {
 	if (q->broken)
 		return;
 	/* Zeroes in place of lost memory make no sense as a ring: that is not the guest's fault. */
-	if (__atomic_load_n(&q->port->guest.alarms.lost, __ATOMIC_RELAXED))
+	if (__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED))
 		why = XN_BROKEN_MEMORY;
 	q->broken = (u8)why;
 	count(&q->stats.breaks, 1);
-	__atomic_fetch_or(&q->port->guest.broke, 1u << q->index, __ATOMIC_RELEASE);
-	bridge_call(q->port->bridge, q->err_fd);
-	bridge_event(q->port->bridge, why == XN_BROKEN_MEMORY ? XN_EVENT_MEMORY : XN_EVENT_BROKEN);
+	/* Release: whoever finds it broken finds the reason. */
+	__atomic_store_n(&q->has_broken, true, __ATOMIC_RELEASE);
+	events_call(q->events, q->err_fd);
+	events_tell(q->events, why == XN_BROKEN_MEMORY ? XN_EVENT_MEMORY : XN_EVENT_BROKEN);
 }
 
 int vring_fail(struct virtqueue *q, enum xn_broken why)

@@ -20,7 +20,7 @@
 #include <linux/virtio_ring.h>
 
 #include "backlog.h"
-#include "caller.h"
+#include "events.h"
 #include "loan.h"
 #include "mem.h"
 #include "source.h"
@@ -90,6 +90,8 @@ struct virtqueue {
 	int call_fd;
 	int err_fd;
 	struct port *port;
+	struct mem_alarms *alarms; /* of the memory that it lies in */
+	struct events *events;
 	u32 index; /* 2p: receive ring of pair p, 2p + 1: transmit */
 	struct xn_ring_config config;
 
@@ -103,6 +105,7 @@ struct virtqueue {
 	bool signalled_valid;
 	bool armed;	      /* packed: the device's off_wrap is where a kick is wanted, not where `used` stands */
 	u8 broken;	      /* enum xn_broken */
+	bool has_broken;      /* since the control thread last asked */
 	u32 hint;	      /* memory region of the last translation */
 	s32 steps_left;	      /* receive: that chains may take to walk before frames are dropped instead */
 	struct cursor wanted; /* receive: where a chain has to come before the first frame that waits is tried again */
