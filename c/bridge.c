@@ -122,27 +122,6 @@ uint32_t xn_bridge_events(struct xn_bridge *b)
 	return events_take(&b->events);
 }
 
-int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out)
-{
-	int n = 0;
-
-	for (u32 id = 0; id < b->ports_n; id++) {
-		struct port *p = &b->ports[id];
-
-		for (u32 ring = 0; p->kind == PORT_GUEST && ring < 2 * p->guest.pairs; ring++) {
-			struct virtqueue *q = &p->guest.rings[ring];
-
-			/* Acquire: the reason was stored before. */
-			if (!__atomic_load_n(&q->has_broken, __ATOMIC_RELAXED) ||
-			    !__atomic_exchange_n(&q->has_broken, false, __ATOMIC_ACQUIRE))
-				continue;
-			out[n++] = (struct xn_broken_ring){
-				.port = id, .ring = ring, .broken = __atomic_load_n(&q->broken, __ATOMIC_RELAXED)};
-		}
-	}
-	return n;
-}
-
 int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out)
 {
 	if (worker >= b->config.workers)

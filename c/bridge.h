@@ -142,6 +142,12 @@ void guest_park(struct port *p);
 /* While parked: what every guest may lend, after a change of memory, addresses or ports. */
 void guests_settle_lending(struct xn_bridge *b);
 void guest_release(struct port *p);
+/* While parked: finds the parts of the ring in memory; false: not all of each is there, or it is misaligned. */
+bool guest_translate_ring(struct virtqueue *q, const struct mem *m);
+/* While parked: nothing touches the ring afterwards, and the frames that wait for it are dropped. */
+void guest_stop_ring(struct virtqueue *q);
+/* Stopped, and without its file descriptors. */
+void guest_close_ring(struct virtqueue *q);
 void netdev_release(struct port *p);
 /* Recomputes what depends on which rings and sockets are up, and gives every source to its worker. */
 void guest_settle(struct port *p);
