@@ -1,8 +1,8 @@
 """Build the C core with cffi in API mode.
 
-`c/xdpnet.h` is the one text of the API: cffi's cdef reads it whole, the C sources include it. Every `c/*.c` is compiled
-into one extension module, `xdpnet._core`; warnings are errors. `--sanitize` builds it with ASan and UBSan, `--coverage`
-counts lines and branches for gcov, in OUT_DIR/coverage: python -m tests.coverage does, and prints them.
+`c/xdpnet.h` is the one text of the API: cffi's cdef reads it whole, the C sources include it. Every source below `c/`
+is compiled into one extension module, `xdpnet._core`; warnings are errors. `--sanitize` builds it with ASan and UBSan,
+`--coverage` counts lines and branches for gcov, in OUT_DIR/coverage: python -m tests.coverage does, and prints them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(out_dir: Path, sanitize: bool = False, coverage: bool = False) -> Path
     ffi.set_source(
         MODULE,
         '#include "base.h"',
-        sources=[str(path) for path in sorted(HERE.glob("*.c"))],
+        sources=[str(path) for path in sorted(HERE.rglob("*.c"))],
         include_dirs=[str(HERE)],
         extra_compile_args=flags,
         extra_link_args=["-pthread", *extra],

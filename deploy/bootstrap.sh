@@ -168,7 +168,7 @@ digest() { cat "$@" | sha256sum | cut -d ' ' -f 1; }
 environment() { # extras: "" or "[dev]"
 	local wanted core
 	wanted="$1 $(digest pyproject.toml c/hatch_build.py)"
-	core=$(digest c/*.[ch] c/build.py)
+	core=$(find c -name '*.[ch]' -o -path c/build.py | LC_ALL=C sort | xargs cat | digest)
 	if ! "$VENV/bin/python" -c 'import sys; sys.exit(sys.prefix != sys.argv[1])' "$VENV" 2>/dev/null; then
 		say "making the virtual environment .venv"
 		rm -rf "$VENV"
@@ -205,7 +205,7 @@ lint() {
 	"$VENV/bin/ruff" check .
 	"$VENV/bin/ruff" format --check .
 	"$VENV/bin/mypy"
-	"$VENV/bin/clang-format" --dry-run -Werror c/*.[ch] tests/*/*.c
+	find c tests/*/*.c -name '*.[ch]' -exec "$VENV/bin/clang-format" --dry-run -Werror {} +
 }
 
 sanitized_tests() {

@@ -55,8 +55,8 @@ def read() -> dict[str, Source]:
         ).stdout  # fmt: skip
         for file in json.loads(told)["files"]:
             path = (ROOT / file["file"]).resolve()
-            if path.parent == CORE:
-                add(sources[path.name], file["lines"])
+            if path.is_relative_to(CORE):
+                add(sources[str(path.relative_to(CORE))], file["lines"])
     return dict(sorted(sources.items()))
 
 

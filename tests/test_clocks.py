@@ -16,7 +16,7 @@ from tests.test_daemon import daemon, guest
 from tests.waiting import until
 
 PYTHON = sorted(Path("xdpnet").rglob("*.py"))
-C = sorted(Path("c").glob("*.[ch]"))
+C = sorted(Path("c").rglob("*.[ch]"))
 # What tells the time of day, which an administrator or NTP may set. The log's own lines have it from logging.
 CLOCKS_IN_PYTHON = {"time", "time_ns", "localtime", "gmtime", "now", "utcnow", "today", "CLOCK_REALTIME", "CLOCK_TAI"}
 CLOCKS_IN_C = re.compile(

@@ -37,6 +37,10 @@ def clang(*arguments: str) -> None:
         raise BuildError(done.stderr or done.stdout)
 
 
+def is_as_it_was(path: Path, core: Path) -> bool:
+    return path.read_bytes() == (CORE / path.relative_to(core)).read_bytes()
+
+
 def build(
     core: Path = CORE,
     out: Path = OUT,
@@ -50,16 +54,16 @@ def build(
     """
     out.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, f"-I{core}", *(COVERAGE if coverage else []), *(["-Wno-error"] if unchanged else [])]
-    units = {out / f"{path.stem}.o": (path, ()) for path in sorted(core.glob("*.c"))}
+    units = {out / f"{path.stem}.o": (path, ()) for path in sorted(core.rglob("*.c"))}
     units |= {out / f"{name}.o": (HERE / f"{name}.c", ()) for name in ("kernel", "packets")}
     shared = [str(unit) for unit in units]
     units |= {out / f"target-{name}.o": (HERE / TARGETS[name][0], TARGETS[name][1]) for name in targets}
-    if unchanged and all(path.read_bytes() == (CORE / path.name).read_bytes() for path in core.glob("*.h")):
+    if unchanged and all(is_as_it_was(path, core) for path in core.rglob("*.h")):
         for unit, (path, _) in list(units.items()):
-            if path.parent != core or path.read_bytes() == (CORE / path.name).read_bytes():
+            if not path.is_relative_to(core) or is_as_it_was(path, core):
                 unit.symlink_to(unchanged / unit.name)
                 del units[unit]
-    shared_sources = [*core.glob("*.h"), *HERE.glob("*.h"), Path(__file__)]
+    shared_sources = [*core.rglob("*.h"), *HERE.glob("*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in shared_sources)
     with ThreadPoolExecutor(2) as pool:
         jobs = [

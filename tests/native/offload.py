@@ -46,7 +46,7 @@ class Offload:
             + (SANITIZE if sanitized else [])
             + (["--coverage", "-O0", "-DXN_COUNTED", "-dumpdir", f"{counts}/"] if counts else [])
             + [f"-I{CORE}", "-o", str(library), str(SOURCES / "offload.c")]
-            + [str(CORE / f"{name}.c") for name in PARTS],
+            + [str(path) for path in sorted(CORE.rglob("*.c")) if path.stem in PARTS],
             check=True,
             timeout=60,
         )
