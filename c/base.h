@@ -69,6 +69,11 @@ static inline u32 place_of(u32 port, u32 queue)
 	return port << 8 | queue;
 }
 
+static inline u32 port_of(u32 place)
+{
+	return place >> 8;
+}
+
 static inline void full_fence(void)
 {
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);

@@ -21,10 +21,10 @@ enum { GOOD = XN_DROP_COUNT };
 /* Remembers where a frame came from. Else than GOOD: why it goes no further. */
 static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
 {
-	struct xn_bridge *b = w->bridge;
+	struct xn_bridge *b = from->bridge;
 	enum fdb_teacher teacher = FDB_GUEST;
 
-	if (from->kind == PORT_GUEST) {
+	if (!from->wire) {
 		/* Its own was given: there is nothing to learn. */
 		if (port_owns(from, src))
 			return GOOD;
@@ -41,9 +41,8 @@ static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan
 	case FDB_KNOWN:
 		break;
 	case FDB_NEW:
-		from->guest.taught_at = w->turn;
-		__atomic_store_n(&from->guest.taught, __atomic_add_fetch(&b->changes, 1, __ATOMIC_RELEASE),
-				 __ATOMIC_RELAXED);
+		from->taught_at = w->turn;
+		__atomic_store_n(&from->taught, __atomic_add_fetch(&b->changes, 1, __ATOMIC_RELEASE), __ATOMIC_RELAXED);
 		events_tell(&b->events, XN_EVENT_FDB);
 		break;
 	case FDB_LEARNED:
@@ -54,7 +53,7 @@ static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan
 		return XN_DROP_REFLECTED;
 	case FDB_FOREIGN:
 		/* Another guest's own address. On the wire that may be the guest on its way. */
-		return from->kind == PORT_GUEST ? XN_DROP_SPOOF : GOOD;
+		return from->wire ? GOOD : XN_DROP_SPOOF;
 	case FDB_FULL:
 		count(&stats->unlearned, 1);
 		break;
@@ -77,15 +76,15 @@ static bool is_link_local(const struct view *v, u64 dst)
 
 /* What there is to be thought of before a burst is delivered. */
 struct ways {
-	bool to_netdev; /* a frame goes to an interface */
-	bool costly;	/* a frame goes to several ports, or is several, or is to be summed */
+	bool to_few; /* a frame goes to a port that may have no room for it */
+	bool costly; /* a frame goes to several ports, or is several, or is to be summed */
 };
 
 /* Gives each frame its way. */
 static struct ways classify(struct worker *w, struct port *from, struct view *views, u32 n,
 			    struct xn_queue_stats *stats)
 {
-	struct xn_bridge *b = w->bridge;
+	const struct xn_bridge *b = from->bridge;
 	u64 last_src = 0, last_dst = NO_MAC;
 	u16 last_vlan = 0, last_port = 0;
 	struct ways ways = {0};
@@ -99,7 +98,7 @@ static struct ways classify(struct worker *w, struct port *from, struct view *vi
 		u64 src = view_src(v), dst = view_dst(v);
 		u16 vlan = view_vlan(v);
 
-		if (unlikely(is_link_local(v, dst)) && from->kind == PORT_GUEST) {
+		if (unlikely(is_link_local(v, dst)) && !from->wire) {
 			view_drop(v, XN_DROP_POLICY);
 			continue;
 		}
@@ -108,7 +107,7 @@ static struct ways classify(struct worker *w, struct port *from, struct view *vi
 			fault = learn(w, from, src, dst, vlan, stats);
 		if (unlikely(fault != GOOD)) {
 			if (fault == XN_DROP_SPOOF)
-				__atomic_store_n(&from->guest.stray, STRAY | src, __ATOMIC_RELAXED);
+				__atomic_store_n(&from->stray, STRAY | src, __ATOMIC_RELAXED);
 			view_drop(v, fault);
 			last_dst = NO_MAC;
 			continue;
@@ -117,7 +116,7 @@ static struct ways classify(struct worker *w, struct port *from, struct view *vi
 			u32 port = mac_is_group(dst) ? FDB_NONE : fdb_lookup(b->fdb, dst, vlan, w->now);
 
 			last_port = port == FDB_NONE ? VIEW_FLOOD : (u16)port;
-			ways.to_netdev |= port != FDB_NONE && b->ports[port].kind == PORT_NETDEV;
+			ways.to_few |= port != FDB_NONE && b->ports[port]->verbs->room;
 			ways.costly |= port == FDB_NONE;
 		}
 		last_src = src;
@@ -126,8 +125,7 @@ static struct ways classify(struct worker *w, struct port *from, struct view *vi
 		v->port = last_port;
 		ways.costly |= v->needs;
 		/* Back where it came from; or from one interface to another, which would close loops of the networks outside. */
-		if (unlikely(v->port == from->id || (v->port < VIEW_FLOOD && from->kind == PORT_NETDEV &&
-						     b->ports[v->port].kind == PORT_NETDEV)))
+		if (unlikely(v->port == from->id || (v->port < VIEW_FLOOD && from->wire && b->ports[v->port]->wire)))
 			view_drop(v, XN_DROP_NO_PORT);
 	}
 	return ways;
@@ -148,21 +146,20 @@ static u32 descriptors_of(const struct view *v)
 	return likely(v->len <= TX_PIECE && !(v->needs & NEED_CUT)) ? 1 : descriptors_of_large(v);
 }
 
-/* How many views, from the first, can go before one finds its netdev full. */
-static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 n)
+/* How many views, from the first, can go before one finds its port full. */
+static u32 with_room(struct worker *w, const struct xn_bridge *b, u32 queue, const struct view *views, u32 n)
 {
-	struct xn_bridge *b = w->bridge;
 	u32 port = VIEW_DROPPED, room = 0;
 
 	for (u32 i = 0; i < n; i++) {
-		if (views[i].port >= VIEW_FLOOD || b->ports[views[i].port].kind != PORT_NETDEV)
+		if (views[i].port >= VIEW_FLOOD || !b->ports[views[i].port]->verbs->room)
 			continue;
 		if (views[i].port != port) {
 			/* A burst to several interfaces is rare; the first of them decides. */
 			if (port != VIEW_DROPPED)
 				continue;
 			port = views[i].port;
-			room = netdev_room(w, &b->ports[port], queue, descriptors_of(&views[i]));
+			room = b->ports[port]->verbs->room(w, b->ports[port], queue, descriptors_of(&views[i]));
 		}
 		u32 wanted = descriptors_of(&views[i]);
 
@@ -176,25 +173,16 @@ static u32 with_room(struct worker *w, u32 queue, const struct view *views, u32 
 static void deliver_plain(struct worker *w, struct port *to, u32 queue, const struct view *views, const u8 *which,
 			  u32 n)
 {
-	if (likely(to->kind == PORT_GUEST))
-		guest_deliver(w, to, views, which, n);
-	else
-		netdev_deliver(w, to, queue, views, which, n);
-}
-
-/* What a port does itself: a guest what it has agreed to; an interface's checksums are seen to as the frame is copied. */
-static u8 takes(const struct port *to)
-{
-	return to->kind == PORT_GUEST ? to->guest.takes : NEED_CSUM;
+	to->verbs->deliver(w, to, queue, views, which, n);
 }
 
 /* Completes a checksum that the port does not take as it is. What becomes of it at an interface is counted there. */
 static void suit_csum(const struct port *to, struct view *v, struct xn_queue_stats *stats)
 {
-	if (v->needs & ~takes(to)) {
+	if (v->needs & ~to->takes) {
 		csum_complete(v);
 		count(&stats->csum_completed, 1);
-	} else if (v->needs && to->kind == PORT_GUEST) {
+	} else if (v->needs && !to->wire) {
 		count(&stats->csum_partial, 1);
 	}
 }
@@ -235,7 +223,7 @@ static __attribute__((noinline)) void deliver_changed(struct worker *w, struct p
 
 	for (u32 i = 0; i < n; i++) {
 		struct view *v = &views[which[i]];
-		u8 missing = v->needs & (u8)~takes(to);
+		u8 missing = v->needs & (u8)~to->takes;
 
 		if (missing & NEED_CUT) {
 			if (i > from)
@@ -266,7 +254,7 @@ static u32 join(struct worker *w, const struct port *to, struct view *views, u8 
 {
 	struct gro_done done = {0};
 
-	n = gro_join(&w->joined, views, which, n, takes(to), &done);
+	n = gro_join(&w->joined, views, which, n, to->takes, &done);
 	count(&stats->joined, done.joined);
 	count(&stats->csum_verified, done.verified);
 	return n;
@@ -275,9 +263,9 @@ static u32 join(struct worker *w, const struct port *to, struct view *views, u8 
 static void forward_unicast(struct worker *w, const struct port *from, u32 port, u32 queue, struct view *views,
 			    u8 *which, u32 n, bool plain, struct xn_queue_stats *stats)
 {
-	struct port *to = &w->bridge->ports[port];
+	struct port *to = from->bridge->ports[port];
 
-	if (from->kind == PORT_NETDEV && takes(to) & NEED_CUT) {
+	if (from->wire && to->takes & NEED_CUT) {
 		u32 left = join(w, to, views, which, n, stats);
 
 		plain = plain && left == n;
@@ -311,8 +299,8 @@ static bool is_unknown(const struct view *v)
 /* An unknown station is not behind a guest that may have its own addresses only: these are known. */
 static bool floods_to(const struct port *from, const struct port *to, bool unknown)
 {
-	return to != from && port_is_ready(to) && !(from->kind == PORT_NETDEV && to->kind == PORT_NETDEV) &&
-	       !(unknown && to->kind == PORT_GUEST && to->check_source);
+	return to && to != from && to->ready && !(from->wire && to->wire) &&
+	       !(unknown && !to->wire && to->check_source);
 }
 
 static void count_copies(struct xn_queue_stats *stats, u32 ports, u32 n)
@@ -327,7 +315,7 @@ static void count_copies(struct xn_queue_stats *stats, u32 ports, u32 n)
 static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask, bool plain,
 		  struct xn_queue_stats *stats)
 {
-	struct xn_bridge *b = w->bridge;
+	const struct xn_bridge *b = from->bridge;
 	u8 all[XN_BURST], to_many[XN_BURST];
 	u32 n = 0, many = 0, ports = 0, open_ports = 0;
 
@@ -339,7 +327,7 @@ static void flood(struct worker *w, struct port *from, u32 queue, struct view *v
 			to_many[many++] = i;
 	}
 	for (u32 i = 0; i < b->ports_n; i++) {
-		struct port *to = &b->ports[i];
+		struct port *to = b->ports[i];
 
 		if (floods_to(from, to, true)) {
 			open_ports++;
@@ -367,18 +355,17 @@ static u64 price_of(const struct view *v)
 	return price;
 }
 
-static u32 flooded_ports(const struct worker *w, const struct port *from, bool unknown)
+static u32 flooded_ports(const struct port *from, bool unknown)
 {
 	u32 ports = 0;
 
-	for (u32 i = 0; i < w->bridge->ports_n; i++)
-		ports += floods_to(from, &w->bridge->ports[i], unknown);
+	for (u32 i = 0; i < from->bridge->ports_n; i++)
+		ports += floods_to(from, from->bridge->ports[i], unknown);
 	return ports;
 }
 
 /* How many views, from the first, one poll takes on; at least one. *price, ns: of these. */
-static __attribute__((noinline)) u32 affordable(struct worker *w, const struct port *from, const struct view *views,
-						u32 n, u64 *price)
+static __attribute__((noinline)) u32 affordable(const struct port *from, const struct view *views, u32 n, u64 *price)
 {
 	u32 ports[2] = {0}, i = 0;
 
@@ -386,7 +373,7 @@ static __attribute__((noinline)) u32 affordable(struct worker *w, const struct p
 		bool floods = views[i].port == VIEW_FLOOD, unknown = is_unknown(&views[i]);
 
 		if (floods && !ports[unknown])
-			ports[unknown] = flooded_ports(w, from, unknown);
+			ports[unknown] = flooded_ports(from, unknown);
 		if (views[i].port != VIEW_DROPPED)
 			*price += price_of(&views[i]) * (floods ? ports[unknown] : 1);
 		i++;
@@ -401,7 +388,7 @@ static __attribute__((noinline)) u32 affordable(struct worker *w, const struct p
 static bool flood_part(struct worker *w, struct port *from, u32 queue, struct view *v, struct xn_queue_stats *stats,
 		       u32 *next)
 {
-	struct xn_bridge *b = w->bridge;
+	const struct xn_bridge *b = from->bridge;
 	const u64 price = price_of(v);
 	const bool unknown = is_unknown(v);
 	u64 paid = 0;
@@ -410,12 +397,12 @@ static bool flood_part(struct worker *w, struct port *from, u32 queue, struct vi
 	/* A loan would be of a chain that is taken anew. */
 	w->lender = NULL;
 	for (bool first = !*next; *next < b->ports_n; ++*next) {
-		if (!floods_to(from, &b->ports[*next], unknown))
+		if (!floods_to(from, b->ports[*next], unknown))
 			continue;
 		if (paid > POLL_NS)
 			break;
 		paid += price;
-		deliver(w, &b->ports[*next], queue, v, &which, 1, !v->needs, stats);
+		deliver(w, b->ports[*next], queue, v, &which, 1, !v->needs, stats);
 		count(&stats->copies, !first);
 		first = false;
 	}
@@ -482,7 +469,7 @@ static __attribute__((noinline)) u32 limit_burst(struct worker *w, struct port *
 	if (*flood_next && views->port != VIEW_FLOOD)
 		*flood_next = 0;
 	if (!*flood_next) {
-		n = affordable(w, from, views, n, &price);
+		n = affordable(from, views, n, &price);
 		if (n > 1 || views->port != VIEW_FLOOD || price <= POLL_NS) {
 			w->price += price;
 			return n;
@@ -498,12 +485,12 @@ static __attribute__((noinline)) u32 limit_burst(struct worker *w, struct port *
  */
 static bool waits_for_steering(const struct worker *w, const struct port *from)
 {
-	const struct xn_bridge *b = w->bridge;
-	u32 taught = __atomic_load_n(&from->guest.taught, __ATOMIC_RELAXED);
+	const struct xn_bridge *b = from->bridge;
+	u32 taught = __atomic_load_n(&from->taught, __ATOMIC_RELAXED);
 
 	return unlikely((int32_t)(taught - __atomic_load_n(&b->steered, __ATOMIC_RELAXED)) > 0) &&
 	       __atomic_load_n(&b->steers, __ATOMIC_RELAXED) &&
-	       w->turn - from->guest.taught_at < STEERING_US * b->cycles_per_us;
+	       w->turn - from->taught_at < STEERING_US * w->cycles_per_us;
 }
 
 u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
@@ -522,8 +509,8 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 			n = limit_burst(w, from, queue, views, n, stats, flood_next);
 		if (n == FLOODED)
 			return 1;
-		if (ways.to_netdev)
-			n = with_room(w, queue, views, n);
+		if (ways.to_few)
+			n = with_room(w, from->bridge, queue, views, n);
 	}
 	if (!n)
 		return 0;

@@ -3,20 +3,79 @@
  */
 #include <stdlib.h>
 
-#include "bridge.h"
+#include "guest.h"
 #include "vnet.h"
 
 enum { VLAN_MAX = 4095 };
 
-void guest_release(struct port *p)
+static const struct xn_queue_stats *stats(const struct port *p, u32 queue, enum xn_direction direction)
 {
-	struct guest *g = &p->guest;
+	const struct guest *g = guest_of(p);
+
+	return queue < g->pairs ? &g->rings[2 * queue + direction].stats : NULL;
+}
+
+static void release(struct port *p)
+{
+	struct guest *g = guest_of(p);
 
 	for (u32 i = 0; i < 2 * g->pairs; i++)
 		guest_close_ring(&g->rings[i]);
 	mem_free(g->mem);
 	free(g->rings);
-	*g = (struct guest){0};
+	free(g);
+}
+
+const struct port_verbs guest_verbs = {.deliver = guest_deliver,
+				       .stats = stats,
+				       .settle = guest_settle_lending,
+				       .park = guest_park,
+				       .release = release};
+
+/* NULL: out of memory. */
+static struct guest *guest_new(struct xn_bridge *b, u32 pairs)
+{
+	const size_t size = 2 * pairs * sizeof(struct virtqueue);
+	struct virtqueue *rings = aligned_alloc(XN_CACHELINE, size);
+	struct guest *g = calloc(1, sizeof(*g));
+
+	if (!g || !rings) {
+		free(rings);
+		free(g);
+		return NULL;
+	}
+	memset(rings, 0, size);
+	g->port.verbs = &guest_verbs;
+	g->pairs = pairs;
+	g->rings = rings;
+	for (u32 i = 0; i < 2 * pairs; i++) {
+		rings[i].port = &g->port;
+		rings[i].alarms = &g->alarms;
+		rings[i].lending = &g->lending;
+		rings[i].events = &b->events;
+		rings[i].index = i;
+		rings[i].kick_fd = rings[i].call_fd = rings[i].err_fd = -1;
+		/* A power of two. */
+		rings[i].backlog.room = 1u << (31 - __builtin_clz(BACKLOG_BYTES / pairs));
+	}
+	return g;
+}
+
+int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs)
+{
+	if (!pairs || pairs > XN_MAX_PAIRS)
+		return -EINVAL;
+	struct guest *g = guest_new(b, pairs);
+
+	if (!g)
+		return -ENOMEM;
+	workers_park(&b->workers);
+	int id = bridge_add_port(b, &g->port);
+
+	if (id < 0)
+		release(&g->port);
+	workers_resume(&b->workers);
+	return id;
 }
 
 int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
@@ -24,50 +83,50 @@ int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
 	const u64 layout = 1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_RING_F_INDIRECT_DESC |
 			   1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_RING_PACKED |
 			   1ull << VIRTIO_F_IN_ORDER;
-	struct port *p = bridge_port(b, port, PORT_GUEST);
+	struct guest *g = guest_at(b, port);
 
-	if (!p)
+	if (!g)
 		return -ENOENT;
-	if ((p->guest.features ^ features) & layout)
-		for (u32 i = 0; i < 2 * p->guest.pairs; i++)
-			if (p->guest.rings[i].started)
+	if ((g->features ^ features) & layout)
+		for (u32 i = 0; i < 2 * g->pairs; i++)
+			if (g->rings[i].started)
 				return -EBUSY;
-	p->guest.features = features;
-	p->guest.sends = vnet_sends(features);
-	p->guest.takes = vnet_takes(features);
+	g->features = features;
+	g->sends = vnet_sends(features);
+	g->port.takes = vnet_takes(features);
 	return 0;
 }
 
 int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips, uint32_t n)
 {
-	struct port *p = bridge_port(b, port, PORT_GUEST);
+	struct guest *g = guest_at(b, port);
 
-	if (!p)
+	if (!g)
 		return -ENOENT;
 	if (n > XN_MAX_IPS)
 		return -EINVAL;
 	for (u32 i = 0; i < n; i++)
 		if (ips[i].version != 4 && ips[i].version != 6)
 			return -EINVAL;
-	workers_park(b);
-	p->guest.guard = (struct guard){.n = n};
-	memcpy(p->guest.guard.ips, ips, n * sizeof(*ips));
-	workers_resume(b);
+	workers_park(&b->workers);
+	g->guard = (struct guard){.n = n};
+	memcpy(g->guard.ips, ips, n * sizeof(*ips));
+	workers_resume(&b->workers);
 	return 0;
 }
 
 int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan)
 {
-	struct port *p = bridge_port(b, port, PORT_GUEST);
+	struct guest *g = guest_at(b, port);
 	u64 value = 0;
 
-	if (!p)
+	if (!g)
 		return -ENOENT;
 	memcpy(&value, mac, ETH_ALEN);
 	value = le64toh(value);
 	if (mac_is_group(value) || !value || vlan > VLAN_MAX)
 		return -EINVAL;
-	if (p->check_source)
+	if (g->port.check_source)
 		return -EPERM;
 	switch (fdb_learn(b->fdb, value, (u16)vlan, port, FDB_GUEST, monotonic_s())) {
 	case FDB_FOREIGN:
@@ -82,11 +141,11 @@ int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], 
 
 int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6])
 {
-	struct port *p = bridge_port(b, port, PORT_GUEST);
+	struct guest *g = guest_at(b, port);
 
-	if (!p)
+	if (!g)
 		return -ENOENT;
-	u64 stray = __atomic_exchange_n(&p->guest.stray, 0, __ATOMIC_RELAXED), value = htole64(stray);
+	u64 stray = __atomic_exchange_n(&g->port.stray, 0, __ATOMIC_RELAXED), value = htole64(stray);
 
 	memcpy(mac, &value, ETH_ALEN);
 	return !!stray;
@@ -94,16 +153,16 @@ int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6])
 
 int xn_guest_announce(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
 {
-	struct port *p = bridge_port(b, port, PORT_GUEST);
+	struct guest *g = guest_at(b, port);
 	u64 value = 0;
 
-	if (!p)
+	if (!g)
 		return -ENOENT;
 	memcpy(&value, mac, ETH_ALEN);
-	workers_park(b);
+	workers_park(&b->workers);
 	/* Worker 0 has the first pair of every guest: what it owes for this frame it does when it goes on. */
-	bool sent = bridge_announce(b->workers[0], p, le64toh(value), &p->guest.rings[XN_TX].stats);
+	bool sent = bridge_announce(b->workers.each[0], &g->port, le64toh(value), &g->rings[XN_TX].stats);
 
-	workers_resume(b);
+	workers_resume(&b->workers);
 	return sent ? 0 : -EPERM;
 }

@@ -5,7 +5,8 @@
 #define _GNU_SOURCE
 #include <unistd.h>
 
-#include "bridge.h"
+#include "guest.h"
+#include "lending.h"
 
 enum {
 	/* How long frames that are being sent are waited for, and how often they are looked at: so long the control thread waits. */
@@ -17,38 +18,36 @@ enum {
  * Header checks bind only what is copied, so a guest whose source address is checked lends nothing. Where others have
  * addresses of their own, which are checked too, it takes an explicit wish.
  */
-static enum xn_zerocopy may_lend(const struct xn_bridge *b, const struct port *p)
+static enum xn_zerocopy may_lend(const struct guest *g)
 {
-	if (p->check_source || p->guest.recalling || p->guest.overdue || p->guest.umem == UINT64_MAX ||
-	    p->guest.alarms.moved)
+	const struct xn_bridge *b = g->port.bridge;
+
+	if (g->port.check_source || g->recalling || g->overdue || g->lending.umem == UINT64_MAX || g->alarms.moved)
 		return XN_ZEROCOPY_OFF;
-	if (!mem_is_huge(p->guest.mem))
+	if (!mem_is_huge(g->mem))
 		return XN_ZEROCOPY_ON;
 	for (u32 i = 0; i < b->ports_n; i++)
-		if (&b->ports[i] != p && b->ports[i].kind == PORT_GUEST && b->ports[i].macs_n)
+		if (b->ports[i] && b->ports[i] != &g->port && !b->ports[i]->wire && b->ports[i]->macs_n)
 			return XN_ZEROCOPY_ON;
 	return XN_ZEROCOPY_AUTO;
 }
 
-void guests_settle_lending(struct xn_bridge *b)
+void guest_settle_lending(struct port *p)
 {
-	for (u32 i = 0; i < b->ports_n; i++) {
-		struct port *p = &b->ports[i];
+	struct guest *g = guest_of(p);
 
-		if (p->kind != PORT_GUEST)
-			continue;
-		p->guest.umem = mem_umem(p->guest.mem);
-		p->guest.lends = may_lend(b, p);
-	}
+	g->lending.umem = mem_umem(g->mem);
+	g->lending.least = may_lend(g);
 }
 
-/* While parked: brings back what can be; true if nothing of the port's is lent any more. */
-static bool recall(struct port *p, bool patient)
+/* While parked: brings back what can be; true if nothing of the guest's is lent any more. */
+static bool recall(struct guest *g, bool patient)
 {
+	struct caller *caller = &g->port.bridge->events.caller;
 	bool done = true;
 
-	for (u32 i = XN_TX; i < 2 * p->guest.pairs; i += 2) {
-		struct virtqueue *q = &p->guest.rings[i];
+	for (u32 i = XN_TX; i < 2 * g->pairs; i += 2) {
+		struct virtqueue *q = &g->rings[i];
 		struct xsk *last = NULL;
 
 		if (q->loans_head == q->loans_tail)
@@ -56,13 +55,20 @@ static bool recall(struct port *p, bool patient)
 		for (u32 at = q->loans_head; at != q->loans_tail; at++) {
 			struct xsk *x = q->loans[at & q->loans_mask].borrower;
 
-			if (x && x != last)
-				netdev_recall(last = x, patient);
+			if (!x || x == last)
+				continue;
+			last = x;
+			if (patient) {
+				xsk_recall(x);
+				xsk_reap(x);
+			} else {
+				x->port->verbs->end_loans(x->port, x->queue);
+			}
 		}
-		if (guest_take_back(q, cycles())) {
+		if (lending_take_back(q, cycles())) {
 			full_fence();
-			(void)vring_notify(q, q->used, &p->bridge->events.caller);
-			caller_flush(&p->bridge->events.caller);
+			(void)vring_notify(q, q->used, caller);
+			caller_flush(caller);
 		}
 		done &= q->loans_head == q->loans_tail;
 	}
@@ -71,21 +77,23 @@ static bool recall(struct port *p, bool patient)
 
 void guest_park(struct port *p)
 {
+	struct workers *all = &p->bridge->workers;
+	struct guest *g = guest_of(p);
 	u32 steps = 0;
 
-	workers_park(p->bridge);
-	p->guest.recalling = true;
-	guests_settle_lending(p->bridge);
-	for (bool patient = true; !recall(p, patient);) {
+	workers_park(all);
+	g->recalling = true;
+	bridge_settle(p->bridge);
+	for (bool patient = true; !recall(g, patient);) {
 		/* The kernel is at it: meanwhile the others go on. */
-		workers_resume(p->bridge);
+		workers_resume(all);
 		usleep(RECALL_STEP_US);
-		workers_park(p->bridge);
+		workers_park(all);
 		if (++steps == RECALL_STEPS) {
 			/* To close sockets costs the others frames: it happens once. */
 			patient = false;
-			p->guest.overdue = true;
+			g->overdue = true;
 		}
 	}
-	p->guest.recalling = false;
+	g->recalling = false;
 }

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "bridge.h"
+#include "guest.h"
 
 static void close_fd(int *fd)
 {
@@ -30,10 +30,9 @@ static int keep_fd(int *to, int from)
 	return 0;
 }
 
-void guest_settle(struct port *p)
+void guest_settle_rings(struct guest *g)
 {
-	struct guest *g = &p->guest;
-	u32 workers = p->bridge->config.workers;
+	u32 workers = g->port.bridge->workers.n;
 	bool in_line = true;
 
 	g->ready_n = 0;
@@ -52,17 +51,15 @@ void guest_settle(struct port *p)
 	g->choices = g->ready_n / g->choice_step;
 	for (u32 i = 0; i < g->pairs; i++)
 		g->rings[2 * i].shared = shared;
-	fdb_set_here(p->bridge->fdb, p->id, g->ready_n, monotonic_s());
+	g->port.ready = g->ready_n;
+	fdb_set_here(g->port.bridge->fdb, g->port.id, g->ready_n, monotonic_s());
 }
 
 void guest_stop_ring(struct virtqueue *q)
 {
-	struct xn_bridge *b = q->port->bridge;
-
 	if (q->source.worker)
 		worker_remove_source(&q->source);
-	for (u32 i = 0; i < b->config.workers; i++)
-		worker_forget_ring(b->workers[i], q);
+	workers_forget_ring(&q->port->bridge->workers, q);
 	q->dirty = 0;
 	q->waits = false;
 	q->started = false;
@@ -122,9 +119,9 @@ void guest_close_ring(struct virtqueue *q)
 
 static struct virtqueue *ring_of(struct xn_bridge *b, u32 port, u32 ring)
 {
-	struct port *p = bridge_port(b, port, PORT_GUEST);
+	struct guest *g = guest_at(b, port);
 
-	return p && ring < 2 * p->guest.pairs ? &p->guest.rings[ring] : NULL;
+	return g && ring < 2 * g->pairs ? &g->rings[ring] : NULL;
 }
 
 /* Room for every chain of the ring to be lent, where any may be. */
@@ -149,7 +146,7 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 
 	if (!q)
 		return -ENOENT;
-	bool packed = q->port->guest.features >> VIRTIO_F_RING_PACKED & 1;
+	bool packed = guest_of(q->port)->features >> VIRTIO_F_RING_PACKED & 1;
 	u32 num = config->num;
 
 	if (!num || num > XN_MAX_RING || config->desc_addr % 16 || config->used_addr % 4)
@@ -162,8 +159,8 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 		guest_stop_ring(q);
 	q->config = *config;
 	q->num = config->num;
-	layout_ring(q, q->port->guest.features);
-	r = guest_translate_ring(q, q->port->guest.mem) ? 0 : -EFAULT;
+	layout_ring(q, guest_of(q->port)->features);
+	r = guest_translate_ring(q, guest_of(q->port)->mem) ? 0 : -EFAULT;
 	if (!r)
 		r = keep_fd(&q->kick_fd, config->kick_fd);
 	if (!r)
@@ -217,16 +214,16 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 					    .dead = true,
 					    .kicks = &q->stats.kicks};
 	}
-	r = worker_add_source(b->workers[ring / 2 % b->config.workers], &q->source, port);
+	r = worker_add_source(worker_of(&b->workers, ring / 2), &q->source, port);
 	if (r)
 		guest_stop_ring(q);
 	/* What our predecessor handed back it may have had no time to tell of. */
 	else if (!cursor_is(found, told))
 		events_call(&b->events, q->call_fd);
 out:
-	guest_settle(q->port);
-	guests_settle_lending(b);
-	workers_resume(b);
+	guest_settle_rings(guest_of(q->port));
+	bridge_settle(b);
+	workers_resume(&b->workers);
 	return r;
 }
 
@@ -245,11 +242,11 @@ int xn_ring_stop(struct xn_bridge *b, uint32_t port, uint32_t ring, uint32_t *ba
 	guest_park(q->port);
 	if (q->started) {
 		guest_stop_ring(q);
-		guest_settle(q->port);
+		guest_settle_rings(guest_of(q->port));
 	}
-	guests_settle_lending(b);
+	bridge_settle(b);
 	guest_close_ring(q);
-	workers_resume(b);
+	workers_resume(&b->workers);
 	*base = ring_base(q);
 	return 0;
 }
@@ -262,12 +259,12 @@ int xn_ring_enable(struct xn_bridge *b, uint32_t port, uint32_t ring, int enable
 		return -ENOENT;
 	if (q->enabled == !!enabled)
 		return 0;
-	workers_park(b);
+	workers_park(&b->workers);
 	q->enabled = enabled;
 	if (!enabled)
 		guest_drop_waiting(q);
-	guest_settle(q->port);
-	workers_resume(b);
+	guest_settle_rings(guest_of(q->port));
+	workers_resume(&b->workers);
 	return 0;
 }
 
@@ -275,10 +272,10 @@ static int set_ring_fd(struct xn_bridge *b, struct virtqueue *q, int *slot, int 
 {
 	if (!q)
 		return -ENOENT;
-	workers_park(b);
+	workers_park(&b->workers);
 	int r = keep_fd(slot, fd);
 
-	workers_resume(b);
+	workers_resume(&b->workers);
 	return r;
 }
 
@@ -307,7 +304,7 @@ int xn_ring_state(struct xn_bridge *b, uint32_t port, uint32_t ring, struct xn_r
 	if (!q)
 		return -ENOENT;
 	*out = (struct xn_ring_state){
-		.worker = ring / 2 % b->config.workers, .enabled = q->enabled, .broken = q->broken};
+		.worker = worker_of(&b->workers, ring / 2)->id, .enabled = q->enabled, .broken = q->broken};
 	out->last_avail = __atomic_load_n(&q->next.pos, __ATOMIC_RELAXED);
 	out->waiting = __atomic_load_n(&q->backlog.n, __ATOMIC_RELAXED);
 	if (!q->started)
@@ -338,10 +335,10 @@ int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out)
 	int n = 0;
 
 	for (u32 id = 0; id < b->ports_n; id++) {
-		struct port *p = &b->ports[id];
+		const struct guest *g = guest_at(b, id);
 
-		for (u32 ring = 0; p->kind == PORT_GUEST && ring < 2 * p->guest.pairs; ring++) {
-			struct virtqueue *q = &p->guest.rings[ring];
+		for (u32 ring = 0; g && ring < 2 * g->pairs; ring++) {
+			struct virtqueue *q = &g->rings[ring];
 
 			/* Acquire: the reason was stored before. */
 			if (!__atomic_load_n(&q->has_broken, __ATOMIC_RELAXED) ||

@@ -4,7 +4,7 @@
  * A burst is placed first (chains taken and translated, destinations prefetched), then copied, then published once. What
  * differs little from frame to frame is not written again.
  */
-#include "bridge.h"
+#include "guest.h"
 #include "packet.h"
 
 enum {
@@ -286,7 +286,7 @@ static u32 deliver(struct worker *w, struct virtqueue *q, const struct view *vie
 /* Drops those that have waited for too long. */
 static void drop_overdue(struct worker *w, struct virtqueue *q)
 {
-	u32 n = backlog_overdue(&q->backlog, w->turn, w->bridge->cycles_per_us * BACKLOG_US);
+	u32 n = backlog_overdue(&q->backlog, w->turn, w->cycles_per_us * BACKLOG_US);
 
 	if (!n)
 		return;
@@ -355,7 +355,7 @@ static u32 poll_waiting(struct worker *w, struct source *s)
 		if (unlikely(__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED)))
 			vring_break(q, XN_BROKEN_MEMORY);
 		n = serve_waiting(w, q, XN_BURST);
-	} else if (b->bytes && w->turn - b->last > w->bridge->cycles_per_us * BACKLOG_US) {
+	} else if (b->bytes && w->turn - b->last > w->cycles_per_us * BACKLOG_US) {
 		backlog_release(b);
 	}
 	s->dead = !b->bytes;
@@ -418,7 +418,7 @@ static struct virtqueue *choice(const struct worker *w, const struct guest *g, u
 
 static void deliver_to(struct worker *w, struct virtqueue *q, const struct view *views, const u8 *which, u32 n)
 {
-	worker_delivers_to(w, place_of(q->port->id, q->index));
+	worker_delivers_to(w, q->source.place);
 	vring_lock(q);
 	if (unlikely(__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED)))
 		vring_break(q, XN_BROKEN_MEMORY);
@@ -451,10 +451,11 @@ static __attribute__((noinline)) void deliver_by_flow(struct worker *w, const st
 	}
 }
 
-void guest_deliver(struct worker *w, struct port *p, const struct view *views, const u8 *which, u32 n)
+void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
 {
-	struct guest *g = &p->guest;
+	const struct guest *g = guest_of(p);
 
+	(void)queue; /* it is the worker, or the flow, that tells which ring */
 	if (likely(g->choices == 1))
 		deliver_to(w, choice(w, g, 0), views, which, n);
 	else if (g->choices)

@@ -4,10 +4,8 @@
  * A burst goes through stages, each of which prefetches for the next: heads, descriptors, headers; then the bridge takes
  * the views to where they go, and the chains are handed back in the order in which they came.
  */
-#include "bridge.h"
+#include "guest.h"
 
-/* A loan that takes longer is no more waited for: the socket is taken to be stuck. */
-enum { LOAN_US = 1000000 };
 /* Frames that large ones may become in one turn: as many bytes as a burst of plain frames has, and a few. */
 enum { CUT_FRAMES = 4 * XN_BURST };
 
@@ -35,7 +33,7 @@ static u32 gather(u8 *to, u32 bytes, struct piece **pieces, u32 n)
 /* Whether more of a frame decides over it than the first bytes. */
 static inline bool is_looked_into(const struct virtqueue *q, const u8 *hdr)
 {
-	return vnet_asks(hdr) || q->port->guest.guard.n;
+	return vnet_asks(hdr) || guest_of(q->port)->guard.n;
 }
 
 /*
@@ -53,8 +51,9 @@ static void look_into(const struct virtqueue *q, struct view *v, const u8 *raw, 
 	v->n = left + 1;
 	view_snapshot(v);
 	if (vnet_asks(raw))
-		vnet_judge(v, &hdr, q->port->guest.sends, headers, have);
-	if (q->port->guest.guard.n && v->port != VIEW_DROPPED && !guard_allows(&q->port->guest.guard, v, headers, have))
+		vnet_judge(v, &hdr, guest_of(q->port)->sends, headers, have);
+	if (guest_of(q->port)->guard.n && v->port != VIEW_DROPPED &&
+	    !guard_allows(&guest_of(q->port)->guard, v, headers, have))
 		view_drop(v, XN_DROP_POLICY);
 }
 
@@ -170,52 +169,6 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 	return n;
 }
 
-/* Hands back what is not lent, up to the first chain that is; returns how many. */
-static always_inline u32 take_back(struct virtqueue *q, bool packed)
-{
-	const struct xsk *looked = NULL;
-	struct pushing push = vring_begin(q);
-	u32 n = 0;
-
-	while (q->loans_head != q->loans_tail) {
-		const struct loan *loan = &q->loans[q->loans_head & q->loans_mask];
-		/* Acquire: the kernel is done with the frame before the guest has it again. */
-		struct xsk *x = __atomic_load_n(&loan->borrower, __ATOMIC_ACQUIRE);
-
-		if (x && x != looked) {
-			netdev_reap(x);
-			looked = x;
-			x = __atomic_load_n(&loan->borrower, __ATOMIC_ACQUIRE);
-		}
-		if (x)
-			break;
-		vring_push(q, &push, loan->chain, 0, packed);
-		q->loans_head++;
-		n++;
-	}
-	(void)vring_publish(q, &push, packed);
-	return n;
-}
-
-u32 guest_take_back(struct virtqueue *q, u64 now)
-{
-	u32 n = q->is_packed ? take_back(q, true) : take_back(q, false);
-
-	if (n || q->loans_head == q->loans_tail) {
-		q->loans_since = now;
-		return n;
-	}
-	/* Signed: it may have become the oldest in this very turn. */
-	if (unlikely((int64_t)(now - q->loans_since) > (int64_t)(q->port->bridge->cycles_per_us * LOAN_US))) {
-		struct xsk *x = __atomic_load_n(&q->loans[q->loans_head & q->loans_mask].borrower, __ATOMIC_ACQUIRE);
-
-		if (x)
-			netdev_is_stuck(x);
-		q->loans_since = now;
-	}
-	return n;
-}
-
 /* Queues a burst of which something is lent, or that comes behind what is. */
 static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct burst *burst, u32 n)
 {
@@ -237,7 +190,6 @@ static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct b
 static always_inline u32 poll_ring(struct worker *w, struct source *s, bool packed)
 {
 	struct virtqueue *q = container_of(s, struct virtqueue, source);
-	struct guest *g = &q->port->guest;
 	struct burst burst[XN_BURST];
 	/* A guest may make the same chain available again and again: no more than its ring has are out at once. */
 	u32 most = min_u32(XN_BURST, q->num);
@@ -259,7 +211,7 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	if (unlikely(!q->enabled))
 		for (u32 i = 0; i < n; i++)
 			view_drop(&w->views[i], XN_DROP_DISABLED);
-	w->lender = q->loans && g->lends != XN_ZEROCOPY_OFF ? q : NULL;
+	w->lender = q->loans && q->lending->least != XN_ZEROCOPY_OFF ? q : NULL;
 	w->lent = 0;
 	n = bridge_forward(w, q->port, q->index / 2, w->views, n, &q->stats, &q->flood_next);
 	if (!n)

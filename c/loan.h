@@ -35,4 +35,10 @@ struct loan {
 	chain_t chain;
 };
 
+/* What a guest lends; written while the workers are parked. */
+struct lending {
+	enum xn_zerocopy least; /* that a netdev must ask for to be lent its frames; OFF: none is */
+	u64 umem;		/* the first UMEM that has all its memory */
+};
+
 #endif

@@ -1,20 +1,15 @@
-/*
- * A netdev port: AF_XDP sockets, one a queue, and an AF_PACKET socket for what XDP cannot hand to two receivers.
- *
- * XDP gives frames to known guests to the sockets and passes all else to the host's stack. Group-addressed frames go to
- * the host too; the AF_PACKET socket picks them up for the guests. It is the slow path: one system call a batch.
- */
+/* A netdev port's control: its sockets, and what follows from which of them are open. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "bridge.h"
+#include "netdev.h"
 
-void netdev_settle(struct port *p)
+/* While parked: recomputes what depends on which sockets are open. */
+static void settle(struct netdev *d)
 {
-	struct netdev *d = &p->netdev;
-	u32 workers = p->bridge->config.workers;
+	u32 workers = d->port.bridge->workers.n;
 	bool in_line = true;
 
 	d->ready_n = 0;
@@ -31,17 +26,18 @@ void netdev_settle(struct port *p)
 			d->queue[i].xsk->shared = shared;
 			d->queue[i].xsk->locked = shared || (workers > 1 && d->queue[i].xsk->umem);
 		}
+	d->port.ready = d->ready_n;
 }
 
 static struct netdev_queue *queue_of(struct xn_bridge *b, u32 port, u32 queue)
 {
-	struct port *p = bridge_port(b, port, PORT_NETDEV);
+	struct netdev *d = netdev_at(b, port);
 
-	return p && queue < p->netdev.queues ? &p->netdev.queue[queue] : NULL;
+	return d && queue < d->queues ? &d->queue[queue] : NULL;
 }
 
 /* While parked. */
-static void close_queue(struct port *p, struct netdev_queue *nq)
+static void close_queue(struct netdev *d, struct netdev_queue *nq)
 {
 	struct xsk *x = nq->xsk;
 
@@ -49,29 +45,14 @@ static void close_queue(struct port *p, struct netdev_queue *nq)
 		return;
 	/* The last chance for what was submitted in the turn before. */
 	if (x->pending)
-		(void)xsk_kick(x, &nq->tx.kicks);
+		(void)xsk_kick(x);
 	/* A socket whose interface is gone has no statistics any more. */
 	(void)xsk_statistics(x, &nq->past);
 	worker_remove_source(&x->source);
-	for (u32 i = 0; i < p->bridge->config.workers; i++)
-		worker_forget_xsk(p->bridge->workers[i], x);
+	workers_forget_xsk(&d->port.bridge->workers, x);
 	xsk_close(x);
 	nq->xsk = NULL;
-	netdev_settle(p);
-}
-
-void netdev_recall(struct xsk *x, bool patient)
-{
-	if (patient) {
-		xsk_recall(x);
-		xsk_reap(x);
-		return;
-	}
-	struct netdev_queue *nq = &x->port->netdev.queue[x->queue];
-
-	events_tell(&x->port->bridge->events, XN_EVENT_UMEM);
-	close_queue(x->port, nq);
-	nq->lost = true;
+	settle(d);
 }
 
 static void drop_group(struct netdev *d)
@@ -83,20 +64,98 @@ static void drop_group(struct netdev *d)
 	d->group_fd = -1;
 }
 
-void netdev_release(struct port *p)
+static const struct xn_queue_stats *stats(const struct port *p, u32 queue, enum xn_direction direction)
 {
-	struct netdev *d = &p->netdev;
+	const struct netdev *d = netdev_of(p);
+
+	if (queue >= d->queues)
+		return NULL;
+	return direction == XN_RX ? &d->queue[queue].rx : &d->queue[queue].tx;
+}
+
+static void end_loans(struct port *p, u32 queue)
+{
+	struct netdev *d = netdev_of(p);
+
+	events_tell(&p->bridge->events, XN_EVENT_UMEM);
+	close_queue(d, &d->queue[queue]);
+	d->queue[queue].lost = true;
+}
+
+static void park(struct port *p)
+{
+	workers_park(&p->bridge->workers);
+}
+
+static void release(struct port *p)
+{
+	struct netdev *d = netdev_of(p);
 
 	drop_group(d);
 	for (u32 i = 0; i < d->queues; i++)
-		close_queue(p, &d->queue[i]);
+		close_queue(d, &d->queue[i]);
 	free(d->queue);
-	*d = (struct netdev){.group_fd = -1};
+	free(d);
+}
+
+const struct port_verbs netdev_verbs = {.deliver = netdev_deliver,
+					.room = netdev_room,
+					.stats = stats,
+					.end_loans = end_loans,
+					.park = park,
+					.release = release};
+
+int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues)
+{
+	if (!queues || queues > XN_MAX_NETDEV_QUEUES)
+		return -EINVAL;
+	struct netdev_queue *queue = aligned_alloc(XN_CACHELINE, queues * sizeof(*queue));
+	struct netdev *d = calloc(1, sizeof(*d));
+
+	if (!d || !queue) {
+		free(queue);
+		free(d);
+		return -ENOMEM;
+	}
+	memset(queue, 0, queues * sizeof(*queue));
+	/* What it does with a checksum it does as the frame is copied. */
+	d->port = (struct port){.verbs = &netdev_verbs, .wire = true, .takes = NEED_CSUM};
+	d->queues = queues;
+	d->queue = queue;
+	d->group_fd = -1;
+	workers_park(&b->workers);
+	int id = bridge_add_port(b, &d->port);
+
+	if (id < 0)
+		release(&d->port);
+	workers_resume(&b->workers);
+	return id;
+}
+
+int xn_netdev_add_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
+{
+	u64 value = station_of(mac);
+
+	if (!netdev_at(b, port))
+		return -ENOENT;
+	int r = value ? fdb_set_static(b->fdb, value, port) : -EINVAL;
+
+	if (!r)
+		events_tell(&b->events, XN_EVENT_FDB);
+	return r;
+}
+
+int xn_netdev_remove_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
+{
+	if (!netdev_at(b, port) || !fdb_clear_static(b->fdb, station_of(mac), port))
+		return -ENOENT;
+	events_tell(&b->events, XN_EVENT_FDB);
+	return 0;
 }
 
 int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, uint32_t zerocopy, uint32_t flags)
 {
-	if (!bridge_port(b, port, PORT_NETDEV))
+	if (!netdev_at(b, port))
 		return -ENOENT;
 	if (zerocopy > XN_ZEROCOPY_ON)
 		return -EINVAL;
@@ -111,6 +170,7 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 			 uint32_t zerocopy, uint32_t flags)
 {
 	struct netdev_queue *nq = queue_of(b, port, queue);
+	struct netdev *d = netdev_at(b, port);
 	struct xsk *x;
 
 	if (!nq)
@@ -126,8 +186,11 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		events_tell(&b->events, XN_EVENT_UMEM);
 	if (r < 0)
 		return r;
-	x->port = &b->ports[port];
+	x->port = &d->port;
 	x->queue = queue;
+	x->events = &b->events;
+	x->received = &nq->rx;
+	x->sent = &nq->tx;
 	x->source = (struct source){.ops = x->sg ? &chains_source : &xsk_source,
 				    .queue = queue,
 				    .fd = x->fd,
@@ -135,14 +198,14 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 				    .unwatched = true,
 				    .kicks = &nq->rx.kicks,
 				    .bytes = {&nq->rx.bytes, &nq->tx.bytes}};
-	workers_park(b);
-	r = worker_add_source(b->workers[queue % b->config.workers], &x->source, port);
+	workers_park(&b->workers);
+	r = worker_add_source(worker_of(&b->workers, queue), &x->source, port);
 	if (!r) {
 		nq->xsk = x;
 		nq->lost = false;
 	}
-	netdev_settle(x->port);
-	workers_resume(b);
+	settle(d);
+	workers_resume(&b->workers);
 	if (r < 0)
 		xsk_close(x);
 	return r;
@@ -150,14 +213,14 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy)
 {
-	const struct port *p = bridge_port(b, port, PORT_NETDEV);
+	const struct netdev *d = netdev_at(b, port);
 
-	if (!p)
+	if (!d)
 		return -ENOENT;
-	for (u32 i = 0; i < p->netdev.queues; i++) {
-		const struct xsk *x = p->netdev.queue[i].xsk;
+	for (u32 i = 0; i < d->queues; i++) {
+		const struct xsk *x = d->queue[i].xsk;
 
-		if (p->netdev.queue[i].lost)
+		if (d->queue[i].lost)
 			return 1;
 		if (x && (x->stuck || x->umem != arena_umem(&b->arena, zerocopy != XN_ZEROCOPY_OFF)))
 			return 1;
@@ -171,10 +234,10 @@ int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue)
 
 	if (!nq)
 		return -ENOENT;
-	workers_park(b);
-	close_queue(&b->ports[port], nq);
+	workers_park(&b->workers);
+	close_queue(netdev_at(b, port), nq);
 	nq->lost = false;
-	workers_resume(b);
+	workers_resume(&b->workers);
 	return 0;
 }
 
@@ -187,15 +250,14 @@ int xn_netdev_queue_fd(struct xn_bridge *b, uint32_t port, uint32_t queue)
 
 int xn_netdev_set_group_fd(struct xn_bridge *b, uint32_t port, int fd)
 {
-	struct port *p = bridge_port(b, port, PORT_NETDEV);
+	struct netdev *d = netdev_at(b, port);
+	struct worker *w = b->workers.each[0];
 	int r = 0;
 
-	if (!p)
+	if (!d)
 		return -ENOENT;
-	struct netdev *d = &p->netdev;
-	struct worker *w = b->workers[0];
 
-	workers_park(b);
+	workers_park(&b->workers);
 	drop_group(d);
 	if (fd >= 0) {
 		if (!w->group_frames)
@@ -211,7 +273,7 @@ int xn_netdev_set_group_fd(struct xn_bridge *b, uint32_t port, int fd)
 			d->group_fd = -1;
 		}
 	}
-	workers_resume(b);
+	workers_resume(&b->workers);
 	return r;
 }
 

@@ -7,8 +7,8 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-#include "bridge.h"
 #include "csum.h"
+#include "netdev.h"
 #include "packet.h"
 #include "vnet.h"
 
@@ -79,7 +79,7 @@ static __attribute__((noinline)) void drop_bad_frame(struct xsk *x, struct view 
 	if (++x->bad_frames % BAD_FRAMES)
 		return;
 	x->stuck = true;
-	events_tell(&x->port->bridge->events, XN_EVENT_UMEM);
+	events_tell(x->events, XN_EVENT_UMEM);
 }
 
 /* A frame of the TCP in which frames are that nobody has told the size of, but that each was one of the interface. */
@@ -134,7 +134,6 @@ static always_inline void look_if_joined(const struct xsk *x, struct view *v)
 static u32 xsk_poll(struct worker *w, struct source *s)
 {
 	struct xsk *x = container_of(s, struct xsk, source);
-	struct xn_queue_stats *stats = &x->port->netdev.queue[x->queue].rx;
 	u32 n = xsk_peek(&x->rx, XN_BURST);
 	u64 bad = 0;
 
@@ -157,7 +156,7 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 		if (unlikely(x->tells))
 			look_if_joined(x, v);
 	}
-	bridge_forward(w, x->port, x->queue, w->views, n, stats, NULL);
+	bridge_forward(w, x->port, x->queue, w->views, n, x->received, NULL);
 	for (u32 i = 0; i < n; i++)
 		if (likely(!(bad >> i & 1)))
 			xsk_refill(x, received(x, i)->addr);
@@ -204,7 +203,7 @@ static bool is_endless(const struct worker *w, struct xsk *x, u32 n)
 		return true;
 	if (!x->unfinished_since)
 		x->unfinished_since = w->turn;
-	return w->turn - x->unfinished_since > w->bridge->cycles_per_us * UNFINISHED_US;
+	return w->turn - x->unfinished_since > w->cycles_per_us * UNFINISHED_US;
 }
 
 /*
@@ -214,7 +213,6 @@ static bool is_endless(const struct worker *w, struct xsk *x, u32 n)
 static u32 chains_poll(struct worker *w, struct source *s)
 {
 	struct xsk *x = container_of(s, struct xsk, source);
-	struct xn_queue_stats *stats = &x->port->netdev.queue[x->queue].rx;
 	u32 ready = xsk_peek(&x->rx, x->rx.mask + 1), done = 0, frames = 0, pieces = 0;
 
 	wake_driver(x);
@@ -246,7 +244,7 @@ static u32 chains_poll(struct worker *w, struct source *s)
 	}
 	if (!done)
 		return 0;
-	bridge_forward(w, x->port, x->queue, w->views, frames, stats, NULL);
+	bridge_forward(w, x->port, x->queue, w->views, frames, x->received, NULL);
 	for (u32 i = 0; i < done; i++)
 		if (likely(is_ours(x, received(x, i))))
 			xsk_refill(x, received(x, i)->addr);
@@ -304,7 +302,7 @@ static void open_told(struct view *v, const struct piece *piece, struct virtio_n
 static u32 group_poll(struct worker *w, struct source *s)
 {
 	struct netdev *d = container_of(s, struct netdev, group);
-	struct port *p = container_of(d, struct port, netdev);
+	struct port *p = &d->port;
 	struct xn_queue_stats *stats = &d->queue[0].rx;
 	struct mmsghdr msgs[GROUP_BATCH] = {0};
 	struct iovec iov[GROUP_BATCH][2];

@@ -1,8 +1,8 @@
 /*
  * Frames to the wire: the transmit rings of AF_XDP sockets. A frame is copied into one of ours, or lent where it lies.
  */
-#include "bridge.h"
 #include "csum.h"
+#include "netdev.h"
 
 enum { PAGE = 4096 };
 
@@ -11,40 +11,27 @@ static struct netdev_queue *tx_queue(struct netdev *d, u32 queue)
 	return &d->queue[d->ready[queue % d->ready_n]];
 }
 
-static void lock_tx(struct xsk *x)
-{
-	if (x->locked)
-		spin_lock(&x->lock);
-}
-
-static void unlock_tx(struct xsk *x)
-{
-	if (x->locked)
-		spin_unlock(&x->lock);
-}
-
 u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted)
 {
-	struct netdev *d = &p->netdev;
+	struct netdev *d = netdev_of(p);
 
 	if (!d->ready_n)
 		return UINT32_MAX;
-	struct netdev_queue *nq = tx_queue(d, queue);
-	struct xsk *x = nq->xsk;
+	struct xsk *x = tx_queue(d, queue)->xsk;
 
 	/* Where another worker may take the room meanwhile, or nothing moves at all, frames are dropped instead. */
 	if (x->shared || x->down || x->gone)
 		return UINT32_MAX;
-	lock_tx(x);
+	xsk_lock(x);
 	xsk_reap(x);
 	u32 room = min_u32(x->free_n, xsk_tx_room(x));
 
 	if (unlikely((room < XN_BURST || room < wanted) && x->pending)) {
-		x->pending = !xsk_kick(x, &nq->tx.kicks);
+		x->pending = !xsk_kick(x);
 		xsk_reap(x);
 		room = min_u32(x->free_n, xsk_tx_room(x));
 	}
-	unlock_tx(x);
+	xsk_unlock(x);
 	if (room >= wanted) {
 		x->blocked_since = 0;
 		return room;
@@ -52,7 +39,7 @@ u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted)
 	if (!x->blocked_since)
 		x->blocked_since = cycles();
 	/* A driver that has taken nothing for a second is stuck: a guest must not be stuck with it. */
-	else if (cycles() - x->blocked_since > w->bridge->cycles_per_us * 1000000)
+	else if (cycles() - x->blocked_since > w->cycles_per_us * 1000000)
 		return UINT32_MAX;
 	return 0;
 }
@@ -136,21 +123,14 @@ static __attribute__((noinline)) bool write_large(struct xsk *x, const struct vi
 
 _Static_assert((XN_MAX_FRAME + TX_PIECE - 1) / TX_PIECE <= WIRE_PIECES, "any frame is one chain");
 
-void netdev_reap(struct xsk *x)
-{
-	lock_tx(x);
-	xsk_reap(x);
-	unlock_tx(x);
-}
-
 /*
  * Whether a frame can be sent from where it lies: in one piece, in no need of padding, and not so short that the copy
  * costs less than the loan. A driver that maps pages one by one takes no frame across the border of two, nor the place of
  * its metadata, which a lent frame has none of.
  */
-static bool can_lend(const struct worker *w, const struct xsk *x, const struct view *v)
+static bool can_lend(const struct worker *w, const struct xsk *x, const struct view *v, u32 copybreak)
 {
-	if (v->n != 1 || v->needs || v->len < w->bridge->config.copybreak || v->len < ETH_ZLEN)
+	if (v->n != 1 || v->needs || v->len < copybreak || v->len < ETH_ZLEN)
 		return false;
 	/* A snapshot, whose checksum was made for another port. */
 	if (v->pieces->ptr >= w->headers[0] && v->pieces->ptr < (const u8 *)(w->headers + XN_BURST))
@@ -164,19 +144,19 @@ static bool can_lend(const struct worker *w, const struct xsk *x, const struct v
  * Whether the frame, which can be lent, is still where it was pinned: pages that moved raise an alarm when they are read.
  * The first one was read for the snapshot; there is one more at most.
  */
-static bool is_in_place(const struct guest *g, const struct view *v)
+static bool is_in_place(const struct mem_alarms *alarms, const struct view *v)
 {
 	const u8 *first = v->pieces->ptr, *last = first + v->len - 1;
 
 	if ((uintptr_t)first / PAGE != (uintptr_t)last / PAGE)
 		(void)g_load8(last);
 	/* Acquire: by whomever the page was touched first, his alarm came before it. */
-	return __atomic_load_n(&g->alarms.moved, __ATOMIC_ACQUIRE) == MEM_IN_PLACE;
+	return __atomic_load_n(&alarms->moved, __ATOMIC_ACQUIRE) == MEM_IN_PLACE;
 }
 
 void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
 {
-	struct netdev *d = &p->netdev;
+	struct netdev *d = netdev_of(p);
 
 	if (unlikely(!d->ready_n)) {
 		/* No socket, no owner: several workers may count here. */
@@ -186,12 +166,13 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 	struct netdev_queue *nq = tx_queue(d, queue);
 	struct xsk *x = nq->xsk;
 	struct virtqueue *lender = w->lender;
+	const u32 copybreak = p->bridge->config.copybreak;
 	u64 sent = 0, bytes = 0, in_place = 0;
 
 	/* The bytes must be in the socket's UMEM, all of the guest's. */
-	if (lender && (x->umem < lender->port->guest.umem || x->policy < lender->port->guest.lends))
+	if (lender && (x->umem < lender->lending->umem || x->policy < lender->lending->least))
 		lender = NULL;
-	lock_tx(x);
+	xsk_lock(x);
 	if (unlikely(x->down || x->gone)) {
 		count(&nq->tx.drops[XN_DROP_NOT_READY], n);
 		goto out;
@@ -221,8 +202,8 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 		bytes += v->len;
 		sent++;
 		/* Flooded to several interfaces, it is lent to the first: a loan has one end. */
-		if (lender && !(w->lent >> which[i] & 1) && can_lend(w, x, v) &&
-		    likely(is_in_place(&lender->port->guest, v))) {
+		if (lender && !(w->lent >> which[i] & 1) && can_lend(w, x, v, copybreak) &&
+		    likely(is_in_place(lender->alarms, v))) {
 			*desc = xsk_lend(x, &lender->loans[(lender->loans_tail + which[i]) & lender->loans_mask],
 					 v->pieces->ptr, v->len);
 			w->lent |= 1ull << which[i];
@@ -242,34 +223,5 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 	count(&nq->tx.bursts, 1);
 	worker_owes_kick(w, x, (u32)sent);
 out:
-	unlock_tx(x);
-}
-
-bool netdev_kick(struct xsk *x)
-{
-	struct netdev_queue *nq = &x->port->netdev.queue[x->queue];
-	bool was_down = x->down, was_gone = x->gone;
-
-	lock_tx(x);
-	x->pending = !xsk_kick(x, &nq->tx.kicks);
-	/* What waits for an interface to come up again must not keep a guest's buffers. */
-	if (unlikely(x->down || x->gone))
-		xsk_recall(x);
-	unlock_tx(x);
-	if (x->down != was_down || x->gone != was_gone)
-		events_tell(&x->port->bridge->events, XN_EVENT_SOCKET);
-	return !x->pending;
-}
-
-void netdev_is_stuck(struct xsk *x)
-{
-	lock_tx(x);
-	xsk_recall(x);
-	bool keeps = x->lent_n;
-
-	/* It may be stuck already, for what it has delivered. */
-	x->stuck |= keeps;
-	unlock_tx(x);
-	if (keeps)
-		events_tell(&x->port->bridge->events, XN_EVENT_UMEM);
+	xsk_unlock(x);
 }

@@ -92,6 +92,7 @@ struct virtqueue {
 	struct port *port;
 	struct mem_alarms *alarms; /* of the memory that it lies in */
 	struct events *events;
+	const struct lending *lending;
 	u32 index; /* 2p: receive ring of pair p, 2p + 1: transmit */
 	struct xn_ring_config config;
 

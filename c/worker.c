@@ -8,7 +8,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "bridge.h"
+#include "lending.h"
 
 enum {
 	/* A busy worker looks at its sleeping sources this often: a fifth of what waking a sleeper costs. */
@@ -95,7 +95,7 @@ int worker_add_source(struct worker *w, struct source *s, u32 port)
 	s->worker = w;
 	s->account = &w->accounts[port];
 	s->place = place_of(port, s->queue);
-	s->spin = w->bridge->spin_cycles;
+	s->spin = w->all->spin_cycles;
 	s->weighed = cycles();
 	s->weighed_bytes = s->spins ? moved_bytes(s) : 0;
 	s->slot = w->sources_n;
@@ -121,7 +121,7 @@ void worker_remove_source(struct source *s)
 	s->worker = NULL;
 }
 
-void worker_forget_ring(struct worker *w, const struct virtqueue *q)
+static void forget_ring(struct worker *w, const struct virtqueue *q)
 {
 	u32 kept = 0;
 
@@ -136,7 +136,13 @@ void worker_forget_ring(struct worker *w, const struct virtqueue *q)
 	w->lenders_n = kept;
 }
 
-void worker_forget_xsk(struct worker *w, const struct xsk *x)
+void workers_forget_ring(struct workers *all, const struct virtqueue *q)
+{
+	for (u32 i = 0; i < all->n; i++)
+		forget_ring(all->each[i], q);
+}
+
+static void forget_xsk(struct worker *w, const struct xsk *x)
 {
 	u32 kept = 0;
 
@@ -146,12 +152,18 @@ void worker_forget_xsk(struct worker *w, const struct xsk *x)
 	w->kick_n = kept;
 }
 
+void workers_forget_xsk(struct workers *all, const struct xsk *x)
+{
+	for (u32 i = 0; i < all->n; i++)
+		forget_xsk(all->each[i], x);
+}
+
 /* ---- a turn ---- */
 
 /* What the source carries, of one that has just brought something. */
 static void weigh(const struct worker *w, struct source *s)
 {
-	u64 cycles_per_us = w->bridge->cycles_per_us, over = w->turn - s->weighed;
+	u64 cycles_per_us = w->cycles_per_us, over = w->turn - s->weighed;
 
 	if (!s->spins || over < WEIGH_US * cycles_per_us)
 		return;
@@ -168,7 +180,7 @@ static void weigh(const struct worker *w, struct source *s)
  */
 static void learn_spin(struct worker *w, struct source *s, u64 now)
 {
-	u64 spin = w->bridge->spin_cycles, longest = SPIN_STRETCH * spin;
+	u64 spin = w->all->spin_cycles, longest = SPIN_STRETCH * spin;
 
 	if (now - s->last_work < longest)
 		s->spin = longest;
@@ -181,7 +193,7 @@ static bool is_worth_polling(const struct worker *w, const struct source *s, u64
 {
 	u64 idle = now - s->last_work;
 
-	return s->spins && (idle < w->bridge->spin_cycles || (idle < s->spin && !s->streams));
+	return s->spins && (idle < w->all->spin_cycles || (idle < s->spin && !s->streams));
 }
 
 /* Polls the source for its port, and has that pay for it. */
@@ -191,8 +203,8 @@ static u32 poll_source(struct worker *w, struct source *s)
 	w->price = 0;
 	worker_is_at(w, s->place);
 	u32 n = s->ops->poll(w, s);
-	u64 now = cycles(), took = now - w->clock, price = w->price * w->bridge->cycles_per_us / 1000;
-	u64 most = price + MOST_POLL_US * w->bridge->cycles_per_us;
+	u64 now = cycles(), took = now - w->clock, price = w->price * w->cycles_per_us / 1000;
+	u64 most = price + MOST_POLL_US * w->cycles_per_us;
 
 	/* While time is held, what it would have taken. */
 	account_charge(s->account, clock_is_held() ? price : took < most ? took : most, w->quantum);
@@ -242,7 +254,7 @@ static u32 poll_those_with_credit(struct worker *w, u64 now, s64 *most)
 /* Whether more than one port has had something to do lately. */
 static bool is_contended(const struct worker *w)
 {
-	return w->turn - w->mover_since < CONTENDED_US * w->bridge->cycles_per_us;
+	return w->turn - w->mover_since < CONTENDED_US * w->cycles_per_us;
 }
 
 /* A round for each quantum of time that has gone by. */
@@ -276,7 +288,7 @@ static u32 poll_sources(struct worker *w, u64 now)
 /* What a frame costs the kernel, slowly following what it did. */
 static void learn_kick(struct worker *w, u32 frames)
 {
-	u64 now = cycles(), most = MOST_KICK_NS * w->bridge->cycles_per_us / 1000;
+	u64 now = cycles(), most = MOST_KICK_NS * w->cycles_per_us / 1000;
 
 	if (frames) {
 		u64 each = (now - w->clock) / frames;
@@ -297,7 +309,7 @@ static int kick_sockets(struct worker *w)
 		struct xsk *x = w->kick[i];
 
 		worker_is_at(w, x->source.place);
-		if (netdev_kick(x))
+		if (xsk_send(x))
 			continue;
 		w->kick[kept++] = x;
 		/* One that is down comes back in seconds, if at all. */
@@ -319,7 +331,7 @@ static void end_loans(struct worker *w, u64 now)
 
 		w->payer = q->source.account;
 		worker_is_at(w, q->source.place);
-		if (guest_take_back(q, now)) {
+		if (lending_take_back(q, now)) {
 			worker_owes(w, q);
 			w->lenders_wait = 1;
 		}
@@ -333,7 +345,7 @@ static void end_loans(struct worker *w, u64 now)
 /* Whether the guest is to be told now of all that it has back; before the worker sleeps, in any case. */
 static struct account *account_of(struct worker *w, const struct virtqueue *q)
 {
-	return account_at(&w->accounts[q->port->id], w->round, w->quantum);
+	return account_at(&w->accounts[port_of(q->source.place)], w->round, w->quantum);
 }
 
 static bool tells_all(const struct worker *w, const struct virtqueue *q)
@@ -349,9 +361,9 @@ static bool call_is_due(const struct worker *w, const struct virtqueue *q)
 /* Interrupts it, if it wants that; whether it is owed more. */
 static bool notify(struct worker *w, struct virtqueue *q, struct account *payer)
 {
-	const u64 fair = CALL_US * w->bridge->cycles_per_us, calls = q->stats.calls;
+	const u64 fair = CALL_US * w->cycles_per_us, calls = q->stats.calls;
 
-	worker_is_at(w, place_of(q->port->id, q->index));
+	worker_is_at(w, q->source.place);
 	vring_lock(q);
 	/* What it has seen by itself meanwhile has cost nothing; what came later has a time of its own. */
 	bool more = vring_notify(q, tells_all(w, q) ? q->used : q->owed, &w->caller);
@@ -491,14 +503,13 @@ void worker_wait(struct worker *w, int timeout_ms)
 		activate(w, s);
 	}
 	/* As often while others keep the worker busy. */
-	if ((timeout_ms == SLEEP_MS && ns >= until) ||
-	    cycles() - w->looked >= SLEEP_MS * 1000 * w->bridge->cycles_per_us)
+	if ((timeout_ms == SLEEP_MS && ns >= until) || cycles() - w->looked >= SLEEP_MS * 1000 * w->cycles_per_us)
 		look_at_all(w);
 }
 
 static void park(struct worker *w)
 {
-	struct parking *p = &w->bridge->parking;
+	struct parking *p = &w->all->parking;
 
 	worker_is_at(w, XN_PARKED);
 	pthread_mutex_lock(&p->mutex);
@@ -544,15 +555,15 @@ int worker_turn(struct worker *w)
 static void *run(void *argument)
 {
 	struct worker *w = argument;
-	struct xn_bridge *b = w->bridge;
-	u64 events_every = EVENTS_EVERY_US * b->cycles_per_us, last_events = 0;
+	const struct workers *all = w->all;
+	u64 events_every = EVENTS_EVERY_US * w->cycles_per_us, last_events = 0;
 
 	w->stats.tid = gettid();
 	w->now = monotonic_s();
-	while (__atomic_load_n(&b->running, __ATOMIC_ACQUIRE)) {
+	while (__atomic_load_n(&all->running, __ATOMIC_ACQUIRE)) {
 		int wait = worker_turn(w);
 
-		if (unlikely(__atomic_load_n(&b->parking.wanted, __ATOMIC_ACQUIRE))) {
+		if (unlikely(__atomic_load_n(&all->parking.wanted, __ATOMIC_ACQUIRE))) {
 			park(w);
 			continue;
 		}
@@ -587,37 +598,7 @@ static void poison_gaps(struct worker *w)
 	}
 }
 
-struct worker *worker_new(struct xn_bridge *b, u32 id)
-{
-	struct worker *w = aligned_alloc(XN_CACHELINE, (sizeof(*w) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
-	struct epoll_event event = {.events = EPOLLIN};
-
-	if (!w)
-		return NULL;
-	memset(w, 0, sizeof(*w));
-	poison_gaps(w);
-	w->bridge = b;
-	w->id = id;
-	w->stats.cpu = b->config.cpus[id];
-	w->stats.at = w->stats.to = XN_AT_REST;
-	w->quantum = (s64)(QUANTUM_US * b->cycles_per_us);
-	w->kick_cycles = KICK_NS * b->cycles_per_us / 1000;
-	w->sent_call_delay = SENT_CALL_US * b->cycles_per_us;
-	int r = caller_init(&w->caller);
-
-	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	if (!r && (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0))
-		r = -errno;
-	if (r) {
-		worker_free(w);
-		errno = -r;
-		return NULL;
-	}
-	return w;
-}
-
-void worker_free(struct worker *w)
+static void free_worker(struct worker *w)
 {
 	if (!w)
 		return;
@@ -630,7 +611,39 @@ void worker_free(struct worker *w)
 	free(w);
 }
 
-int worker_start(struct worker *w)
+/* NULL: errno says why. */
+static struct worker *new_worker(struct workers *all, u32 id, s32 cpu)
+{
+	struct worker *w = aligned_alloc(XN_CACHELINE, (sizeof(*w) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
+	struct epoll_event event = {.events = EPOLLIN};
+
+	if (!w)
+		return NULL;
+	memset(w, 0, sizeof(*w));
+	poison_gaps(w);
+	w->all = all;
+	w->id = id;
+	w->cycles_per_us = clock_cycles_per_us();
+	w->stats.cpu = cpu;
+	w->stats.at = w->stats.to = XN_AT_REST;
+	w->quantum = (s64)(QUANTUM_US * w->cycles_per_us);
+	w->kick_cycles = KICK_NS * w->cycles_per_us / 1000;
+	w->sent_call_delay = SENT_CALL_US * w->cycles_per_us;
+	int r = caller_init(&w->caller);
+
+	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (!r && (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0))
+		r = -errno;
+	if (r) {
+		free_worker(w);
+		errno = -r;
+		return NULL;
+	}
+	return w;
+}
+
+static int start(struct worker *w)
 {
 	pthread_attr_t attributes;
 	sigset_t all, before;
@@ -657,58 +670,103 @@ int worker_start(struct worker *w)
 	return -r;
 }
 
-void worker_join(struct worker *w)
+static void join(struct worker *w)
 {
 	wake(w);
 	pthread_join(w->thread, NULL);
 }
 
+int workers_init(struct workers *all, const struct xn_bridge_config *config)
+{
+	pthread_mutex_init(&all->parking.mutex, NULL);
+	pthread_cond_init(&all->parking.changed, NULL);
+	all->spin_cycles = config->spin_us * clock_cycles_per_us();
+	while (all->n < config->workers) {
+		struct worker *w = new_worker(all, all->n, config->cpus[all->n]);
+
+		if (!w)
+			return -errno;
+		all->each[all->n++] = w;
+	}
+	return 0;
+}
+
+void workers_release(struct workers *all)
+{
+	for (u32 i = 0; i < all->n; i++)
+		free_worker(all->each[i]);
+	pthread_cond_destroy(&all->parking.changed);
+	pthread_mutex_destroy(&all->parking.mutex);
+}
+
+int workers_start(struct workers *all)
+{
+	if (all->running)
+		return -EALREADY;
+	all->running = true;
+	for (u32 i = 0; i < all->n; i++) {
+		int r = start(all->each[i]);
+
+		if (r < 0) {
+			__atomic_store_n(&all->running, false, __ATOMIC_RELEASE);
+			for (u32 done = 0; done < i; done++)
+				join(all->each[done]);
+			return r;
+		}
+	}
+	return 0;
+}
+
+void workers_stop(struct workers *all)
+{
+	if (!all->running)
+		return;
+	__atomic_store_n(&all->running, false, __ATOMIC_RELEASE);
+	for (u32 i = 0; i < all->n; i++)
+		join(all->each[i]);
+}
+
 /* Three turns: one may have begun before, its worker may only then look at its events, and the last is a whole one. */
-void workers_go_round(struct xn_bridge *b)
+void workers_go_round(struct workers *all)
 {
 	u64 loops[XN_MAX_WORKERS];
 
-	for (u32 turns = 0; b->running && turns < 3; turns++) {
-		for (u32 i = 0; i < b->config.workers; i++) {
-			loops[i] = counted(&b->workers[i]->stats.loops);
-			wake(b->workers[i]);
+	for (u32 turns = 0; all->running && turns < 3; turns++) {
+		for (u32 i = 0; i < all->n; i++) {
+			loops[i] = counted(&all->each[i]->stats.loops);
+			wake(all->each[i]);
 		}
-		for (u32 i = 0; i < b->config.workers; i++)
-			while (counted(&b->workers[i]->stats.loops) == loops[i])
+		for (u32 i = 0; i < all->n; i++)
+			while (counted(&all->each[i]->stats.loops) == loops[i])
 				usleep(ROUND_STEP_US);
 	}
 }
 
-void workers_park(struct xn_bridge *b)
+void workers_park(struct workers *all)
 {
-	struct parking *p = &b->parking;
+	struct parking *p = &all->parking;
 
 	pthread_mutex_lock(&p->mutex);
 	if (p->wanted)
 		abort(); /* a fault of ours: to go on would be to change what workers use */
 	p->since = monotonic_ns();
 	__atomic_store_n(&p->wanted, true, __ATOMIC_RELEASE);
-	if (b->running) {
-		for (u32 i = 0; i < b->config.workers; i++)
-			wake(b->workers[i]);
-		while (p->parked < b->config.workers)
+	if (all->running) {
+		for (u32 i = 0; i < all->n; i++)
+			wake(all->each[i]);
+		while (p->parked < all->n)
 			pthread_cond_wait(&p->changed, &p->mutex);
 	}
 	pthread_mutex_unlock(&p->mutex);
 }
 
-void workers_resume(struct xn_bridge *b)
+void workers_resume(struct workers *all)
 {
-	struct parking *p = &b->parking;
+	struct parking *p = &all->parking;
 
 	pthread_mutex_lock(&p->mutex);
 	p->total += monotonic_ns() - p->since;
 	__atomic_store_n(&p->wanted, false, __ATOMIC_RELEASE);
 	pthread_cond_broadcast(&p->changed);
 	pthread_mutex_unlock(&p->mutex);
-}
-
-uint64_t xn_bridge_parked_ns(const struct xn_bridge *b)
-{
-	return b->parking.total;
 }

@@ -20,8 +20,6 @@
 #include "vring.h"
 #include "xsk.h"
 
-struct xn_bridge;
-
 enum {
 	WORKER_SOURCES = 2 * XN_MAX_PORTS * XN_MAX_PAIRS, /* a receive and a transmit ring each */
 	WORKER_PIECES = 4 * VRING_MAX_PIECES,
@@ -40,8 +38,9 @@ struct parking {
 };
 
 struct worker {
-	struct xn_bridge *bridge;
+	struct workers *all; /* it is one of */
 	u32 id;
+	u64 cycles_per_us;
 	pthread_t thread;
 	int epoll_fd;
 	int wake_fd; /* eventfd: look at parking.wanted and asked */
@@ -112,20 +111,32 @@ struct worker {
 	u8 (*group_frames)[GROUP_FRAME]; /* GROUP_BATCH of them, for the worker that owns group sockets */
 };
 
-struct worker *worker_new(struct xn_bridge *b, u32 id);
-void worker_free(struct worker *w);
-int worker_start(struct worker *w);
-void worker_join(struct worker *w);
+/* Of one bridge. */
+struct workers {
+	u32 n;
+	struct worker *each[XN_MAX_WORKERS];
+	u64 spin_cycles; /* a source is polled so long after its last frame */
+	bool running;
+	struct parking parking;
+};
+
+/* Makes as many as the configuration has; 0. What there is by then workers_release frees. */
+int workers_init(struct workers *all, const struct xn_bridge_config *config);
+void workers_release(struct workers *all);
+/* They run, all or none; and are joined. */
+int workers_start(struct workers *all);
+void workers_stop(struct workers *all);
+
 /* What its thread does, over and over: a turn; how long there is nothing to do then unless something wakes it, in ms. */
 int worker_turn(struct worker *w);
 /* And with nothing active, or now and then: takes what has woken sources, and waits for that as long. */
 void worker_wait(struct worker *w, int timeout_ms);
 
 /* Parks every running worker, until they are resumed. Control thread only; does not nest, or nobody could be let go on meanwhile. */
-void workers_park(struct xn_bridge *b);
-void workers_resume(struct xn_bridge *b);
+void workers_park(struct workers *all);
+void workers_resume(struct workers *all);
 /* Returns when every running worker has looked at its events, and then taken a whole turn. Control thread only. */
-void workers_go_round(struct xn_bridge *b);
+void workers_go_round(struct workers *all);
 
 /* While parked: gives a port's source to a worker (it is polled at least once, whatever its fd says), or takes it away. */
 int worker_add_source(struct worker *w, struct source *s, u32 port);
@@ -134,9 +145,15 @@ void worker_remove_source(struct source *s);
 void worker_keep_active(struct worker *w, struct source *s);
 /* Has the source's worker poll it; called by any of them. */
 void worker_ask(struct worker *w, struct source *s);
-/* While parked: forgets what the worker owes this ring or socket. */
-void worker_forget_ring(struct worker *w, const struct virtqueue *q);
-void worker_forget_xsk(struct worker *w, const struct xsk *x);
+/* While parked: forget what they owe this ring or socket. */
+void workers_forget_ring(struct workers *all, const struct virtqueue *q);
+void workers_forget_xsk(struct workers *all, const struct xsk *x);
+
+/* The owner of a queue, or pair, of any port. */
+static inline struct worker *worker_of(const struct workers *all, u32 queue)
+{
+	return all->each[queue % all->n];
+}
 
 /* Says where the worker is now, to whoever looks whether it goes on. */
 static inline void worker_is_at(struct worker *w, u32 place)

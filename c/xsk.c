@@ -350,11 +350,11 @@ int xsk_statistics(struct xsk *x, struct xn_xsk_stats *sum)
 	return 0;
 }
 
-bool xsk_kick(struct xsk *x, uint64_t *kicks)
+bool xsk_kick(struct xsk *x)
 {
 	if (!(__atomic_load_n(x->tx.flags, __ATOMIC_RELAXED) & XDP_RING_NEED_WAKEUP))
 		return true;
-	count(kicks, 1);
+	count(&x->sent->kicks, 1);
 	int error = sendto(x->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0 ? errno : 0;
 
 	x->down = error == ENETDOWN;
@@ -366,4 +366,39 @@ bool xsk_kick(struct xsk *x, uint64_t *kicks)
 		return false;
 	/* In copy mode the call itself sends; what is left was refused (a full queue below, a budget) and needs another. */
 	return x->zerocopy || __atomic_load_n(x->tx.consumer, __ATOMIC_ACQUIRE) == x->tx.cached_producer;
+}
+
+bool xsk_send(struct xsk *x)
+{
+	bool was_down = x->down, was_gone = x->gone;
+
+	xsk_lock(x);
+	x->pending = !xsk_kick(x);
+	/* What waits for an interface to come up again must not keep a guest's buffers. */
+	if (unlikely(x->down || x->gone))
+		xsk_recall(x);
+	xsk_unlock(x);
+	if (x->down != was_down || x->gone != was_gone)
+		events_tell(x->events, XN_EVENT_SOCKET);
+	return !x->pending;
+}
+
+void xsk_collect(struct xsk *x)
+{
+	xsk_lock(x);
+	xsk_reap(x);
+	xsk_unlock(x);
+}
+
+void xsk_is_overdue(struct xsk *x)
+{
+	xsk_lock(x);
+	xsk_recall(x);
+	bool keeps = x->lent_n;
+
+	/* It may be stuck already, for what it has delivered. */
+	x->stuck |= keeps;
+	xsk_unlock(x);
+	if (keeps)
+		events_tell(x->events, XN_EVENT_UMEM);
 }

@@ -24,6 +24,7 @@
 #include <linux/if_xdp.h>
 
 #include "arena.h"
+#include "events.h"
 #include "loan.h"
 #include "source.h"
 #include "view.h"
@@ -99,8 +100,12 @@ struct xsk {
 	u64 rx_dropped;	   /* frames, for other reasons than an empty fill ring; by the control thread */
 	struct spinlock lock XN_ALIGNED;
 	struct source source;
+	/* Whose it is, and who is told of it. */
 	struct port *port;
 	u32 queue;
+	struct events *events;
+	struct xn_queue_stats *received;
+	struct xn_queue_stats *sent;
 };
 
 /* Registers the UMEM that such a socket would have, unless an open one has it already: it is there when that is opened. */
@@ -209,7 +214,28 @@ static inline void xsk_refill(struct xsk *x, u64 addr)
 	*xsk_addr_at(&x->fill, x->fill.cached_producer++) = xsk_place(addr) / XN_FRAME_SIZE * XN_FRAME_SIZE;
 }
 
+static inline void xsk_lock(struct xsk *x)
+{
+	if (x->locked)
+		spin_lock(&x->lock);
+}
+
+static inline void xsk_unlock(struct xsk *x)
+{
+	if (x->locked)
+		spin_unlock(&x->lock);
+}
+
 /* Tells the kernel of submitted frames; notices a device that is down or gone. False: not all were taken, try again. */
-bool xsk_kick(struct xsk *x, uint64_t *kicks);
+bool xsk_kick(struct xsk *x);
+
+/* ---- by whoever has not the lock ---- */
+
+/* As xsk_kick; what becomes of the interface is told. */
+bool xsk_send(struct xsk *x);
+/* Takes back what the kernel has sent. */
+void xsk_collect(struct xsk *x);
+/* A loan takes too long: copies what can be, and asks for the socket to be closed and opened again. */
+void xsk_is_overdue(struct xsk *x);
 
 #endif

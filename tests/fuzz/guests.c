@@ -12,8 +12,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "bridge.h"
+#include "guest.h"
 #include "kernel.h"
+#include "netdev.h"
 #include "packets.h"
 
 enum {
@@ -238,8 +239,8 @@ static void lay_out(struct guest_of *g, u8 kind)
 /* What is behind a region in its last page is nobody's. */
 static void poison_ends(const struct guest_of *g)
 {
-	const struct port *p = bridge_port(bridge, (u32)g->port, PORT_GUEST);
-	const struct mem *m = p ? p->guest.mem : NULL;
+	const struct guest *of = guest_at(bridge, (u32)g->port);
+	const struct mem *m = of ? of->mem : NULL;
 
 	for (u32 i = 0; m && i < m->n; i++) {
 		const struct region *r = &m->regions[i];
@@ -259,9 +260,9 @@ static void set_memory(struct guest_of *g)
 
 static struct virtqueue *core_ring(const struct guest_of *g, const struct ring *r)
 {
-	struct port *p = bridge_port(bridge, (u32)g->port, PORT_GUEST);
+	struct guest *of = guest_at(bridge, (u32)g->port);
 
-	return p && (u32)(r - g->rings) < 2 * p->guest.pairs ? &p->guest.rings[r - g->rings] : NULL;
+	return of && (u32)(r - g->rings) < 2 * of->pairs ? &of->rings[r - g->rings] : NULL;
 }
 
 static void start_ring(struct guest_of *g, struct ring *r, u16 base)
@@ -785,7 +786,7 @@ static UNSEEN void check_backlog(const struct virtqueue *q)
 	const struct backlog *b = &q->backlog;
 	u32 at = b->end - b->used, bytes = 0;
 
-	MUST(b->n <= BACKLOG_FRAMES && b->used <= b->room && b->room * q->port->guest.pairs <= BACKLOG_BYTES);
+	MUST(b->n <= BACKLOG_FRAMES && b->used <= b->room && b->room * guest_of(q->port)->pairs <= BACKLOG_BYTES);
 	MUST(!b->n || (q->started && q->enabled && q->index % 2 == XN_RX && q->source.worker));
 	for (u32 i = 0; i < b->n; i++) {
 		const struct waiting *f = &b->frames[(b->head + i) % BACKLOG_FRAMES];
@@ -833,16 +834,16 @@ static UNSEEN void check_netdev(const struct xsk *x)
 static UNSEEN void check_all(void)
 {
 	for (u32 i = 0; i < bridge->ports_n; i++) {
-		const struct port *p = &bridge->ports[i];
+		const struct guest *g = guest_at(bridge, i);
+		const struct netdev *d = netdev_at(bridge, i);
 
-		if (p->kind == PORT_GUEST)
-			for (u32 k = 0; k < 2 * p->guest.pairs; k++)
-				check_ring(&p->guest.rings[k]);
-		else if (p->kind == PORT_NETDEV)
-			check_netdev(p->netdev.queue[0].xsk);
+		for (u32 k = 0; g && k < 2 * g->pairs; k++)
+			check_ring(&g->rings[k]);
+		if (d)
+			check_netdev(d->queue[0].xsk);
 	}
-	for (u32 i = 0; i < bridge->config.workers; i++) {
-		const struct worker *w = bridge->workers[i];
+	for (u32 i = 0; i < bridge->workers.n; i++) {
+		const struct worker *w = bridge->workers.each[i];
 
 		MUST(w->lenders_n <= w->sources_n && w->active_n <= w->sources_n);
 		for (u32 a = 0; a < w->lenders_n; a++)
@@ -858,8 +859,8 @@ static UNSEEN void check_addresses(void)
 	int n = xn_fdb_dump(bridge, entries, ARRAY_LEN(entries), XN_MAX_STATIONS);
 
 	for (u32 i = 0; i < bridge->ports_n; i++)
-		if (bridge->ports[i].kind != PORT_NONE && bridge->ports[i].macs_n)
-			MUST(fdb_lookup(bridge->fdb, bridge->ports[i].macs[0], 1, bridge->workers[0]->now) == i);
+		if (bridge->ports[i] && bridge->ports[i]->macs_n)
+			MUST(fdb_lookup(bridge->fdb, bridge->ports[i]->macs[0], 1, bridge->workers.each[0]->now) == i);
 	for (int i = 0; i < n && i < (int)ARRAY_LEN(entries); i++)
 		for (u32 k = 0; k < guests_n; k++)
 			if (guests[k].port == (int)entries[i].port && guests[k].checked)
@@ -873,7 +874,7 @@ static UNSEEN u64 frames_delivered(void)
 
 	for (u32 i = 0; i < bridge->ports_n; i++)
 		for (u32 k = 0; k < PAIRS; k++)
-			if (!xn_queue_stats(bridge, i, k, bridge->ports[i].kind == PORT_GUEST ? XN_RX : XN_TX, &stats))
+			if (!xn_queue_stats(bridge, i, k, guest_at(bridge, i) ? XN_RX : XN_TX, &stats))
 				sum += stats.packets;
 	return sum;
 }
@@ -883,10 +884,10 @@ static UNSEEN u64 frames_delivered(void)
 static void turn(u32 n)
 {
 	for (; n; n--, clock_advance(tick_us))
-		for (u32 i = 0; i < bridge->config.workers; i++) {
-			(void)worker_turn(bridge->workers[i]);
+		for (u32 i = 0; i < bridge->workers.n; i++) {
+			(void)worker_turn(bridge->workers.each[i]);
 			check_all();
-			worker_wait(bridge->workers[i], 0);
+			worker_wait(bridge->workers.each[i], 0);
 		}
 }
 

@@ -1,0 +1,60 @@
+/*
+ * A port: anything frames enter and leave by. The bridge knows ports by this alone: what is the same of all, and the verbs of
+ * their kind.
+ */
+#ifndef XN_PORT_H
+#define XN_PORT_H
+
+#include "view.h"
+
+struct port;
+struct worker;
+struct xn_bridge;
+
+/* NULL: there is nothing to do for ports of this kind. A call is for a port and a burst, never for a frame. */
+struct port_verbs {
+	/* Takes frames, given by their index in views; what is delivered or lost is counted there. */
+	void (*deliver)(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
+	/* Descriptors that it takes now without loss, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
+	u32 (*room)(struct worker *w, struct port *p, u32 queue, u32 wanted);
+	/* The counters of a queue in one direction; NULL: there is no such queue. */
+	const struct xn_queue_stats *(*stats)(const struct port *p, u32 queue, enum xn_direction direction);
+	/* While parked: what follows from a change of memory, addresses or ports. */
+	void (*settle)(struct port *p);
+	/* While parked: closes the socket of a queue, and so ends the loans that it has. */
+	void (*end_loans)(struct port *p, u32 queue);
+	/* Parks the workers, with nothing of the port's lent to anybody. */
+	void (*park)(struct port *p);
+	/* While parked, of a port that the bridge has no more: frees all that it has, and itself. */
+	void (*release)(struct port *p);
+};
+
+struct port {
+	const struct port_verbs *verbs;
+	struct xn_bridge *bridge;
+	u32 id;
+	bool wire;  /* behind it is a network of others' stations; else one guest */
+	bool ready; /* there is a ring or socket that takes frames */
+	u8 takes;   /* enum view_need, which it sees to itself */
+	bool check_source;
+	u32 macs_n; /* 0: learned */
+	u64 macs[XN_MAX_OWN_MACS];
+	/* Of a guest's, by what it has sent. */
+	u32 taught;    /* of the bridge's changes, the last that it has taught ... */
+	u64 taught_at; /* ... in cycles */
+	u64 stray;     /* STRAY | the source of a frame that was dropped for it; 0: none of late */
+};
+
+/* No part of an address. */
+#define STRAY (1ull << 63)
+
+/* Whether the address was given to the port. */
+static inline bool port_owns(const struct port *p, u64 mac)
+{
+	for (u32 i = 0; i < p->macs_n; i++)
+		if (p->macs[i] == mac)
+			return true;
+	return false;
+}
+
+#endif
