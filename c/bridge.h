@@ -27,13 +27,12 @@ struct xn_bridge {
 };
 
 /*
- * Takes n views (at most XN_BURST) that `from` got on its queue `queue` to where they go, and counts them in `stats`.
- * Views marked VIEW_DROPPED are counted as that. Of a guest, whose ring keeps the rest, it takes no more than one poll may
- * cost and the netdev has room for, and returns how many it has dealt with. A frame to more ports than that is flooded in
- * parts: *flood_next says where it goes on, when 0 is returned and the same chain is brought again. NULL: all at once.
+ * Takes n views (at most XN_BURST) to where they go, and counts them. Views marked VIEW_DROPPED are counted as that. Of a
+ * guest, whose ring keeps the rest, it takes no more than one poll may cost and the netdev has room for, and returns how many
+ * it has dealt with. A frame to more ports than that is flooded in parts: when 0 is returned and the same chain is brought
+ * again, *burst->flood_next says where it goes on.
  */
-u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
-		   struct xn_queue_stats *stats, u32 *flood_next);
+u32 bridge_forward(struct worker *w, struct burst *burst, struct view *views, u32 n);
 
 /*
  * While parked: floods a RARP with this source address, as a frame of the port. False: the address is not the port's to

@@ -19,8 +19,9 @@ enum { FLOODED = UINT32_MAX };
 enum { GOOD = XN_DROP_COUNT };
 
 /* Remembers where a frame came from. Else than GOOD: why it goes no further. */
-static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan, struct xn_queue_stats *stats)
+static u32 learn(struct worker *w, const struct burst *burst, u64 src, u64 dst, u16 vlan)
 {
+	struct port *from = burst->from;
 	struct xn_bridge *b = from->bridge;
 	enum fdb_teacher teacher = FDB_GUEST;
 
@@ -55,7 +56,7 @@ static u32 learn(struct worker *w, struct port *from, u64 src, u64 dst, u16 vlan
 		/* Another guest's own address. On the wire that may be the guest on its way. */
 		return from->wire ? GOOD : XN_DROP_SPOOF;
 	case FDB_FULL:
-		count(&stats->unlearned, 1);
+		count(&burst->stats->unlearned, 1);
 		break;
 	}
 	return GOOD;
@@ -81,9 +82,9 @@ struct ways {
 };
 
 /* Gives each frame its way. */
-static struct ways classify(struct worker *w, struct port *from, struct view *views, u32 n,
-			    struct xn_queue_stats *stats)
+static struct ways classify(struct worker *w, const struct burst *burst, struct view *views, u32 n)
 {
+	struct port *from = burst->from;
 	const struct xn_bridge *b = from->bridge;
 	u64 last_src = 0, last_dst = NO_MAC;
 	u16 last_vlan = 0, last_port = 0;
@@ -104,7 +105,7 @@ static struct ways classify(struct worker *w, struct port *from, struct view *vi
 		}
 		/* Bursts come in trains of one flow: look up what differs. */
 		if (unlikely(last_dst == NO_MAC || src != last_src || vlan != last_vlan))
-			fault = learn(w, from, src, dst, vlan, stats);
+			fault = learn(w, burst, src, dst, vlan);
 		if (unlikely(fault != GOOD)) {
 			if (fault == XN_DROP_SPOOF)
 				__atomic_store_n(&from->stray, STRAY | src, __ATOMIC_RELAXED);
@@ -147,19 +148,20 @@ static u32 descriptors_of(const struct view *v)
 }
 
 /* How many views, from the first, can go before one finds its port full. */
-static u32 with_room(struct worker *w, const struct xn_bridge *b, u32 queue, const struct view *views, u32 n)
+static u32 with_room(struct worker *w, const struct burst *burst, const struct view *views, u32 n)
 {
+	struct port *const *ports = burst->from->bridge->ports;
 	u32 port = VIEW_DROPPED, room = 0;
 
 	for (u32 i = 0; i < n; i++) {
-		if (views[i].port >= VIEW_FLOOD || !b->ports[views[i].port]->verbs->room)
+		if (views[i].port >= VIEW_FLOOD || !ports[views[i].port]->verbs->room)
 			continue;
 		if (views[i].port != port) {
 			/* A burst to several interfaces is rare; the first of them decides. */
 			if (port != VIEW_DROPPED)
 				continue;
 			port = views[i].port;
-			room = b->ports[port]->verbs->room(w, b->ports[port], queue, descriptors_of(&views[i]));
+			room = ports[port]->verbs->room(w, ports[port], burst->queue, descriptors_of(&views[i]));
 		}
 		u32 wanted = descriptors_of(&views[i]);
 
@@ -170,10 +172,10 @@ static u32 with_room(struct worker *w, const struct xn_bridge *b, u32 queue, con
 	return n;
 }
 
-static void deliver_plain(struct worker *w, struct port *to, u32 queue, const struct view *views, const u8 *which,
-			  u32 n)
+static void deliver_plain(struct worker *w, struct port *to, struct burst *burst, const struct view *views,
+			  const u8 *which, u32 n)
 {
-	to->verbs->deliver(w, to, queue, views, which, n);
+	to->verbs->deliver(w, to, burst, views, which, n);
 }
 
 /* Completes a checksum that the port does not take as it is. What becomes of it at an interface is counted there. */
@@ -188,26 +190,25 @@ static void suit_csum(const struct port *to, struct view *v, struct xn_queue_sta
 }
 
 /* Cuts a frame that the port does not take whole. */
-static void deliver_cut(struct worker *w, struct port *to, u32 queue, struct view *whole, struct xn_queue_stats *stats)
+static void deliver_cut(struct worker *w, struct port *to, const struct burst *burst, struct view *whole)
 {
-	struct virtqueue *lender = w->lender;
+	/* The payload of a segment is no chain of its own. */
+	struct burst segments = {.from = burst->from, .queue = burst->queue, .stats = burst->stats};
+	struct xn_queue_stats *stats = burst->stats;
 	struct gso_room *room = &w->cut;
 	u8 which[XN_BURST];
 	struct gso cut;
 	u32 made = 0, n;
 
-	/* The payload of a segment is no chain of its own. */
-	w->lender = NULL;
 	gso_start(&cut, whole);
 	while ((n = gso_next(&cut, room))) {
 		for (u32 i = 0; i < n; i++) {
 			which[i] = (u8)i;
 			suit_csum(to, &room->views[i], stats);
 		}
-		deliver_plain(w, to, queue, room->views, which, n);
+		deliver_plain(w, to, &segments, room->views, which, n);
 		made += n;
 	}
-	w->lender = lender;
 	/* That of a datagram, over all of its fragments. */
 	if (whole->needs & NEED_UFO)
 		count(&stats->csum_completed, 1);
@@ -216,8 +217,8 @@ static void deliver_cut(struct worker *w, struct port *to, u32 queue, struct vie
 }
 
 /* In order: what the port takes as it is in runs, the others changed into what it does take. */
-static __attribute__((noinline)) void deliver_changed(struct worker *w, struct port *to, u32 queue, struct view *views,
-						      u8 *which, u32 n, struct xn_queue_stats *stats)
+static __attribute__((noinline)) void deliver_changed(struct worker *w, struct port *to, struct burst *burst,
+						      struct view *views, u8 *which, u32 n)
 {
 	u32 from = 0;
 
@@ -227,25 +228,25 @@ static __attribute__((noinline)) void deliver_changed(struct worker *w, struct p
 
 		if (missing & NEED_CUT) {
 			if (i > from)
-				deliver_plain(w, to, queue, views, which + from, i - from);
-			deliver_cut(w, to, queue, v, stats);
+				deliver_plain(w, to, burst, views, which + from, i - from);
+			deliver_cut(w, to, burst, v);
 			from = i + 1;
 		} else {
-			suit_csum(to, v, stats);
+			suit_csum(to, v, burst->stats);
 		}
 	}
 	if (n > from)
-		deliver_plain(w, to, queue, views, which + from, n - from);
+		deliver_plain(w, to, burst, views, which + from, n - from);
 }
 
 /* Frames that all go to one port; `plain`: none of them needs anything. */
-static always_inline void deliver(struct worker *w, struct port *to, u32 queue, struct view *views, u8 *which, u32 n,
-				  bool plain, struct xn_queue_stats *stats)
+static always_inline void deliver(struct worker *w, struct port *to, struct burst *burst, struct view *views, u8 *which,
+				  u32 n, bool plain)
 {
 	if (likely(plain))
-		deliver_plain(w, to, queue, views, which, n);
+		deliver_plain(w, to, burst, views, which, n);
 	else
-		deliver_changed(w, to, queue, views, which, n, stats);
+		deliver_changed(w, to, burst, views, which, n);
 }
 
 /* From the wire to the one guest that it is for: frames of a flow in one, where it takes such. Returns how many are left. */
@@ -260,18 +261,18 @@ static u32 join(struct worker *w, const struct port *to, struct view *views, u8 
 	return n;
 }
 
-static void forward_unicast(struct worker *w, const struct port *from, u32 port, u32 queue, struct view *views,
-			    u8 *which, u32 n, bool plain, struct xn_queue_stats *stats)
+static void forward_unicast(struct worker *w, struct burst *burst, u32 port, struct view *views, u8 *which, u32 n,
+			    bool plain)
 {
-	struct port *to = from->bridge->ports[port];
+	struct port *to = burst->from->bridge->ports[port];
 
-	if (from->wire && to->takes & NEED_CUT) {
-		u32 left = join(w, to, views, which, n, stats);
+	if (burst->from->wire && to->takes & NEED_CUT) {
+		u32 left = join(w, to, views, which, n, burst->stats);
 
 		plain = plain && left == n;
 		n = left;
 	}
-	deliver(w, to, queue, views, which, n, plain, stats);
+	deliver(w, to, burst, views, which, n, plain);
 }
 
 /* Takes those with the first one's port out of a mask; returns how many. */
@@ -312,9 +313,9 @@ static void count_copies(struct xn_queue_stats *stats, u32 ports, u32 n)
 }
 
 /* Delivers to all ports. */
-static void flood(struct worker *w, struct port *from, u32 queue, struct view *views, u64 mask, bool plain,
-		  struct xn_queue_stats *stats)
+static void flood(struct worker *w, struct burst *burst, struct view *views, u64 mask, bool plain)
 {
+	const struct port *from = burst->from;
 	const struct xn_bridge *b = from->bridge;
 	u8 all[XN_BURST], to_many[XN_BURST];
 	u32 n = 0, many = 0, ports = 0, open_ports = 0;
@@ -331,15 +332,15 @@ static void flood(struct worker *w, struct port *from, u32 queue, struct view *v
 
 		if (floods_to(from, to, true)) {
 			open_ports++;
-			deliver(w, to, queue, views, all, n, plain, stats);
+			deliver(w, to, burst, views, all, n, plain);
 		} else if (floods_to(from, to, false)) {
 			ports++;
 			if (many)
-				deliver(w, to, queue, views, to_many, many, plain, stats);
+				deliver(w, to, burst, views, to_many, many, plain);
 		}
 	}
-	count_copies(stats, ports + open_ports, many);
-	count_copies(stats, open_ports, n - many);
+	count_copies(burst->stats, ports + open_ports, many);
+	count_copies(burst->stats, open_ports, n - many);
 }
 
 /* ---- what one poll takes on ---- */
@@ -382,28 +383,29 @@ static __attribute__((noinline)) u32 affordable(const struct port *from, const s
 }
 
 /*
- * Floods a frame to as many ports, from *next on, as one poll takes on. True: that was the last of them, and *next is 0;
- * else it goes on there, with what the guest has in that place by then. The frame itself is counted already.
+ * Floods a frame to as many ports, from *burst->flood_next on, as one poll takes on. True: that was the last of them, and
+ * it is 0; else it goes on there, with what the guest has in that place by then. The frame itself is counted already.
  */
-static bool flood_part(struct worker *w, struct port *from, u32 queue, struct view *v, struct xn_queue_stats *stats,
-		       u32 *next)
+static bool flood_part(struct worker *w, struct burst *burst, struct view *v)
 {
+	const struct port *from = burst->from;
 	const struct xn_bridge *b = from->bridge;
+	u32 *next = burst->flood_next;
 	const u64 price = price_of(v);
 	const bool unknown = is_unknown(v);
 	u64 paid = 0;
 	u8 which = 0;
 
 	/* A loan would be of a chain that is taken anew. */
-	w->lender = NULL;
+	burst->lender = NULL;
 	for (bool first = !*next; *next < b->ports_n; ++*next) {
 		if (!floods_to(from, b->ports[*next], unknown))
 			continue;
 		if (paid > POLL_NS)
 			break;
 		paid += price;
-		deliver(w, b->ports[*next], queue, v, &which, 1, !v->needs, stats);
-		count(&stats->copies, !first);
+		deliver(w, b->ports[*next], burst, v, &which, 1, !v->needs);
+		count(&burst->stats->copies, !first);
 		first = false;
 	}
 	w->price += paid;
@@ -458,25 +460,25 @@ static void count_frames(struct worker *w, struct xn_queue_stats *stats, u32 n, 
 
 /*
  * Limits a guest's burst to what one poll takes on. 0: it has begun, or gone on, with a frame that is too much for one;
- * *flood_next is 0 again when it is done with that.
+ * *burst->flood_next is 0 again when it is done with that.
  */
-static __attribute__((noinline)) u32 limit_burst(struct worker *w, struct port *from, u32 queue, struct view *views,
-						 u32 n, struct xn_queue_stats *stats, u32 *flood_next)
+static __attribute__((noinline)) u32 limit_burst(struct worker *w, struct burst *burst, struct view *views, u32 n)
 {
+	u32 *next = burst->flood_next;
 	u64 price = 0;
 
 	/* What is flooded in parts and has become another frame is that from here on. */
-	if (*flood_next && views->port != VIEW_FLOOD)
-		*flood_next = 0;
-	if (!*flood_next) {
-		n = affordable(from, views, n, &price);
+	if (*next && views->port != VIEW_FLOOD)
+		*next = 0;
+	if (!*next) {
+		n = affordable(burst->from, views, n, &price);
 		if (n > 1 || views->port != VIEW_FLOOD || price <= POLL_NS) {
 			w->price += price;
 			return n;
 		}
-		count_frames(w, stats, 1, views->len);
+		count_frames(w, burst->stats, 1, views->len);
 	}
-	return flood_part(w, from, queue, views, stats, flood_next) ? FLOODED : 0;
+	return flood_part(w, burst, views) ? FLOODED : 0;
 }
 
 /*
@@ -493,24 +495,26 @@ static bool waits_for_steering(const struct worker *w, const struct port *from)
 	       w->turn - from->taught_at < STEERING_US * w->cycles_per_us;
 }
 
-u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *views, u32 n,
-		   struct xn_queue_stats *stats, u32 *flood_next)
+u32 bridge_forward(struct worker *w, struct burst *burst, struct view *views, u32 n)
 {
-	if (flood_next && waits_for_steering(w, from))
+	const struct port *from = burst->from;
+	struct xn_queue_stats *stats = burst->stats;
+
+	if (burst->flood_next && waits_for_steering(w, from))
 		return 0;
-	struct ways ways = classify(w, from, views, n, stats);
+	struct ways ways = classify(w, burst, views, n);
 	u8 which[XN_BURST];
 
-	if (flood_next) {
+	if (burst->flood_next) {
 		/* By one of these. */
 		if (waits_for_steering(w, from))
 			return 0;
-		if (unlikely(ways.costly || *flood_next))
-			n = limit_burst(w, from, queue, views, n, stats, flood_next);
+		if (unlikely(ways.costly || *burst->flood_next))
+			n = limit_burst(w, burst, views, n);
 		if (n == FLOODED)
 			return 1;
 		if (ways.to_few)
-			n = with_room(w, from->bridge, queue, views, n);
+			n = with_room(w, burst, views, n);
 	}
 	if (!n)
 		return 0;
@@ -520,7 +524,7 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 	if (likely(s.one_way)) {
 		for (u32 i = 0; i < XN_BURST; i++)
 			which[i] = (u8)i;
-		forward_unicast(w, from, views->port, queue, views, which, n, s.plain, stats);
+		forward_unicast(w, burst, views->port, views, which, n, s.plain);
 		return n;
 	}
 	for (; s.dropped; s.dropped &= s.dropped - 1)
@@ -528,10 +532,10 @@ u32 bridge_forward(struct worker *w, struct port *from, u32 queue, struct view *
 	while (s.unicast) {
 		u32 port = views[__builtin_ctzll(s.unicast)].port, taken = take_one_way(views, &s.unicast, which);
 
-		forward_unicast(w, from, port, queue, views, which, taken, s.plain, stats);
+		forward_unicast(w, burst, port, views, which, taken, s.plain);
 	}
 	if (s.flooded)
-		flood(w, from, queue, views, s.flooded, s.plain, stats);
+		flood(w, burst, views, s.flooded, s.plain);
 	return n;
 }
 
@@ -555,6 +559,7 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 					   .op = htobe16(ARPOP_RREQUEST)};
 	struct piece piece = {(u8 *)&frame, sizeof(frame)};
 	struct view view = {.pieces = &piece, .n = 1, .len = sizeof(frame), .port = VIEW_FLOOD};
+	struct burst burst = {.from = from, .stats = stats};
 
 	_Static_assert(sizeof(frame) == ETH_ZLEN, "the shortest frame, but for its checksum");
 	mac = htole64(mac);
@@ -565,10 +570,9 @@ bool bridge_announce(struct worker *w, struct port *from, u64 mac, struct xn_que
 	/* It may have slept for long, or not have begun. */
 	w->now = monotonic_s();
 	w->turn = cycles();
-	w->lender = NULL;
 	w->payer = &w->accounts[from->id];
-	if (learn(w, from, view_src(&view), view_dst(&view), 0, stats) != GOOD)
+	if (learn(w, &burst, view_src(&view), view_dst(&view), 0) != GOOD)
 		return false;
-	bridge_forward(w, from, 0, &view, 1, stats, NULL);
+	bridge_forward(w, &burst, &view, 1);
 	return true;
 }

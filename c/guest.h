@@ -43,7 +43,8 @@ static inline struct guest *guest_at(const struct xn_bridge *b, u32 id)
 	return p ? guest_of(p) : NULL;
 }
 
-void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
+void guest_deliver(struct worker *w, struct port *p, struct burst *burst, const struct view *views, const u8 *which,
+		   u32 n);
 /* While parked: drops the frames that wait for buffers of a receive ring. */
 void guest_drop_waiting(struct virtqueue *q);
 /* Parks the workers, and calls back all that the port has lent. */

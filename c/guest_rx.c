@@ -451,11 +451,12 @@ static __attribute__((noinline)) void deliver_by_flow(struct worker *w, const st
 	}
 }
 
-void guest_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
+void guest_deliver(struct worker *w, struct port *p, struct burst *burst, const struct view *views, const u8 *which,
+		   u32 n)
 {
 	const struct guest *g = guest_of(p);
 
-	(void)queue; /* it is the worker, or the flow, that tells which ring */
+	(void)burst;
 	if (likely(g->choices == 1))
 		deliver_to(w, choice(w, g, 0), views, which, n);
 	else if (g->choices)

@@ -106,14 +106,14 @@ static always_inline void open_chain(const struct virtqueue *q, struct view *v, 
 }
 
 /* What came with each view of a burst. */
-struct burst {
+struct taken {
 	struct cursor after; /* where the ring stands when it is done with */
 	chain_t chain;
 	u64 total; /* bytes, header included */
 };
 
 /* Takes up to `most` chains apart into views; returns how many, up to the first that breaks the ring. */
-static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct burst *burst, u32 most, bool packed)
+static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct taken *taken, u32 most, bool packed)
 {
 	struct cursor at = q->next;
 	u32 n = 0, used = 0, frames = 0, steps = 0;
@@ -136,9 +136,9 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 
 		v->port = VIEW_FLOOD;
 		v->pieces = to;
-		pieces = vring_pop(q, &at, false, to, VRING_MAX_PIECES, &burst[n].total, &burst[n].chain, &steps,
+		pieces = vring_pop(q, &at, false, to, VRING_MAX_PIECES, &taken[n].total, &taken[n].chain, &steps,
 				   packed);
-		burst[n].after = at;
+		taken[n].after = at;
 		if (unlikely(pieces == -EIO))
 			break;
 		if (unlikely(pieces == -EMSGSIZE)) {
@@ -148,7 +148,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 		}
 		v->n = (u32)pieces;
 		used += (u32)pieces + 1;
-		bytes += burst[n].total;
+		bytes += taken[n].total;
 		if (likely(pieces)) {
 			/* Drivers put the header right before the frame, often at the end of another line. */
 			prefetch(v->pieces->ptr);
@@ -161,7 +161,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 
 		if (unlikely(v->port == VIEW_DROPPED))
 			continue;
-		open_chain(q, v, burst[i].total, w->headers[i]);
+		open_chain(q, v, taken[i].total, w->headers[i]);
 		/* What one turn can become has a limit; the rest is looked at anew in the next one. */
 		if (unlikely(v->needs & NEED_CUT) && (frames += vnet_segments(v)) >= CUT_FRAMES)
 			return i + 1;
@@ -170,7 +170,7 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct bur
 }
 
 /* Queues a burst of which something is lent, or that comes behind what is. */
-static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct burst *burst, u32 n)
+static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct taken *taken, u64 lent, u32 n)
 {
 	if (q->loans_head == q->loans_tail) {
 		q->loans_since = cycles();
@@ -179,9 +179,9 @@ static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct b
 	for (u32 i = 0; i < n; i++) {
 		struct loan *loan = &q->loans[(q->loans_tail + i) & q->loans_mask];
 
-		loan->chain = burst[i].chain;
+		loan->chain = taken[i].chain;
 		/* What is lent may be returned already, by another worker. */
-		if (!(w->lent >> i & 1))
+		if (!(lent >> i & 1))
 			loan->borrower = NULL;
 	}
 	q->loans_tail += n;
@@ -190,7 +190,8 @@ static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct b
 static always_inline u32 poll_ring(struct worker *w, struct source *s, bool packed)
 {
 	struct virtqueue *q = container_of(s, struct virtqueue, source);
-	struct burst burst[XN_BURST];
+	struct taken taken[XN_BURST];
+	struct burst burst = {.from = q->port, .queue = q->index / 2, .stats = &q->stats, .flood_next = &q->flood_next};
 	/* A guest may make the same chain available again and again: no more than its ring has are out at once. */
 	u32 most = min_u32(XN_BURST, q->num);
 
@@ -202,7 +203,7 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	}
 	if (unlikely(q->loans))
 		most = min_u32(most, q->loans_mask + 1 - (q->loans_tail - q->loans_head));
-	u32 n = fetch(w, q, burst, most, packed);
+	u32 n = fetch(w, q, taken, most, packed);
 
 	s->dead = q->broken;
 	if (!n)
@@ -211,27 +212,26 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	if (unlikely(!q->enabled))
 		for (u32 i = 0; i < n; i++)
 			view_drop(&w->views[i], XN_DROP_DISABLED);
-	w->lender = q->loans && q->lending->least != XN_ZEROCOPY_OFF ? q : NULL;
-	w->lent = 0;
-	n = bridge_forward(w, q->port, q->index / 2, w->views, n, &q->stats, &q->flood_next);
+	burst.lender = q->loans && q->lending->least != XN_ZEROCOPY_OFF ? q : NULL;
+	n = bridge_forward(w, &burst, w->views, n);
 	if (!n)
 		return q->flood_next ? 1 : 0;
 	if (!s->woken)
 		count(&q->stats.kicks_saved, 1);
 	s->woken = false;
-	q->next = burst[n - 1].after;
+	q->next = taken[n - 1].after;
 	count(&q->stats.chains, n);
-	if (unlikely(w->lent || q->loans_head != q->loans_tail)) {
-		wait_for_loans(w, q, burst, n);
+	if (unlikely(burst.lent || q->loans_head != q->loans_tail)) {
+		wait_for_loans(w, q, taken, burst.lent, n);
 		return n;
 	}
 	struct pushing push = vring_begin(q);
 
 	if (q->in_order)
-		vring_push_until(q, &push, burst[n - 1].after, burst[n - 1].chain, packed);
+		vring_push_until(q, &push, taken[n - 1].after, taken[n - 1].chain, packed);
 	else
 		for (u32 i = 0; i < n; i++)
-			vring_push(q, &push, burst[i].chain, 0, packed);
+			vring_push(q, &push, taken[i].chain, 0, packed);
 	(void)vring_publish(q, &push, packed);
 	worker_owes(w, q);
 	return n;

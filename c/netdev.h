@@ -46,7 +46,8 @@ static inline struct netdev *netdev_at(const struct xn_bridge *b, u32 id)
 	return p ? netdev_of(p) : NULL;
 }
 
-void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
+void netdev_deliver(struct worker *w, struct port *p, struct burst *burst, const struct view *views, const u8 *which,
+		    u32 n);
 u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted);
 
 #endif

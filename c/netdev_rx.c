@@ -134,6 +134,7 @@ static always_inline void look_if_joined(const struct xsk *x, struct view *v)
 static u32 xsk_poll(struct worker *w, struct source *s)
 {
 	struct xsk *x = container_of(s, struct xsk, source);
+	struct burst burst = {.from = x->port, .queue = x->queue, .stats = x->received};
 	u32 n = xsk_peek(&x->rx, XN_BURST);
 	u64 bad = 0;
 
@@ -156,7 +157,7 @@ static u32 xsk_poll(struct worker *w, struct source *s)
 		if (unlikely(x->tells))
 			look_if_joined(x, v);
 	}
-	bridge_forward(w, x->port, x->queue, w->views, n, x->received, NULL);
+	bridge_forward(w, &burst, w->views, n);
 	for (u32 i = 0; i < n; i++)
 		if (likely(!(bad >> i & 1)))
 			xsk_refill(x, received(x, i)->addr);
@@ -213,6 +214,7 @@ static bool is_endless(const struct worker *w, struct xsk *x, u32 n)
 static u32 chains_poll(struct worker *w, struct source *s)
 {
 	struct xsk *x = container_of(s, struct xsk, source);
+	struct burst burst = {.from = x->port, .queue = x->queue, .stats = x->received};
 	u32 ready = xsk_peek(&x->rx, x->rx.mask + 1), done = 0, frames = 0, pieces = 0;
 
 	wake_driver(x);
@@ -244,7 +246,7 @@ static u32 chains_poll(struct worker *w, struct source *s)
 	}
 	if (!done)
 		return 0;
-	bridge_forward(w, x->port, x->queue, w->views, frames, x->received, NULL);
+	bridge_forward(w, &burst, w->views, frames);
 	for (u32 i = 0; i < done; i++)
 		if (likely(is_ours(x, received(x, i))))
 			xsk_refill(x, received(x, i)->addr);
@@ -302,8 +304,7 @@ static void open_told(struct view *v, const struct piece *piece, struct virtio_n
 static u32 group_poll(struct worker *w, struct source *s)
 {
 	struct netdev *d = container_of(s, struct netdev, group);
-	struct port *p = &d->port;
-	struct xn_queue_stats *stats = &d->queue[0].rx;
+	struct burst burst = {.from = &d->port, .stats = &d->queue[0].rx};
 	struct mmsghdr msgs[GROUP_BATCH] = {0};
 	struct iovec iov[GROUP_BATCH][2];
 	struct virtio_net_hdr told[GROUP_BATCH]; /* PACKET_VNET_HDR: in host order */
@@ -328,13 +329,13 @@ static u32 group_poll(struct worker *w, struct source *s)
 	if (n < 0 && errno == EINVAL) {
 		w->views->len = 0;
 		view_drop(w->views, XN_DROP_OVERSIZE);
-		bridge_forward(w, p, 0, w->views, 1, stats, NULL);
+		bridge_forward(w, &burst, w->views, 1);
 		return 1;
 	}
 	if (n <= 0) {
 		if (n < 0 && errno != EAGAIN && errno != EINTR && errno != ENETDOWN) {
 			d->group_failed = true;
-			events_tell(&p->bridge->events, XN_EVENT_SOCKET);
+			events_tell(&d->port.bridge->events, XN_EVENT_SOCKET);
 		}
 		return 0;
 	}
@@ -352,7 +353,7 @@ static u32 group_poll(struct worker *w, struct source *s)
 		w->pieces[i] = (struct piece){frame, len};
 		open_told(v, &w->pieces[i], told[i], len != was);
 	}
-	bridge_forward(w, p, 0, w->views, (u32)n, stats, NULL);
+	bridge_forward(w, &burst, w->views, (u32)n);
 	return (u32)n;
 }
 

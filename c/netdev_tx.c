@@ -154,7 +154,8 @@ static bool is_in_place(const struct mem_alarms *alarms, const struct view *v)
 	return __atomic_load_n(&alarms->moved, __ATOMIC_ACQUIRE) == MEM_IN_PLACE;
 }
 
-void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n)
+void netdev_deliver(struct worker *w, struct port *p, struct burst *burst, const struct view *views, const u8 *which,
+		    u32 n)
 {
 	struct netdev *d = netdev_of(p);
 
@@ -163,9 +164,9 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 		__atomic_fetch_add(&d->queue[0].tx.drops[XN_DROP_NOT_READY], n, __ATOMIC_RELAXED);
 		return;
 	}
-	struct netdev_queue *nq = tx_queue(d, queue);
+	struct netdev_queue *nq = tx_queue(d, burst->queue);
 	struct xsk *x = nq->xsk;
-	struct virtqueue *lender = w->lender;
+	struct virtqueue *lender = burst->lender;
 	const u32 copybreak = p->bridge->config.copybreak;
 	u64 sent = 0, bytes = 0, in_place = 0;
 
@@ -202,11 +203,11 @@ void netdev_deliver(struct worker *w, struct port *p, u32 queue, const struct vi
 		bytes += v->len;
 		sent++;
 		/* Flooded to several interfaces, it is lent to the first: a loan has one end. */
-		if (lender && !(w->lent >> which[i] & 1) && can_lend(w, x, v, copybreak) &&
+		if (lender && !(burst->lent >> which[i] & 1) && can_lend(w, x, v, copybreak) &&
 		    likely(is_in_place(lender->alarms, v))) {
 			*desc = xsk_lend(x, &lender->loans[(lender->loans_tail + which[i]) & lender->loans_mask],
 					 v->pieces->ptr, v->len);
-			w->lent |= 1ull << which[i];
+			burst->lent |= 1ull << which[i];
 			in_place++;
 			continue;
 		}

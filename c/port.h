@@ -8,14 +8,26 @@
 #include "view.h"
 
 struct port;
+struct virtqueue;
 struct worker;
 struct xn_bridge;
+
+/* What travels with the views of a burst. */
+struct burst {
+	struct port *from;
+	u32 queue;		      /* of that port, by which it came */
+	struct xn_queue_stats *stats; /* of that queue */
+	u32 *flood_next;	  /* where the flooding of the first frame goes on; NULL: it is flooded all at once */
+	struct virtqueue *lender; /* whose chains they are, if these may be lent; else NULL */
+	u64 lent;		  /* views that were, a bit each */
+};
 
 /* NULL: there is nothing to do for ports of this kind. A call is for a port and a burst, never for a frame. */
 struct port_verbs {
 	/* Takes frames, given by their index in views; what is delivered or lost is counted there. */
-	void (*deliver)(struct worker *w, struct port *p, u32 queue, const struct view *views, const u8 *which, u32 n);
-	/* Descriptors that it takes now without loss, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
+	void (*deliver)(struct worker *w, struct port *p, struct burst *burst, const struct view *views,
+			const u8 *which, u32 n);
+	/* Descriptors that it takes now without loss of what comes by a queue of that number, of which `wanted` must go at once; UINT32_MAX: it will drop, not wait. */
 	u32 (*room)(struct worker *w, struct port *p, u32 queue, u32 wanted);
 	/* The counters of a queue in one direction; NULL: there is no such queue. */
 	const struct xn_queue_stats *(*stats)(const struct port *p, u32 queue, enum xn_direction direction);

@@ -85,10 +85,6 @@ struct worker {
 	u64 sent_call_delay; /* cycles, in a stream */
 	u32 lenders_wait;    /* ms to sleep for them, the longer the longer it takes */
 
-	/* Of the burst that is forwarded. */
-	struct virtqueue *lender; /* where it comes from, if its chains may be lent; else NULL */
-	u64 lent;		  /* views that were */
-
 	struct xn_worker_stats stats XN_ALIGNED;
 
 	/* Scratch of one burst. Source pieces and delivery pieces are apart: both live at once. */
