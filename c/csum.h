@@ -38,12 +38,8 @@ void csum_copy_view(u8 *to, const struct view *v);
 void csum_copy_large(u8 *const *to, const struct view *v);
 /* Completes it where the frame lies; its first piece is memory of ours that holds the field. */
 void csum_complete(struct view *v);
-/*
- * Looks at a frame from the wire, in memory of ours, in one piece or the first with all headers: a virtual interface may
- * have left its checksum partial. Then v needs it. In tunnels it is the innermost: the kernel has made those around it
- * as if that were complete. Any other that cannot wait, one that is partial as well or SCTP's, is completed.
- */
-void csum_find_partial(struct view *v);
+/* Makes the sum of [start, end), for a field in its first piece, which is memory of ours. */
+void csum_complete_part(const struct view *v, u32 start, u32 field, u32 end);
 /* Whether TCP's or UDP's checksum is there and right. */
 bool csum_is_right(const struct view *v, u32 l4, u32 end, u64 pseudo);
 /* Of the addresses, protocol and length that TCP and UDP take into their sums; ip: the IP header. */

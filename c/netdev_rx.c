@@ -7,9 +7,9 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-#include "csum.h"
 #include "netdev.h"
 #include "packet.h"
+#include "partial.h"
 #include "vnet.h"
 
 #ifndef VIRTIO_NET_HDR_GSO_UDP_L4 /* Linux 6.2 */
@@ -44,7 +44,7 @@ static always_inline void open_frame(struct view *v, const struct piece *pieces,
 		view_drop(v, XN_DROP_RUNT);
 		return;
 	}
-	csum_find_partial(v);
+	partial_find(v);
 	view_snapshot(v);
 }
 

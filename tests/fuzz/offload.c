@@ -11,6 +11,7 @@
 #include "gro.h"
 #include "gso.h"
 #include "packets.h"
+#include "partial.h"
 #include "vnet.h"
 
 enum { ALONE = 100, FRAMES = 40, JOIN_ROOM = 10 * 1024, MOST_CUT = 72 * 1024, MOST_PIECES = 1024 };
@@ -262,7 +263,7 @@ static void check_found(struct input *in)
 		pieces[0] = (struct piece){place, first};
 		if (len > XN_FRAME_SIZE)
 			pieces[v.n++] = (struct piece){frames[turn] + XN_FRAME_SIZE, len - XN_FRAME_SIZE};
-		csum_find_partial(&v);
+		partial_find(&v);
 		view_snapshot(&v);
 		flatten(made[0], &v);
 		free(place);
@@ -387,7 +388,7 @@ static void check_join(struct input *in)
 		}
 		pieces[i] = (struct piece){frames[i], lengths[i]};
 		views[i] = (struct view){.pieces = &pieces[i], .n = 1, .len = lengths[i]};
-		csum_find_partial(&views[i]);
+		partial_find(&views[i]);
 		view_snapshot(&views[i]);
 		flatten(expected[i], &views[i]);
 		lengths[i] = views[i].len;

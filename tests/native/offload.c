@@ -8,6 +8,7 @@
 #include "csum.h"
 #include "gro.h"
 #include "gso.h"
+#include "partial.h"
 #include "vnet.h"
 
 #define API __attribute__((visibility("default")))
@@ -45,7 +46,7 @@ static void open_frame(struct view *v, struct piece *pieces, const u8 *frame, u3
 		memcpy(copy, frame + at, n);
 		pieces[v->n++] = (struct piece){copy, n};
 	}
-	csum_find_partial(v);
+	partial_find(v);
 	view_snapshot(v);
 }
 

@@ -13,7 +13,7 @@ from cffi import FFI
 from tests.native import SOURCES
 
 CORE = SOURCES.parent.parent / "c"
-PARTS = ("csum", "gro", "gso", "packet", "tunnel", "vnet")
+PARTS = ("csum", "gro", "gso", "packet", "partial", "tunnel", "vnet")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MOST_OUT, BYTES_OUT, BURST = 8192, 1 << 20, 64
 
