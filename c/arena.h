@@ -66,6 +66,7 @@ struct arena {
 		u64 number;
 		bool metadata;
 		bool rings; /* have their sizes */
+		int shared; /* the socket that it is registered with, whose it is; -1: with this one */
 	} ready;
 };
 

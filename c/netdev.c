@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "netdev.h"
+#include "sockets.h"
 
 /* While parked: recomputes what depends on which sockets are open. */
 static void settle(struct netdev *d)
@@ -23,8 +24,9 @@ static void settle(struct netdev *d)
 
 	for (u32 i = 0; i < d->queues; i++)
 		if (d->queue[i].xsk) {
-			d->queue[i].xsk->shared = shared;
-			d->queue[i].xsk->locked = shared || (workers > 1 && d->queue[i].xsk->umem);
+			d->queue[i].xsk->users = shared					? XSK_OF_SEVERAL
+						 : workers > 1 && d->queue[i].xsk->umem ? XSK_LOOKED_INTO
+											: XSK_OF_ONE;
 		}
 	d->port.ready = d->ready_n;
 }
@@ -44,8 +46,8 @@ static void close_queue(struct netdev *d, struct netdev_queue *nq)
 	if (!x)
 		return;
 	/* The last chance for what was submitted in the turn before. */
-	if (x->pending)
-		(void)xsk_kick(x);
+	if (x->state != XSK_IDLE)
+		xsk_kick(x);
 	/* A socket whose interface is gone has no statistics any more. */
 	(void)xsk_statistics(x, &nq->past);
 	worker_remove_source(&x->source);
@@ -159,7 +161,7 @@ int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, ui
 		return -ENOENT;
 	if (zerocopy > XN_ZEROCOPY_ON)
 		return -EINVAL;
-	int r = xsk_prepare(&b->arena, max_frame, zerocopy, flags);
+	int r = socket_prepare(&b->arena, max_frame, zerocopy, flags);
 
 	if (r == -EFAULT)
 		events_tell(&b->events, XN_EVENT_UMEM);
@@ -179,8 +181,13 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 		return -EINVAL;
 	if (nq->xsk)
 		return -EALREADY;
-	int r = xsk_open(&x, &b->arena, ifindex, queue, max_frame, zerocopy, flags);
+	struct umem u;
+	int r = socket_open(&u, &b->arena, max_frame, zerocopy, flags);
 
+	if (!r)
+		r = xsk_open(&x, &b->arena, &u, ifindex, queue, max_frame, zerocopy, flags);
+	if (r)
+		socket_give_back(&u, &b->arena, r);
 	/* Some guest's memory is not where it was. */
 	if (r == -EFAULT)
 		events_tell(&b->events, XN_EVENT_UMEM);

@@ -20,14 +20,14 @@ u32 netdev_room(struct worker *w, struct port *p, u32 queue, u32 wanted)
 	struct xsk *x = tx_queue(d, queue)->xsk;
 
 	/* Where another worker may take the room meanwhile, or nothing moves at all, frames are dropped instead. */
-	if (x->shared || x->down || x->gone)
+	if (x->users == XSK_OF_SEVERAL || !xsk_carries(x))
 		return UINT32_MAX;
 	xsk_lock(x);
 	xsk_reap(x);
 	u32 room = min_u32(x->free_n, xsk_tx_room(x));
 
-	if (unlikely((room < XN_BURST || room < wanted) && x->pending)) {
-		x->pending = !xsk_kick(x);
+	if (unlikely((room < XN_BURST || room < wanted) && x->state == XSK_OWING)) {
+		xsk_kick(x);
 		xsk_reap(x);
 		room = min_u32(x->free_n, xsk_tx_room(x));
 	}
@@ -174,7 +174,7 @@ void netdev_deliver(struct worker *w, struct port *p, struct burst *burst, const
 	if (lender && (x->umem < lender->lending->umem || x->policy < lender->lending->least))
 		lender = NULL;
 	xsk_lock(x);
-	if (unlikely(x->down || x->gone)) {
+	if (unlikely(!xsk_carries(x))) {
 		count(&nq->tx.drops[XN_DROP_NOT_READY], n);
 		goto out;
 	}

@@ -309,11 +309,12 @@ static int kick_sockets(struct worker *w)
 		struct xsk *x = w->kick[i];
 
 		worker_is_at(w, x->source.place);
-		if (xsk_send(x))
+		xsk_send(x);
+		if (x->state == XSK_IDLE || x->state == XSK_GONE)
 			continue;
 		w->kick[kept++] = x;
 		/* One that is down comes back in seconds, if at all. */
-		if (!x->down)
+		if (x->state == XSK_OWING)
 			wait = RETRY_MS;
 	}
 	w->kick_n = kept;

@@ -202,7 +202,7 @@ static inline void worker_owes_kick(struct worker *w, struct xsk *x, u32 frames)
 	for (u32 i = 0; i < w->kick_n; i++)
 		if (w->kick[i] == x)
 			return;
-	x->pending = true;
+	x->state = XSK_OWING;
 	w->kick[w->kick_n++] = x;
 }
 

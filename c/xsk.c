@@ -6,9 +6,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#ifndef SOL_XDP
-#define SOL_XDP 283
-#endif
 #ifndef XDP_MAX_TX_SKB_BUDGET
 #define XDP_MAX_TX_SKB_BUDGET 9 /* Linux 6.17 */
 #endif
@@ -44,88 +41,6 @@ static int set_option(int fd, int option, const void *value, socklen_t len)
 	return setsockopt(fd, SOL_XDP, option, value, len) < 0 ? -errno : 0;
 }
 
-/* An open socket of this kind that has this UMEM registered already; NULL: we are the first. */
-static const struct xsk *sharer(const struct arena *a, u64 umem, bool sg)
-{
-	for (u32 i = 0; i < a->sets; i++)
-		if (a->owner[i] && a->owner[i]->umem == umem && a->owner[i]->sg == sg)
-			return a->owner[i];
-	return NULL;
-}
-
-static int register_umem(struct arena *a, struct umem *u)
-{
-	const u32 flags = u->number ? XDP_UMEM_UNALIGNED_CHUNK_FLAG : 0;
-	/* struct xdp_umem_reg, with what it has had since Linux 6.8. */
-	struct {
-		u64 addr, len;
-		u32 chunk_size, headroom, flags, tx_metadata_len;
-	} umem = {.addr = (u64)(uintptr_t)a->base,
-		  .len = arena_umem_length(a, u->number),
-		  .chunk_size = XN_FRAME_SIZE,
-		  .flags = flags | XDP_UMEM_TX_METADATA_LEN,
-		  .tx_metadata_len = TX_METADATA};
-	int r = u->number ? arena_fill_holes(a) : 0;
-
-	if (!r) {
-		r = set_option(u->fd, XDP_UMEM_REG, &umem, sizeof(umem));
-		u->metadata = !r;
-		if (r == -EINVAL) {
-			umem.flags = flags;
-			umem.tx_metadata_len = 0;
-			r = set_option(u->fd, XDP_UMEM_REG, &umem, sizeof(umem));
-		}
-	}
-	if (u->number)
-		arena_empty_holes(a);
-	if (u->number && r && arena_find_moved(a))
-		r = -EFAULT;
-	return r;
-}
-
-/* A socket with this UMEM registered, or, of one that shares it, without. */
-static int open_socket(struct arena *a, struct umem *u, bool registered)
-{
-	if (registered && a->ready.fd >= 0) {
-		const struct umem ready = a->ready;
-
-		a->ready.fd = -1;
-		if (ready.number == u->number) {
-			*u = ready;
-			return 0;
-		}
-		/* Of guests that are gone, or not wanted: it is not to be pinned for nothing. */
-		close(ready.fd);
-	}
-	u->fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
-	if (u->fd < 0)
-		return -errno;
-	int r = registered ? register_umem(a, u) : 0;
-
-	if (r) {
-		close(u->fd);
-		u->fd = -1;
-	}
-	return r;
-}
-
-static bool wants_sg(u32 max_frame, u32 flags)
-{
-	return max_frame > XN_MAX_PLAIN_FRAME || flags & XN_JOINED;
-}
-
-int xsk_prepare(struct arena *a, u32 max_frame, enum xn_zerocopy policy, u32 flags)
-{
-	struct umem u = {.fd = -1, .number = arena_umem(a, policy != XN_ZEROCOPY_OFF)};
-
-	if (sharer(a, u.number, wants_sg(max_frame, flags)) || (a->ready.fd >= 0 && a->ready.number == u.number))
-		return 0;
-	int r = open_socket(a, &u, true);
-
-	a->ready = u;
-	return r;
-}
-
 static int make_rings(struct xsk *x, u32 entries, bool sized)
 {
 	const struct {
@@ -158,7 +73,7 @@ static int make_rings(struct xsk *x, u32 entries, bool sized)
 	return r;
 }
 
-static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 queue, bool copy)
+static int bind_socket(const struct xsk *x, int shared, u32 ifindex, u32 queue, bool copy)
 {
 	struct sockaddr_xdp sxdp = {.sxdp_family = AF_XDP, .sxdp_ifindex = ifindex, .sxdp_queue_id = queue};
 	/* A shared UMEM brings its mode along: the flag must stand alone then. Zero copy first, else the kernel copies. */
@@ -166,9 +81,9 @@ static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 
 	const u16 flags[] = {XDP_ZEROCOPY | common, XDP_COPY | common};
 	int r = -EINVAL;
 
-	if (first) {
+	if (shared >= 0) {
 		sxdp.sxdp_flags = XDP_SHARED_UMEM;
-		sxdp.sxdp_shared_umem_fd = (u32)first->fd;
+		sxdp.sxdp_shared_umem_fd = (u32)shared;
 		return bind(x->fd, (struct sockaddr *)&sxdp, sizeof(sxdp)) < 0 ? -errno : 0;
 	}
 	for (u32 i = copy; i < ARRAY_LEN(flags); i++) {
@@ -180,13 +95,10 @@ static int bind_socket(struct xsk *x, const struct xsk *first, u32 ifindex, u32 
 	return r;
 }
 
-int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
-	     u32 flags)
+int xsk_open(struct xsk **out, struct arena *a, const struct umem *u, u32 ifindex, u32 queue, u32 max_frame,
+	     enum xn_zerocopy policy, u32 flags)
 {
 	struct xsk *x = aligned_alloc(XN_CACHELINE, (sizeof(*x) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
-	u64 umem = arena_umem(a, policy != XN_ZEROCOPY_OFF);
-	bool sg = wants_sg(max_frame, flags);
-	const struct xsk *first = sharer(a, umem, sg);
 	u32 half = a->frames / 2;
 	struct xdp_options options = {0};
 	socklen_t len = sizeof(options);
@@ -195,14 +107,15 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	if (!x)
 		return -ENOMEM;
 	memset(x, 0, sizeof(*x));
-	x->fd = -1;
+	x->fd = u->fd;
 	x->arena = a;
-	x->sg = sg;
+	x->sg = xsk_wants_sg(max_frame, flags);
+	x->metadata = u->metadata;
 	x->max_frame = min_u32(max_frame, XN_MAX_FRAME);
 	x->max_plain = min_u32(max_frame, TX_PIECE);
 	x->policy = policy;
-	x->umem = umem;
-	x->umem_len = arena_umem_length(a, umem);
+	x->umem = u->number;
+	x->umem_len = arena_umem_length(a, u->number);
 	for (x->set = 0; x->set < a->sets && a->owner[x->set]; x->set++)
 		;
 	r = -ENOSPC;
@@ -211,25 +124,19 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	x->first = x->set * a->set_size;
 	r = -ENOMEM;
 	x->free = calloc(half, sizeof(*x->free));
-	x->lent = umem ? calloc(half, sizeof(*x->lent)) : NULL;
-	if (!x->free || (umem && !x->lent))
+	x->lent = x->umem ? calloc(half, sizeof(*x->lent)) : NULL;
+	if (!x->free || (x->umem && !x->lent))
 		goto fail;
-	struct umem u = {.fd = -1, .number = umem};
-
-	r = open_socket(a, &u, !first);
-	x->fd = u.fd;
-	x->metadata = first ? first->metadata : u.metadata;
+	r = make_rings(x, half, u->rings);
 	if (!r)
-		r = make_rings(x, half, u.rings);
-	if (!r)
-		r = bind_socket(x, first, ifindex, queue, flags & XN_COPY);
+		r = bind_socket(x, u->shared, ifindex, queue, flags & XN_COPY);
 	if (r)
 		goto fail;
 	/* Old kernels take 32 frames a call and no option; then it takes more calls. */
 	(void)set_option(x->fd, XDP_MAX_TX_SKB_BUDGET, &half, sizeof(half));
 	if (!getsockopt(x->fd, SOL_XDP, XDP_OPTIONS, &options, &len))
 		x->zerocopy = options.flags & XDP_OPTIONS_ZEROCOPY;
-	x->copies = flags & XN_COPIES_AT_ONCE && umem && !x->zerocopy;
+	x->copies = flags & XN_COPIES_AT_ONCE && x->umem && !x->zerocopy;
 	/* With zero copy that is another question, of the driver: it may make another checksum than it is asked for. */
 	x->tells = flags & XN_TELLS;
 	x->leaves_csum = flags & XN_MAKES_CSUM && x->metadata && !x->zerocopy;
@@ -242,11 +149,7 @@ int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_
 	*out = x;
 	return 0;
 fail:
-	/* It is tried again in a moment, and what took long is kept. */
-	if (r == -EBUSY && !first && a->ready.fd < 0) {
-		a->ready = (struct umem){.fd = x->fd, .number = umem, .metadata = x->metadata, .rings = true};
-		x->fd = -1;
-	}
+	x->fd = -1;
 	xsk_close(x);
 	return r;
 }
@@ -350,37 +253,43 @@ int xsk_statistics(struct xsk *x, struct xn_xsk_stats *sum)
 	return 0;
 }
 
-bool xsk_kick(struct xsk *x)
+/* What a kick finds. */
+static enum xsk_state kick(struct xsk *x)
 {
+	if (x->state == XSK_GONE)
+		return XSK_GONE;
 	if (!(__atomic_load_n(x->tx.flags, __ATOMIC_RELAXED) & XDP_RING_NEED_WAKEUP))
-		return true;
+		return XSK_IDLE;
 	count(&x->sent->kicks, 1);
 	int error = sendto(x->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0 ? errno : 0;
 
-	x->down = error == ENETDOWN;
-	x->gone |= error == ENXIO;
-	if (x->gone)
-		return true;
+	if (error == ENXIO)
+		return XSK_GONE;
 	/* It comes back without telling: ask again until it does. */
-	if (x->down)
-		return false;
+	if (error == ENETDOWN)
+		return XSK_DOWN;
 	/* In copy mode the call itself sends; what is left was refused (a full queue below, a budget) and needs another. */
-	return x->zerocopy || __atomic_load_n(x->tx.consumer, __ATOMIC_ACQUIRE) == x->tx.cached_producer;
+	return x->zerocopy || __atomic_load_n(x->tx.consumer, __ATOMIC_ACQUIRE) == x->tx.cached_producer ? XSK_IDLE
+													 : XSK_OWING;
 }
 
-bool xsk_send(struct xsk *x)
+void xsk_kick(struct xsk *x)
 {
-	bool was_down = x->down, was_gone = x->gone;
+	x->state = kick(x);
+}
+
+void xsk_send(struct xsk *x)
+{
+	const enum xsk_state was = x->state;
 
 	xsk_lock(x);
-	x->pending = !xsk_kick(x);
+	xsk_kick(x);
 	/* What waits for an interface to come up again must not keep a guest's buffers. */
-	if (unlikely(x->down || x->gone))
+	if (unlikely(!xsk_carries(x)))
 		xsk_recall(x);
 	xsk_unlock(x);
-	if (x->down != was_down || x->gone != was_gone)
+	if (x->state != was && (x->state >= XSK_DOWN || was >= XSK_DOWN))
 		events_tell(x->events, XN_EVENT_SOCKET);
-	return !x->pending;
 }
 
 void xsk_collect(struct xsk *x)

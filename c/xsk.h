@@ -29,6 +29,9 @@
 #include "source.h"
 #include "view.h"
 
+#ifndef SOL_XDP
+#define SOL_XDP 283
+#endif
 #ifndef XDP_USE_SG /* Linux 6.6 */
 #define XDP_USE_SG (1 << 4)
 #define XDP_PKT_CONTD (1 << 0)
@@ -65,6 +68,32 @@ struct xsk_ring {
 	size_t map_len;
 };
 
+/*
+ * Where a socket's transmit ring stands with the kernel:
+ *
+ *            frames are submitted             a kick: all is taken
+ *     IDLE ------------------------> OWING ------------------------> IDLE
+ *                                    |  ^
+ *     a kick: the interface is down  v  |  a kick: not all is taken
+ *                                    DOWN -------------------------> IDLE
+ *                                             a kick: all is taken
+ *
+ * and from any of them to GONE, which it never leaves, when a kick finds that there is no such interface.
+ */
+enum xsk_state {
+	XSK_IDLE,
+	XSK_OWING, /* there are frames that the kernel has not been told of, or did not take */
+	XSK_DOWN,  /* ENETDOWN: frames are dropped until it is up again */
+	XSK_GONE   /* ENXIO: and for ever */
+};
+
+/* Who touches its transmit and completion ring; unless that is one worker alone, the lock holds. */
+enum xsk_users {
+	XSK_OF_ONE,
+	XSK_LOOKED_INTO, /* and others, for the ends of their loans */
+	XSK_OF_SEVERAL	 /* which all transmit on it */
+};
+
 struct xsk {
 	struct xsk_ring fill, completion, rx, tx;
 	struct arena *arena;
@@ -74,8 +103,6 @@ struct xsk {
 	u32 set;
 	u32 max_frame;	      /* longest frame that the interface carries */
 	u32 max_plain;	      /* longest that is one descriptor */
-	bool sg;	      /* bound with XDP_USE_SG: longer ones are chains */
-	bool tells;	      /* in front of each frame is a struct told */
 	bool skipping;	      /* what comes first is the rest of a chain that was dropped */
 	u64 unfinished_since; /* cycles; 0: the rx ring does not begin with a part of a chain */
 	int fd;
@@ -84,18 +111,18 @@ struct xsk {
 	enum xn_zerocopy policy;
 	struct loan **lent; /* by token */
 	u32 lent_n;
+	u32 taken;	/* with it: descriptors that we know it has taken, free-running */
+	bool stuck;	/* keeps what is not its own: to be closed and opened again */
+	u32 bad_frames; /* descriptors that were not ours */
+	enum xsk_state state;
+	enum xsk_users users;
+	/* For as long as it is open. */
+	bool sg;	   /* bound with XDP_USE_SG: longer frames are chains */
+	bool tells;	   /* in front of each frame is a struct told */
 	bool copies;	   /* a loan ends as soon as the kernel has taken the descriptor: it has a copy by then */
-	u32 taken;	   /* with it: descriptors that we know it has taken, free-running */
-	bool stuck;	   /* keeps what is not its own: to be closed and opened again */
-	u32 bad_frames;	   /* descriptors that were not ours */
 	bool zerocopy;	   /* the driver's */
 	bool metadata;	   /* of its UMEM */
 	bool leaves_csum;  /* partial checksums are the interface's to complete */
-	bool shared;	   /* several workers transmit on it */
-	bool locked;	   /* several workers may touch it, if only to look for their loans: the lock holds */
-	bool pending;	   /* frames in the tx ring that the kernel has not been told of, or did not take */
-	bool down;	   /* ENETDOWN: frames are dropped until it is up again */
-	bool gone;	   /* ENXIO: for ever */
 	u64 blocked_since; /* cycles; 0: the kernel takes what it gets */
 	u64 rx_dropped;	   /* frames, for other reasons than an empty fill ring; by the control thread */
 	struct spinlock lock XN_ALIGNED;
@@ -108,10 +135,15 @@ struct xsk {
 	struct xn_queue_stats *sent;
 };
 
-/* Registers the UMEM that such a socket would have, unless an open one has it already: it is there when that is opened. */
-int xsk_prepare(struct arena *a, u32 max_frame, enum xn_zerocopy policy, u32 flags);
-int xsk_open(struct xsk **out, struct arena *a, u32 ifindex, u32 queue, u32 max_frame, enum xn_zerocopy policy,
-	     u32 flags);
+/* Whether such a socket is to be bound with XDP_USE_SG. */
+static inline bool xsk_wants_sg(u32 max_frame, u32 flags)
+{
+	return max_frame > XN_MAX_PLAIN_FRAME || flags & XN_JOINED;
+}
+
+/* Maps the rings of a socket that somebody else has opened (sockets.h), and binds it. It is the caller's still if that fails. */
+int xsk_open(struct xsk **out, struct arena *a, const struct umem *u, u32 ifindex, u32 queue, u32 max_frame,
+	     enum xn_zerocopy policy, u32 flags);
 /* Whatever is lent is returned: the kernel has let go of it, sent or not. */
 void xsk_close(struct xsk *x);
 /* A returned address that is no private frame's: ends its loan and gives back the token; UINT64_MAX: not ours. */
@@ -214,25 +246,31 @@ static inline void xsk_refill(struct xsk *x, u64 addr)
 	*xsk_addr_at(&x->fill, x->fill.cached_producer++) = xsk_place(addr) / XN_FRAME_SIZE * XN_FRAME_SIZE;
 }
 
+/* Whether frames go anywhere. */
+static inline bool xsk_carries(const struct xsk *x)
+{
+	return x->state < XSK_DOWN;
+}
+
 static inline void xsk_lock(struct xsk *x)
 {
-	if (x->locked)
+	if (x->users != XSK_OF_ONE)
 		spin_lock(&x->lock);
 }
 
 static inline void xsk_unlock(struct xsk *x)
 {
-	if (x->locked)
+	if (x->users != XSK_OF_ONE)
 		spin_unlock(&x->lock);
 }
 
-/* Tells the kernel of submitted frames; notices a device that is down or gone. False: not all were taken, try again. */
-bool xsk_kick(struct xsk *x);
+/* Tells the kernel of submitted frames: the state is what it finds. */
+void xsk_kick(struct xsk *x);
 
 /* ---- by whoever has not the lock ---- */
 
 /* As xsk_kick; what becomes of the interface is told. */
-bool xsk_send(struct xsk *x);
+void xsk_send(struct xsk *x);
 /* Takes back what the kernel has sent. */
 void xsk_collect(struct xsk *x);
 /* A loan takes too long: copies what can be, and asks for the socket to be closed and opened again. */
