@@ -63,6 +63,18 @@ static inline u64 counted(const uint64_t *counter)
 	return __atomic_load_n(counter, __ATOMIC_RELAXED);
 }
 
+/* n frames are lost, for this reason. */
+static inline void drop(struct xn_queue_stats *stats, enum xn_drop why, u64 n)
+{
+	count(&stats->drops[why], n);
+}
+
+/* The same where there is no ring or socket, and so no owner: several workers may count here. */
+static inline void drop_ownerless(struct xn_queue_stats *stats, enum xn_drop why, u64 n)
+{
+	__atomic_fetch_add(&stats->drops[why], n, __ATOMIC_RELAXED);
+}
+
 /* As struct xn_worker_stats has it. */
 static inline u32 place_of(u32 port, u32 queue)
 {

@@ -309,7 +309,7 @@ static void count_copies(struct xn_queue_stats *stats, u32 ports, u32 n)
 	if (ports)
 		count(&stats->copies, (u64)(ports - 1) * n);
 	else
-		count(&stats->drops[XN_DROP_NO_PORT], n);
+		drop(stats, XN_DROP_NO_PORT, n);
 }
 
 /* Delivers to all ports. */
@@ -528,7 +528,7 @@ u32 bridge_forward(struct worker *w, struct burst *burst, struct view *views, u3
 		return n;
 	}
 	for (; s.dropped; s.dropped &= s.dropped - 1)
-		count(&stats->drops[views[__builtin_ctzll(s.dropped)].drop], 1);
+		drop(stats, views[__builtin_ctzll(s.dropped)].drop, 1);
 	while (s.unicast) {
 		u32 port = views[__builtin_ctzll(s.unicast)].port, taken = take_one_way(views, &s.unicast, which);
 

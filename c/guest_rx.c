@@ -262,7 +262,7 @@ static always_inline u32 deliver_to_ring(struct worker *w, struct virtqueue *q, 
 		if (r == PLACED)
 			placed++;
 		else
-			count(&q->stats.drops[why], 1);
+			drop(&q->stats, why, 1);
 		i++;
 	}
 	q->next = at;
@@ -290,7 +290,7 @@ static void drop_overdue(struct worker *w, struct virtqueue *q)
 
 	if (!n)
 		return;
-	count(&q->stats.drops[XN_DROP_NO_BUFFER], n);
+	drop(&q->stats, XN_DROP_NO_BUFFER, n);
 	backlog_drop(&q->backlog, n);
 	/* The next one may do with what there is. */
 	q->wanted = q->next;
@@ -328,7 +328,7 @@ static __attribute__((noinline)) void add_waiting(struct worker *w, struct virtq
 	for (u32 i = 0; i < n; i++)
 		kept += backlog_add(&q->backlog, &views[which[i]], w->turn);
 	count(&q->stats.waited, kept);
-	count(&q->stats.drops[XN_DROP_NO_BUFFER], n - kept);
+	drop(&q->stats, XN_DROP_NO_BUFFER, n - kept);
 	if (kept && !before)
 		worker_ask(w, &q->source);
 }
@@ -389,7 +389,7 @@ const struct source_ops receive_source = {poll_waiting, arm_waiting, disarm_wait
 
 void guest_drop_waiting(struct virtqueue *q)
 {
-	count(&q->stats.drops[XN_DROP_NOT_READY], q->backlog.n);
+	drop(&q->stats, XN_DROP_NOT_READY, q->backlog.n);
 	backlog_release(&q->backlog);
 }
 
@@ -462,6 +462,5 @@ void guest_deliver(struct worker *w, struct port *p, struct burst *burst, const 
 	else if (g->choices)
 		deliver_by_flow(w, g, views, which, n);
 	else
-		/* No ring, no owner: several workers may count here. */
-		__atomic_fetch_add(&g->rings[0].stats.drops[XN_DROP_NOT_READY], n, __ATOMIC_RELAXED);
+		drop_ownerless(&g->rings[0].stats, XN_DROP_NOT_READY, n);
 }

@@ -160,8 +160,7 @@ void netdev_deliver(struct worker *w, struct port *p, struct burst *burst, const
 	struct netdev *d = netdev_of(p);
 
 	if (unlikely(!d->ready_n)) {
-		/* No socket, no owner: several workers may count here. */
-		__atomic_fetch_add(&d->queue[0].tx.drops[XN_DROP_NOT_READY], n, __ATOMIC_RELAXED);
+		drop_ownerless(&d->queue[0].tx, XN_DROP_NOT_READY, n);
 		return;
 	}
 	struct netdev_queue *nq = tx_queue(d, burst->queue);
@@ -175,7 +174,7 @@ void netdev_deliver(struct worker *w, struct port *p, struct burst *burst, const
 		lender = NULL;
 	xsk_lock(x);
 	if (unlikely(!xsk_carries(x))) {
-		count(&nq->tx.drops[XN_DROP_NOT_READY], n);
+		drop(&nq->tx, XN_DROP_NOT_READY, n);
 		goto out;
 	}
 	if (x->free_n < n || x->copies)
@@ -185,17 +184,17 @@ void netdev_deliver(struct worker *w, struct port *p, struct burst *burst, const
 
 		if (unlikely(v->len > x->max_plain)) {
 			if (v->len > x->max_frame) {
-				count(&nq->tx.drops[XN_DROP_OVERSIZE], 1);
+				drop(&nq->tx, XN_DROP_OVERSIZE, 1);
 			} else if (write_large(x, v, &nq->tx)) {
 				bytes += v->len;
 				sent++;
 			} else {
-				count(&nq->tx.drops[XN_DROP_NO_FRAME], 1);
+				drop(&nq->tx, XN_DROP_NO_FRAME, 1);
 			}
 			continue;
 		}
 		if (unlikely(!x->free_n || !xsk_tx_room(x))) {
-			count(&nq->tx.drops[XN_DROP_NO_FRAME], 1);
+			drop(&nq->tx, XN_DROP_NO_FRAME, 1);
 			continue;
 		}
 		struct xdp_desc *desc = xsk_desc_at(&x->tx, x->tx.cached_producer++);
