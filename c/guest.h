@@ -26,7 +26,6 @@ struct guest {
 	struct virtqueue *rings; /* 2 * pairs */
 };
 
-extern const struct port_verbs guest_verbs;
 /* What a started transmit ring is to its worker, by layout; and a receive ring. */
 extern const struct source_ops split_source, packed_source, receive_source;
 
@@ -38,7 +37,7 @@ static inline struct guest *guest_of(const struct port *p)
 /* NULL: no guest's is the port with this id. */
 static inline struct guest *guest_at(const struct xn_bridge *b, u32 id)
 {
-	struct port *p = bridge_port(b, id, &guest_verbs);
+	struct port *p = bridge_port(b, id, false);
 
 	return p ? guest_of(p) : NULL;
 }

@@ -29,7 +29,6 @@ struct netdev {
 	struct netdev_queue *queue;
 };
 
-extern const struct port_verbs netdev_verbs;
 /* An AF_XDP socket, and one that gets frames in several descriptors; the AF_PACKET socket. */
 extern const struct source_ops xsk_source, chains_source, group_source;
 
@@ -41,7 +40,7 @@ static inline struct netdev *netdev_of(const struct port *p)
 /* NULL: no netdev's is the port with this id. */
 static inline struct netdev *netdev_at(const struct xn_bridge *b, u32 id)
 {
-	struct port *p = bridge_port(b, id, &netdev_verbs);
+	struct port *p = bridge_port(b, id, true);
 
 	return p ? netdev_of(p) : NULL;
 }

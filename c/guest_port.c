@@ -26,11 +26,11 @@ static void release(struct port *p)
 	free(g);
 }
 
-const struct port_verbs guest_verbs = {.deliver = guest_deliver,
-				       .stats = stats,
-				       .settle = guest_settle_lending,
-				       .park = guest_park,
-				       .release = release};
+static const struct port_verbs verbs = {.deliver = guest_deliver,
+					.stats = stats,
+					.settle = guest_settle_lending,
+					.park = guest_park,
+					.release = release};
 
 /* NULL: out of memory. */
 static struct guest *guest_new(struct xn_bridge *b, u32 pairs)
@@ -45,7 +45,7 @@ static struct guest *guest_new(struct xn_bridge *b, u32 pairs)
 		return NULL;
 	}
 	memset(rings, 0, size);
-	g->port.verbs = &guest_verbs;
+	g->port.verbs = &verbs;
 	g->pairs = pairs;
 	g->rings = rings;
 	for (u32 i = 0; i < 2 * pairs; i++) {
