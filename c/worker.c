@@ -1,11 +1,7 @@
 #define _GNU_SOURCE
 #include "worker.h"
 
-#include <sched.h>
-#include <signal.h>
-#include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "lending.h"
@@ -19,13 +15,7 @@ enum {
 	/* More than this, both ways together and over so long, is a stream; less, a conversation. 128 Mb/s. */
 	STREAM_BYTES_PER_US = 16,
 	WEIGH_US = 1000,
-	/*
-	 * So long a guest that streams is not told that its frames are sent, if nothing else needs telling: drivers look at
-	 * both rings when a frame arrives, and one is often on its way. In a conversation it is told at once: its processor
-	 * has nothing to do and halts, and it would be the answer that has to wake it.
-	 */
-	SENT_CALL_US = 200,
-	/* Or until so much of the ring is waiting for it: a driver may have nothing left to send with. */
+	/* A guest that streams is told of what is sent when so much of its ring waits for that: it may have nothing left. */
 	SENT_CALL_PART = 4,
 	/* In a conversation whose frames come in less than so many spin times the worker polls from one to the next. */
 	SPIN_STRETCH = 16,
@@ -35,10 +25,8 @@ enum {
 	RETRY_MS = 1,
 	/* So far below zero a port's interrupts wait, too: no work that a frame can bring costs as much. */
 	CALL_DEBT_US = 1000,
-	/* What a frame costs the kernel, until that has been seen, and at most: it may have lost the processor meanwhile. */
-	KICK_NS = 500,
+	/* What a frame costs the kernel, at most: it may have lost the processor meanwhile. */
 	MOST_KICK_NS = 5000,
-	ROUND_STEP_US = 20,
 	EVENTS = 64
 };
 
@@ -423,7 +411,7 @@ static int notify_guests(struct worker *w)
 	return wait;
 }
 
-static void wake(struct worker *w)
+void worker_wake(struct worker *w)
 {
 	static const u64 one = 1;
 
@@ -440,7 +428,7 @@ void worker_ask(struct worker *w, struct source *s)
 	__atomic_store_n(&s->asked, true, __ATOMIC_RELAXED);
 	/* Release: whoever sees that something is asked sees what. */
 	__atomic_store_n(&s->worker->asked, true, __ATOMIC_RELEASE);
-	wake(s->worker);
+	worker_wake(s->worker);
 }
 
 static void activate_asked(struct worker *w)
@@ -553,7 +541,7 @@ int worker_turn(struct worker *w)
 	return wait < left ? wait : left;
 }
 
-static void *run(void *argument)
+void *worker_run(void *argument)
 {
 	struct worker *w = argument;
 	const struct workers *all = w->all;
@@ -580,194 +568,4 @@ static void *run(void *argument)
 	}
 	worker_is_at(w, XN_AT_REST);
 	return NULL;
-}
-
-/* ---- life ---- */
-
-/* What runs over one array is found before it is in the next. */
-static void poison_gaps(struct worker *w)
-{
-	u8 *const gaps[] = {w->gap_sources,   w->gap_active, w->gap_notify,    w->gap_kick,
-			    w->gap_lenders,   w->gap_views,  w->gap_pieces,    w->gap_joined,
-			    w->gap_to_pieces, w->gap_chains, w->cut.gap_views, w->cut.gap_pieces};
-
-	for (u32 i = 0; i < ARRAY_LEN(gaps); i++)
-		ASAN_POISON_MEMORY_REGION(gaps[i], XN_GAP);
-	for (u32 i = 0; i < XN_BURST; i++) {
-		ASAN_POISON_MEMORY_REGION(w->headers[i] + PACKET_HEADERS, XN_GAP);
-		ASAN_POISON_MEMORY_REGION(w->cut.headers[i] + sizeof(w->cut.headers[i]) - XN_GAP, XN_GAP);
-	}
-}
-
-static void free_worker(struct worker *w)
-{
-	if (!w)
-		return;
-	if (w->epoll_fd >= 0)
-		close(w->epoll_fd);
-	if (w->wake_fd >= 0)
-		close(w->wake_fd);
-	caller_release(&w->caller);
-	free(w->group_frames);
-	free(w);
-}
-
-/* NULL: errno says why. */
-static struct worker *new_worker(struct workers *all, u32 id, s32 cpu)
-{
-	struct worker *w = aligned_alloc(XN_CACHELINE, (sizeof(*w) + XN_CACHELINE - 1) / XN_CACHELINE * XN_CACHELINE);
-	struct epoll_event event = {.events = EPOLLIN};
-
-	if (!w)
-		return NULL;
-	memset(w, 0, sizeof(*w));
-	poison_gaps(w);
-	w->all = all;
-	w->id = id;
-	w->cycles_per_us = clock_cycles_per_us();
-	w->stats.cpu = cpu;
-	w->stats.at = w->stats.to = XN_AT_REST;
-	w->quantum = (s64)(QUANTUM_US * w->cycles_per_us);
-	w->kick_cycles = KICK_NS * w->cycles_per_us / 1000;
-	w->sent_call_delay = SENT_CALL_US * w->cycles_per_us;
-	int r = caller_init(&w->caller);
-
-	w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	if (!r && (w->epoll_fd < 0 || w->wake_fd < 0 || epoll_ctl(w->epoll_fd, EPOLL_CTL_ADD, w->wake_fd, &event) < 0))
-		r = -errno;
-	if (r) {
-		free_worker(w);
-		errno = -r;
-		return NULL;
-	}
-	return w;
-}
-
-static int start(struct worker *w)
-{
-	pthread_attr_t attributes;
-	sigset_t all, before;
-	int r;
-
-	pthread_attr_init(&attributes);
-	if (w->stats.cpu >= 0) {
-		cpu_set_t cpus;
-
-		CPU_ZERO(&cpus);
-		CPU_SET(w->stats.cpu, &cpus);
-		pthread_attr_setaffinity_np(&attributes, sizeof(cpus), &cpus);
-	}
-	/* Signals are the control thread's, but for what a thread raises itself: blocked, a fault kills at once. */
-	sigfillset(&all);
-	sigdelset(&all, SIGBUS);
-	sigdelset(&all, SIGSEGV);
-	sigdelset(&all, SIGFPE);
-	sigdelset(&all, SIGILL);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	r = pthread_create(&w->thread, &attributes, run, w);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	pthread_attr_destroy(&attributes);
-	return -r;
-}
-
-static void join(struct worker *w)
-{
-	wake(w);
-	pthread_join(w->thread, NULL);
-}
-
-int workers_init(struct workers *all, const struct xn_bridge_config *config)
-{
-	pthread_mutex_init(&all->parking.mutex, NULL);
-	pthread_cond_init(&all->parking.changed, NULL);
-	all->spin_cycles = config->spin_us * clock_cycles_per_us();
-	while (all->n < config->workers) {
-		struct worker *w = new_worker(all, all->n, config->cpus[all->n]);
-
-		if (!w)
-			return -errno;
-		all->each[all->n++] = w;
-	}
-	return 0;
-}
-
-void workers_release(struct workers *all)
-{
-	for (u32 i = 0; i < all->n; i++)
-		free_worker(all->each[i]);
-	pthread_cond_destroy(&all->parking.changed);
-	pthread_mutex_destroy(&all->parking.mutex);
-}
-
-int workers_start(struct workers *all)
-{
-	if (all->running)
-		return -EALREADY;
-	all->running = true;
-	for (u32 i = 0; i < all->n; i++) {
-		int r = start(all->each[i]);
-
-		if (r < 0) {
-			__atomic_store_n(&all->running, false, __ATOMIC_RELEASE);
-			for (u32 done = 0; done < i; done++)
-				join(all->each[done]);
-			return r;
-		}
-	}
-	return 0;
-}
-
-void workers_stop(struct workers *all)
-{
-	if (!all->running)
-		return;
-	__atomic_store_n(&all->running, false, __ATOMIC_RELEASE);
-	for (u32 i = 0; i < all->n; i++)
-		join(all->each[i]);
-}
-
-/* Three turns: one may have begun before, its worker may only then look at its events, and the last is a whole one. */
-void workers_go_round(struct workers *all)
-{
-	u64 loops[XN_MAX_WORKERS];
-
-	for (u32 turns = 0; all->running && turns < 3; turns++) {
-		for (u32 i = 0; i < all->n; i++) {
-			loops[i] = counted(&all->each[i]->stats.loops);
-			wake(all->each[i]);
-		}
-		for (u32 i = 0; i < all->n; i++)
-			while (counted(&all->each[i]->stats.loops) == loops[i])
-				usleep(ROUND_STEP_US);
-	}
-}
-
-void workers_park(struct workers *all)
-{
-	struct parking *p = &all->parking;
-
-	pthread_mutex_lock(&p->mutex);
-	if (p->wanted)
-		abort(); /* a fault of ours: to go on would be to change what workers use */
-	p->since = monotonic_ns();
-	__atomic_store_n(&p->wanted, true, __ATOMIC_RELEASE);
-	if (all->running) {
-		for (u32 i = 0; i < all->n; i++)
-			wake(all->each[i]);
-		while (p->parked < all->n)
-			pthread_cond_wait(&p->changed, &p->mutex);
-	}
-	pthread_mutex_unlock(&p->mutex);
-}
-
-void workers_resume(struct workers *all)
-{
-	struct parking *p = &all->parking;
-
-	pthread_mutex_lock(&p->mutex);
-	p->total += monotonic_ns() - p->since;
-	__atomic_store_n(&p->wanted, false, __ATOMIC_RELEASE);
-	pthread_cond_broadcast(&p->changed);
-	pthread_mutex_unlock(&p->mutex);
 }

@@ -123,6 +123,10 @@ void workers_release(struct workers *all);
 int workers_start(struct workers *all);
 void workers_stop(struct workers *all);
 
+/* The thread: as long as they are to run. */
+void *worker_run(void *worker);
+/* Ends its sleep. */
+void worker_wake(struct worker *w);
 /* What its thread does, over and over: a turn; how long there is nothing to do then unless something wakes it, in ms. */
 int worker_turn(struct worker *w);
 /* And with nothing active, or now and then: takes what has woken sources, and waits for that as long. */
