@@ -20,10 +20,10 @@ from xdpnet.netdev.port import Netdev
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [pytest.mark.core, both_layouts]
 
-FRAMES = 1024  # that wait for one ring, c/backlog.h
+FRAMES = 1024  # that wait for one ring, c/ring/backlog.h
 BYTES = 16 * MIB  # of one guest
 AGE_US = 1_000_000
-LOOK_US = 100_000  # sources that sleep are looked at so often, c/worker.c
+LOOK_US = 100_000  # sources that sleep are looked at so often, c/worker/worker.c
 each_event = pytest.mark.parametrize("event", [0, EVENT_IDX], ids=["flags", "event index"])
 RAM = (Span(0x4000_0000, 32 * MIB, 0x7F12_0000_0000, 0x1000),)
 

@@ -26,7 +26,7 @@ from xdpnet import core
 pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = [pytest.mark.core, both_layouts]
 
-MAX_PIECES, MAX_DESCS = 1024, 2048  # that one chain may have, c/vring.h
+MAX_PIECES, MAX_DESCS = 1024, 2048  # that one chain may have, c/ring/vring.h
 POLL_STEPS, POLL_BYTES = 4096, 640 << 10  # what one poll takes on, c/account.h
 BURST = 64
 ROOM = (Span(0x4000_0000, 32 * MIB, 0x7F12_0000_0000, 0x1000),)

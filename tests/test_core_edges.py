@@ -16,7 +16,7 @@ pytest_plugins = ["tests.guest_fixtures"]
 pytestmark = pytest.mark.core
 
 ROOM = (Span(0x4000_0000, 32 * MIB, 0x7F12_0000_0000, 0x1000),)
-MOST_ENTRIES = 65536  # of an indirect table, whatever the ring's size: c/vring.c
+MOST_ENTRIES = 65536  # of an indirect table, whatever the ring's size: c/ring/vring.c
 MAX_DESCS = 2048
 MAX_GROUP_FRAME = 65535 + 14 + 8 + 64 - 4  # GROUP_FRAME less a tag
 UNTOLD = bytes(10)  # a virtio_net_hdr that asks for nothing (PACKET_VNET_HDR)

@@ -18,7 +18,7 @@ pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]
 
 FAR = mac(99)
 ROOM = (Span(0x4000_0000, 32 * MIB, 0x7F12_0000_0000, 0x1000),)
-PATIENCE_US = 1_000_000  # that a guest is kept waiting, c/netdev_tx.c
+PATIENCE_US = 1_000_000  # that a guest is kept waiting, c/port/netdev_tx.c
 FRAMES = 200  # more than the socket has room for
 
 

@@ -19,7 +19,7 @@ from xdpnet.virtq.message import MemoryTable, Request, SingleRegion
 pytestmark = pytest.mark.core
 
 MIB = 1 << 20
-PART = 64 * MIB  # c/staging.c: no more is unmapped at once
+PART = 64 * MIB  # c/memory/staging.c: no more is unmapped at once
 MakeBackend = Callable[[], Backend]
 
 

@@ -1119,7 +1119,7 @@ def test_sockets_are_renewed_as_guests_come_and_go_and_the_link_stays(
         try:
             private = umem()
             a, b = Driver(bridge).start(), Driver(bridge).start()
-            # A window begins in a table of pages where its file does (c/staging.h).
+            # A window begins in a table of pages where its file does (c/memory/staging.h).
             windows = ONE_REGION[0].offset + 2 * ONE_REGION[0].size
             await watched.until(lambda: umem() == private + windows and not netdev.port.is_stale("on"))
             a.pair.send(full(1))

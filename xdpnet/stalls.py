@@ -1,8 +1,8 @@
 """Whether the workers go on, seen from a thread of its own: the control thread itself may wait for one that does not.
 
-A worker publishes its turns and where it is (c/worker.h, worker_is_at); asleep, it ends a turn ten times a second. One
-that has neither ended its turn nor moved between looks is stalled: by memory that does not answer, for want of a
-processor, or because somebody stopped it. It is named once, with whom it was at, and once more when it goes on.
+A worker publishes its turns and where it is (c/worker/worker.h, worker_is_at); asleep, it ends a turn ten times a
+second. One that has neither ended its turn nor moved between looks is stalled: by memory that does not answer, for want
+of a processor, or because somebody stopped it. It is named once, with whom it was at, and once more when it goes on.
 Nothing is done about it here: a thread that waits for memory can be ended with its process alone, which is the service
 manager's affair (control/watchdog.py).
 """

@@ -12,10 +12,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "guest.h"
 #include "kernel.h"
-#include "netdev.h"
 #include "packets.h"
+#include "port/guest.h"
+#include "port/netdev.h"
 
 enum {
 	GUESTS = 4,

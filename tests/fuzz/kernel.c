@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "clock.h"
-#include "xsk.h"
+#include "xdp/xsk.h"
 
 enum { SOCKETS = 8, MAPPED = 1024, PAGE = 4096, GUARD = 1 << 21, HEADROOM = 256, GROUP_FRAMES = 8, DESC_AT = 192 };
 enum { FILL, COMPLETION, RX, TX, RINGS };

@@ -7,12 +7,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "csum.h"
-#include "gro.h"
-#include "gso.h"
+#include "frame/csum.h"
+#include "frame/gro.h"
+#include "frame/gso.h"
+#include "frame/partial.h"
+#include "frame/vnet.h"
 #include "packets.h"
-#include "partial.h"
-#include "vnet.h"
 
 enum { ALONE = 100, FRAMES = 40, JOIN_ROOM = 10 * 1024, MOST_CUT = 72 * 1024, MOST_PIECES = 1024 };
 

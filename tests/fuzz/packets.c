@@ -3,8 +3,8 @@
 #include <linux/if_ether.h>
 #include <netinet/in.h>
 
-#include "csum.h"
-#include "packet.h"
+#include "frame/csum.h"
+#include "frame/packet.h"
 
 enum kind {
 	TCP4,

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include "fdb.c"
+#include "bridge/fdb.c"
 
 enum { GUESTS = 4, MACS = 64, VLANS = 16, WIRE = 100, OTHER = 101, STAYS = 64, READERS = 2 };
 

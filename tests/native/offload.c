@@ -5,11 +5,11 @@
  */
 #include <stdlib.h>
 
-#include "csum.h"
-#include "gro.h"
-#include "gso.h"
-#include "partial.h"
-#include "vnet.h"
+#include "frame/csum.h"
+#include "frame/gro.h"
+#include "frame/gso.h"
+#include "frame/partial.h"
+#include "frame/vnet.h"
 
 #define API __attribute__((visibility("default")))
 

@@ -32,7 +32,7 @@ static __always_inline int count(int verdict, int action)
 }
 
 #ifdef XN_TELLS
-/* In front of each frame, if it is several in one; gso_type is a virtio_net_hdr's. c/netdev_rx.c has the same. */
+/* In front of each frame, if it is several in one; gso_type is a virtio_net_hdr's. c/port/netdev_rx.c has the same. */
 struct told {
 	__u16 gso_size;
 	__u8 gso_type;

@@ -19,7 +19,7 @@ class Region:
 
 
 class Staged:
-    """A region's pages, mapped before they are a guest's: whoever fills them keeps nobody waiting (c/staging.h).
+    """A region's pages, mapped before they are a guest's: whoever fills them keeps nobody waiting (c/memory/staging.h).
 
     Belongs to one thread at a time. Invariant: unmapped once, by close() or by the table that takes it over.
     """

@@ -1,8 +1,8 @@
 """A guest's new memory on its way into the core.
 
-What may be lent to an interface has all its pages in the page tables from the start (c/arena.h), and to put them there
-takes up to 0.2 s for each GiB, or seconds where the frontend has them allocated, and never touched. So a thread beside
-does that, part by part, while this frontend waits for its answer and nobody else does.
+What may be lent to an interface has all its pages in the page tables from the start (c/memory/arena.h), and to put them
+there takes up to 0.2 s for each GiB, or seconds where the frontend has them allocated, and never touched. So a thread
+beside does that, part by part, while this frontend waits for its answer and nobody else does.
 
 Invariant: what is staged belongs to the thread from when it begins until it ends, and to the core once applied; a
 change that is closed meanwhile leaves it to the thread.

@@ -63,12 +63,12 @@ def check_file(region: MemoryRegion, fd: Fd) -> File:
     status = os.fstat(number)
     if region.offset + region.size > status.st_size:
         raise ProtocolError("mem_size", f"{_name(region)}: ends behind the {status.st_size} bytes of its file")
-    step = max(page, status.st_blksize)  # as c/mem.c has it
+    step = max(page, status.st_blksize)  # as c/memory/mem.c has it
     return File(fd, bool(seals & fcntl.F_SEAL_SHRINK), (region.size + step - 1) // step * step)
 
 
 def is_whole(fd: Fd) -> bool:
-    """Whether every page of the file is allocated; what is not is never lent to an interface (c/arena.c)."""
+    """Whether every page of the file is allocated; what is not is never lent to an interface (c/memory/arena.c)."""
     status = os.fstat(fd.fileno())
     return status.st_blocks * 512 >= status.st_size
 

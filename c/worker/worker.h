@@ -13,12 +13,12 @@
 #include "account.h"
 #include "caller.h"
 #include "clock.h"
-#include "gro.h"
-#include "gso.h"
+#include "frame/gro.h"
+#include "frame/gso.h"
+#include "frame/view.h"
+#include "ring/vring.h"
 #include "source.h"
-#include "view.h"
-#include "vring.h"
-#include "xsk.h"
+#include "xdp/xsk.h"
 
 enum {
 	WORKER_SOURCES = 2 * XN_MAX_PORTS * XN_MAX_PAIRS, /* a receive and a transmit ring each */

@@ -11,7 +11,7 @@
 #include <linux/if_ether.h>
 #include <linux/virtio_net.h>
 
-#include "mem.h"
+#include "memory/mem.h"
 
 /* Ethernet header, one VLAN tag and a start of what follows; a multiple of the vector registers' 16 bytes. */
 enum { VIEW_HEAD = 32 };

@@ -4,8 +4,8 @@
 #include <linux/if_arp.h>
 
 #include "bridge.h"
-#include "csum.h"
-#include "packet.h"
+#include "frame/csum.h"
+#include "frame/packet.h"
 
 enum {
 	MAC_CONTROL = 0x8808,

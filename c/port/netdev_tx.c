@@ -1,7 +1,7 @@
 /*
  * Frames to the wire: the transmit rings of AF_XDP sockets. A frame is copied into one of ours, or lent where it lies.
  */
-#include "csum.h"
+#include "frame/csum.h"
 #include "netdev.h"
 
 enum { PAGE = 4096 };

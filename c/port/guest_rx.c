@@ -4,8 +4,8 @@
  * A burst is placed first (chains taken and translated, destinations prefetched), then copied, then published once. What
  * differs little from frame to frame is not written again.
  */
+#include "frame/packet.h"
 #include "guest.h"
-#include "packet.h"
 
 enum {
 	/* Steps that each frame may take beside one for so many bytes: drivers have chains of twenty, or a buffer a page. */

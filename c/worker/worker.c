@@ -4,7 +4,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-#include "lending.h"
+#include "xdp/lending.h"
 
 enum {
 	/* A busy worker looks at its sleeping sources this often: a fifth of what waking a sleeper costs. */

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include "netdev.h"
-#include "sockets.h"
+#include "xdp/sockets.h"
 
 /* While parked: recomputes what depends on which sockets are open. */
 static void settle(struct netdev *d)

@@ -3,8 +3,8 @@
  */
 #include <stdlib.h>
 
+#include "frame/vnet.h"
 #include "guest.h"
-#include "vnet.h"
 
 enum { VLAN_MAX = 4095 };
 

@@ -4,9 +4,9 @@
 #ifndef XN_GUEST_H
 #define XN_GUEST_H
 
-#include "bridge.h"
-#include "guard.h"
-#include "vring.h"
+#include "bridge/bridge.h"
+#include "frame/guard.h"
+#include "ring/vring.h"
 
 struct guest {
 	struct port port;

@@ -5,7 +5,7 @@
 #ifndef XN_PORT_H
 #define XN_PORT_H
 
-#include "view.h"
+#include "frame/view.h"
 
 struct port;
 struct virtqueue;

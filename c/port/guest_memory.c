@@ -2,7 +2,7 @@
  * The memory of a guest: its table, in which rings and frames are found.
  */
 #include "guest.h"
-#include "staging.h"
+#include "memory/staging.h"
 
 /*
  * Swaps the table; every started ring follows, or stops if it is no longer in memory. `anew`: nothing of the old one is in

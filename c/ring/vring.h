@@ -22,7 +22,7 @@
 #include "backlog.h"
 #include "events.h"
 #include "loan.h"
-#include "mem.h"
+#include "memory/mem.h"
 #include "source.h"
 
 struct port;

@@ -7,10 +7,10 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include "frame/packet.h"
+#include "frame/partial.h"
+#include "frame/vnet.h"
 #include "netdev.h"
-#include "packet.h"
-#include "partial.h"
-#include "vnet.h"
 
 #ifndef VIRTIO_NET_HDR_GSO_UDP_L4 /* Linux 6.2 */
 #define VIRTIO_NET_HDR_GSO_UDP_L4 5

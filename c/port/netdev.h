@@ -7,8 +7,8 @@
 #ifndef XN_NETDEV_H
 #define XN_NETDEV_H
 
-#include "bridge.h"
-#include "xsk.h"
+#include "bridge/bridge.h"
+#include "xdp/xsk.h"
 
 struct netdev_queue {
 	struct xsk *xsk;

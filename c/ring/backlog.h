@@ -9,7 +9,7 @@
 #ifndef XN_BACKLOG_H
 #define XN_BACKLOG_H
 
-#include "view.h"
+#include "frame/view.h"
 
 enum {
 	/* As many as a tap keeps, whose txqueuelen is 1000. */

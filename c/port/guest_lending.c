@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include "guest.h"
-#include "lending.h"
+#include "xdp/lending.h"
 
 enum {
 	/* How long frames that are being sent are waited for, and how often they are looked at: so long the control thread waits. */

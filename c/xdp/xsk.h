@@ -23,11 +23,11 @@
 
 #include <linux/if_xdp.h>
 
-#include "arena.h"
 #include "events.h"
-#include "loan.h"
+#include "frame/view.h"
+#include "memory/arena.h"
+#include "ring/loan.h"
 #include "source.h"
-#include "view.h"
 
 #ifndef SOL_XDP
 #define SOL_XDP 283

@@ -5,7 +5,7 @@
 #ifndef XN_SOCKETS_H
 #define XN_SOCKETS_H
 
-#include "arena.h"
+#include "memory/arena.h"
 
 int socket_open(struct umem *u, struct arena *a, u32 max_frame, enum xn_zerocopy policy, u32 flags);
 /* Registers the UMEM that such a socket would have, unless an open one has it already: it is there when that is opened. */

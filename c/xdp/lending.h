@@ -4,7 +4,7 @@
 #ifndef XN_LENDING_H
 #define XN_LENDING_H
 
-#include "vring.h"
+#include "ring/vring.h"
 #include "xsk.h"
 
 /* Hands back chains whose loans have ended; returns how many. A socket that has had one for too long is taken to be stuck. */

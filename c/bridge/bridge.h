@@ -7,11 +7,11 @@
 #ifndef XN_BRIDGE_H
 #define XN_BRIDGE_H
 
-#include "arena.h"
 #include "events.h"
 #include "fdb.h"
+#include "memory/arena.h"
 #include "port.h"
-#include "worker.h"
+#include "worker/worker.h"
 
 struct xn_bridge {
 	struct xn_bridge_config config;
