@@ -45,10 +45,10 @@ int bridge_add_port(struct xn_bridge *b, struct port *p);
 /* While parked: every port follows a change of memory, addresses or ports. */
 void bridge_settle(struct xn_bridge *b);
 
-/* The port with this id, if there is a network behind it, or a guest; NULL: none. */
-static inline struct port *bridge_port(const struct xn_bridge *b, u32 id, bool wire)
+/* The port with this id, if it is of this kind; NULL: none. */
+static inline struct port *bridge_port(const struct xn_bridge *b, u32 id, enum port_kind kind)
 {
-	return id < XN_MAX_PORTS && b->ports[id] && b->ports[id]->wire == wire ? b->ports[id] : NULL;
+	return id < XN_MAX_PORTS && b->ports[id] && b->ports[id]->kind == kind ? b->ports[id] : NULL;
 }
 
 /* The number of an address that a station may have; 0: it is none. */

@@ -41,10 +41,14 @@ struct port_verbs {
 	void (*release)(struct port *p);
 };
 
+/* What a port is to whoever made it: the bridge does not ask. */
+enum port_kind { PORT_GUEST, PORT_NETDEV };
+
 struct port {
 	const struct port_verbs *verbs;
 	struct xn_bridge *bridge;
 	u32 id;
+	enum port_kind kind;
 	bool wire;  /* behind it is a network of others' stations; else one guest */
 	bool ready; /* there is a ring or socket that takes frames */
 	u8 takes;   /* enum view_need, which it sees to itself */

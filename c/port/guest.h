@@ -37,7 +37,7 @@ static inline struct guest *guest_of(const struct port *p)
 /* NULL: no guest's is the port with this id. */
 static inline struct guest *guest_at(const struct xn_bridge *b, u32 id)
 {
-	struct port *p = bridge_port(b, id, false);
+	struct port *p = bridge_port(b, id, PORT_GUEST);
 
 	return p ? guest_of(p) : NULL;
 }

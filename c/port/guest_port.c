@@ -46,6 +46,7 @@ static struct guest *guest_new(struct xn_bridge *b, u32 pairs)
 	}
 	memset(rings, 0, size);
 	g->port.verbs = &verbs;
+	g->port.kind = PORT_GUEST;
 	g->pairs = pairs;
 	g->rings = rings;
 	for (u32 i = 0; i < 2 * pairs; i++) {

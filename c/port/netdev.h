@@ -40,7 +40,7 @@ static inline struct netdev *netdev_of(const struct port *p)
 /* NULL: no netdev's is the port with this id. */
 static inline struct netdev *netdev_at(const struct xn_bridge *b, u32 id)
 {
-	struct port *p = bridge_port(b, id, true);
+	struct port *p = bridge_port(b, id, PORT_NETDEV);
 
 	return p ? netdev_of(p) : NULL;
 }

@@ -121,7 +121,7 @@ int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues)
 	}
 	memset(queue, 0, queues * sizeof(*queue));
 	/* What it does with a checksum it does as the frame is copied. */
-	d->port = (struct port){.verbs = &verbs, .wire = true, .takes = NEED_CSUM};
+	d->port = (struct port){.verbs = &verbs, .kind = PORT_NETDEV, .wire = true, .takes = NEED_CSUM};
 	d->queues = queues;
 	d->queue = queue;
 	d->group_fd = -1;
