@@ -202,8 +202,10 @@ static bool is_endless(const struct worker *w, struct xsk *x, u32 n)
 {
 	if (n > WIRE_PIECES)
 		return true;
-	if (!x->unfinished_since)
+	if (x->front != XSK_UNFINISHED) {
+		x->front = XSK_UNFINISHED;
 		x->unfinished_since = w->turn;
+	}
 	return w->turn - x->unfinished_since > w->cycles_per_us * UNFINISHED_US;
 }
 
@@ -224,19 +226,18 @@ static u32 chains_poll(struct worker *w, struct source *s)
 		u32 n = chain_length(x, done, ready);
 		struct view *v = &w->views[frames];
 
-		if (unlikely(x->skipping)) {
-			x->skipping = !n;
+		if (unlikely(x->front == XSK_SKIPPING)) {
+			x->front = n ? XSK_WHOLE : XSK_SKIPPING;
 			done = n ? done + n : ready;
 			continue;
 		}
 		if (unlikely(!n && !is_endless(w, x, ready - done)))
 			break;
-		x->unfinished_since = 0;
+		x->front = n ? XSK_WHOLE : XSK_SKIPPING;
 		frames++;
 		if (unlikely(!n || n > WIRE_PIECES)) {
 			v->len = 0;
 			view_drop(v, XN_DROP_FRAGS);
-			x->skipping = !n;
 			done = n ? done + n : ready;
 			continue;
 		}

@@ -87,6 +87,19 @@ enum xsk_state {
 	XSK_GONE   /* ENXIO: and for ever */
 };
 
+/*
+ * What its receive ring begins with, of a socket that gets frames in several descriptors:
+ *
+ *     WHOLE ---- a chain without its end ----> UNFINISHED ---- for too long, or of too much ----> SKIPPING
+ *       ^ ^------------ its end has come ----------'                                                |
+ *       '-------------------------- its end has come, and went the same way ------------------------'
+ */
+enum xsk_front {
+	XSK_WHOLE,
+	XSK_UNFINISHED,
+	XSK_SKIPPING /* the rest of a chain that was dropped */
+};
+
 /* Who touches its transmit and completion ring; unless that is one worker alone, the lock holds. */
 enum xsk_users {
 	XSK_OF_ONE,
@@ -101,10 +114,10 @@ struct xsk {
 	u64 *free; /* stack of free tx frames: where a frame begins, behind its metadata */
 	u32 free_n;
 	u32 set;
-	u32 max_frame;	      /* longest frame that the interface carries */
-	u32 max_plain;	      /* longest that is one descriptor */
-	bool skipping;	      /* what comes first is the rest of a chain that was dropped */
-	u64 unfinished_since; /* cycles; 0: the rx ring does not begin with a part of a chain */
+	u32 max_frame; /* longest frame that the interface carries */
+	u32 max_plain; /* longest that is one descriptor */
+	enum xsk_front front;
+	u64 unfinished_since; /* cycles, when it became that */
 	int fd;
 	u64 umem;     /* number of its UMEM; 0: no window is in it, nothing can be lent to it */
 	u64 umem_len; /* bytes */
