@@ -69,12 +69,12 @@ def add(source: Source, lines: list[dict[str, Any]]) -> None:
 
 
 def show(sources: dict[str, Source], missing: bool) -> None:
-    print(f"{'':14}{'lines':>12}{'%':>7}{'branches':>14}{'%':>7}")
+    print(f"{'':24}{'lines':>12}{'%':>7}{'branches':>14}{'%':>7}")
     total = [sum(column) for column in zip(*(source.share() for source in sources.values()), strict=True)]
     for name, row in [*((name, source.share()) for name, source in sources.items()), ("total", total)]:
         lines_hit, lines, taken, branches = row
         percent = [100 * part / whole if whole else 100 for part, whole in ((lines_hit, lines), (taken, branches))]
-        print(f"{name:14}{lines_hit:6}/{lines:<5}{percent[0]:7.1f}{taken:8}/{branches:<5}{percent[1]:7.1f}")
+        print(f"{name:24}{lines_hit:6}/{lines:<5}{percent[0]:7.1f}{taken:8}/{branches:<5}{percent[1]:7.1f}")
     if not missing:
         return
     for name, source in sources.items():
