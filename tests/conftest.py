@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import traces
-from tests.waiting import until_equal
+from tests.rig import traces
+from tests.rig.waiting import until_equal
 
 if TYPE_CHECKING:
-    from tests.backend import Backend, ControlThread
+    from tests.rig.backend import Backend, ControlThread
     from xdpnet.core import Bridge
 
 
@@ -146,7 +146,7 @@ def open_path() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def control() -> Iterator["ControlThread"]:
     """The thread of the control loop."""
-    from tests.backend import ControlThread
+    from tests.rig.backend import ControlThread
 
     thread = ControlThread()
     yield thread
@@ -167,7 +167,7 @@ def bridge(control: "ControlThread") -> Iterator["Bridge"]:
 @pytest.fixture
 def make_backend(control: "ControlThread", bridge: "Bridge", fds_unchanged: None) -> Iterator[Callable[..., "Backend"]]:
     """Makes guest ports, each behind a vhost-user socket of its own."""
-    from tests.backend import Backend
+    from tests.rig.backend import Backend
 
     made: list[Backend] = []
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests import dpdk
 from tests.bench import bulk, latency, neighbours, plot, report, scale, throughput
 from tests.bench.lab import Cores, Lab, Row
+from tests.rig import dpdk
 from xdpnet.demo import process
 from xdpnet.errors import XdpnetError
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 
 from tests.bench.lab import BACKENDS, GENERIC, MAC, PEER_MAC, Contender, Lab, Row, Values
 from tests.bench.latency import linux_guest, taps
-from tests.netns import call_in
+from tests.rig.netns import call_in
 from xdpnet.demo import await_listener, iperf_client, process, topology
 from xdpnet.demo.guest import Card, Guest
 

@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
-from tests import dpdk, netns
 from tests.bench.lab import BACKEND_CPU, CLIENT_CPU, MAC
+from tests.rig import dpdk, netns
 from xdpnet import core
 from xdpnet.config import parse_mac
 from xdpnet.demo import process

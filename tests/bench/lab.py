@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.dpdk import Pmd
-from tests.waiting import until
+from tests.rig.dpdk import Pmd
+from tests.rig.waiting import until
 from xdpnet.demo import process, topology
 from xdpnet.demo.backend import Backend
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.lab import BACKEND_CPU, BACKENDS, CLIENT_CPU, MAC, WARM_UP_S, Contender, Lab, Row, Served, Values
-from tests.waiting import until
+from tests.rig.waiting import until
 from xdpnet.demo import await_listener, initramfs, process, topology
 from xdpnet.demo.backend import Backend
 from xdpnet.demo.guest import Card, Guest

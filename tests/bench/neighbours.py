@@ -30,10 +30,21 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from tests.bench.lab import BACKEND_CPU, CLIENT_CPU, Lab, Row, Values, xdpnet
-from tests.driver import Driver, QueuePair
-from tests.frontend import DisconnectedError
-from tests.remote import RemoteGuest
-from tests.rings import INDIRECT, INDIRECT_DESC, MERGEABLE, MIB, NEXT, VERSION_1, WRITE, GuestMemory, Span, SplitRing
+from tests.rig.driver import Driver, QueuePair
+from tests.rig.frontend import DisconnectedError
+from tests.rig.remote import RemoteGuest
+from tests.rig.rings import (
+    INDIRECT,
+    INDIRECT_DESC,
+    MERGEABLE,
+    MIB,
+    NEXT,
+    VERSION_1,
+    WRITE,
+    GuestMemory,
+    Span,
+    SplitRing,
+)
 from xdpnet import core
 from xdpnet.demo import process, topology
 from xdpnet.virtq.features import VirtioFeature, mask

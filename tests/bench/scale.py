@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.lab import BACKENDS, MAC, Contender, Lab, Row, Served, Values, xdpnet
 from tests.bench.throughput import UNITS, guest_to_guest
-from tests.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, GuestMemory
 from xdpnet.demo import process, topology
 
 IDLE = (0, 1, 4, 16, 64)

@@ -23,7 +23,7 @@ from tests.bench.lab import (
     rate,
     reflector,
 )
-from tests.dpdk import SEGMENT, Pmd, frames
+from tests.rig.dpdk import SEGMENT, Pmd, frames
 from xdpnet.demo import process, topology
 
 RAW = Path(__file__).with_name("rawtx.c")

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.traced import WALL, stopped
-from tests.waiting import until
+from tests.rig.traced import WALL, stopped
+from tests.rig.waiting import until
 from xdpnet.control.client import ask
 from xdpnet.demo import initramfs
 from xdpnet.metrics.snapshot import Snapshot

@@ -15,10 +15,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["tests.fuzz.programs"]):
-    from tests.frontend import Frontend, GuestMemory
     from tests.fuzz.programs import PATIENCE_S, Input, fuzz, play, settled
-from tests.test_daemon import daemon
-from tests.waiting import until
+    from tests.rig.frontend import Frontend, GuestMemory
+from tests.daemon.test_process import daemon
+from tests.rig.waiting import until
 
 CHECK_EVERY = 16
 TX, NUM = 1, 256

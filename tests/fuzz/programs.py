@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import atheris
 
-from tests.frontend import ACK_AND_ALL, MODERN, DisconnectedError, Frontend, GuestMemory
+from tests.rig.frontend import ACK_AND_ALL, MODERN, DisconnectedError, Frontend, GuestMemory
 from xdpnet.virtq.features import VirtioFeature, mask
 from xdpnet.virtq.message import (
     U64,

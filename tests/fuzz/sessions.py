@@ -9,9 +9,9 @@ import os
 import atheris
 
 with atheris.instrument_imports(include=["xdpnet"]):
-    from tests.backend import Backend, ControlThread
     from tests.fuzz.programs import PATIENCE_S, fuzz, play, settled
-    from tests.waiting import until
+    from tests.rig.backend import Backend, ControlThread
+    from tests.rig.waiting import until
     from xdpnet.core import Bridge
     from xdpnet.virtq.message import Request
 

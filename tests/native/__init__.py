@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rings import GuestMemory
+from tests.rig.rings import GuestMemory
 
 SOURCES = Path(__file__).parent
 MAX_WORDS, MAX_VALUES = 1024, 16

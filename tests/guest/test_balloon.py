@@ -1,0 +1,182 @@
+"""A Linux guest in QEMU that is sent from where its frames lie, and gives memory up and takes it back.
+
+By a balloon that is told to grow and to shrink again, and by free page reporting, which nobody has to tell.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.rig import needs
+from tests.rig.waiting import until
+from xdpnet.demo import await_listener, initramfs, process, topology
+from xdpnet.demo.backend import Backend, balanced
+from xdpnet.demo.guest import Card, Guest, best_accelerator
+from xdpnet.metrics.snapshot import Queue
+
+pytestmark = [pytest.mark.net, pytest.mark.guest, needs.root, needs.guest, pytest.mark.timeout(300)]
+
+ADDRESS = topology.GUEST_ADDRESSES[0]
+MIB = 1 << 20
+MEMORY_MIB = 256
+SMALL_MIB = 104  # with a balloon in it; less, and Linux ends processes for want of memory
+# What an interface is to cut or to sum is copied.
+PLAIN = "csum=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,gso=off"
+MODULES = (*initramfs.MODULES, "virtio_balloon")
+PORT = 9000
+RECEIVER = f"""
+import hashlib, socket
+with socket.create_server(("", {PORT})) as server:
+    connection, _ = server.accept()
+    print(hashlib.file_digest(connection.makefile("rb"), "md5").hexdigest())
+"""
+
+
+class Qmp:
+    """QEMU's monitor; no events are looked at."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("r")
+        self._lines.readline()
+        self("qmp_capabilities")
+
+    def __call__(self, command: str, **arguments: object) -> object:
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        for line in self._lines:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise RuntimeError(f"{command}: {answer['error']}")
+            if "return" in answer:
+                return answer["return"]
+        raise RuntimeError(f"{command}: no answer")
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+
+@dataclass
+class Stage:
+    net: topology.Topology
+    backend: Backend
+    guest: Guest
+    directory: Path
+
+    @property
+    def wire(self) -> Queue:
+        return next(port.queues[0] for port in self.backend.snapshot().ports if port.netdev)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the guest's memory takes of the host, or would if nobody had pinned it."""
+        for fd in Path(f"/proc/{self.guest.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if "memory-backend-memfd" in os.readlink(fd):
+                    return os.stat(fd).st_blocks * 512
+        raise AssertionError("QEMU has no memory file")
+
+    def use_up(self, but_mib: int) -> None:
+        """What the guest has free, but for so much; what it takes from then on is what it had given up."""
+        self.shrink()
+        self.guest.check(
+            "mount -o remount,size=100% /tmp\n"
+            "free=$(grep MemFree /proc/meminfo | tr -dc 0-9)\n"
+            f"dd if=/dev/zero of=/tmp/used bs=1M count=$((free / 1024 - {but_mib})) 2>/dev/null"
+        )
+
+    def shrink(self) -> None:
+        """The guest keeps no memory for frames to come."""
+        self.guest.check("for cache in /sys/kernel/slab/*/shrink; do echo 1 >$cache; done")
+
+    def is_found_out(self) -> None:
+        """Its frames are copied, and the sockets hold nothing of its memory."""
+        until(lambda: self.wire.xsk is not None and self.wire.xsk.umem < MEMORY_MIB * MIB)
+        assert "guest one: some of its memory was given up and taken back" in self.backend.log.read_text()
+        before = self.wire.tx
+        self.upload(1)
+        after = self.wire.tx
+        assert after.packets > before.packets
+        assert after.in_place == before.in_place
+
+    def upload(self, mib: int) -> None:
+        """TCP out of the guest; every byte arrives."""
+        got = self.directory / "received"
+        got.unlink(missing_ok=True)
+        server = self.net.far.spawn([sys.executable, "-c", RECEIVER], got)
+        try:
+            await_listener(self.net.far, PORT)
+            self.guest.check(f"dd if=/dev/urandom of=/tmp/data bs=1M count={mib} 2>/dev/null")
+            self.guest.check(f"nc {topology.FAR_ADDRESS} {PORT} </tmp/data", timeout=120)
+            wanted = self.guest.check("md5sum </tmp/data; rm /tmp/data").split()[0]
+            assert server.wait(60) == 0
+        finally:
+            process.end(server)
+        assert got.read_text().strip() == wanted
+
+
+@pytest.fixture
+def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    kernel = initramfs.find_kernel()
+    initrd = initramfs.build(kernel, tmp_path / "initramfs", modules=MODULES)
+    accel = best_accelerator(kernel, initrd, tmp_path)
+    with ExitStack() as stack:
+        net = stack.enter_context(topology.topology())
+        arguments = ["--netdev", f"{topology.HOST_IF},zerocopy=on", "--guest", f"one,socket={tmp_path}/socket"]
+        backend = Backend(net.host, tmp_path, arguments).start()
+        stack.callback(backend.stop)
+        card = Card(tmp_path / "socket", "52:54:00:78:64:05", options=PLAIN)
+        options = ["-device", f"virtio-balloon-pci,id=balloon{request.param}"]
+        options += ["-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"]
+        guest = Guest(
+            tmp_path, kernel, initrd, [card], accel=accel, memory_mib=MEMORY_MIB, prealloc=True, options=options
+        )
+        with closing(guest.start()):
+            guest.configure(ADDRESS, topology.PREFIX)
+            backend.await_guest("one")
+            made = Stage(net, backend, guest, tmp_path)
+            until(lambda: made.wire.xsk is not None and made.wire.xsk.umem > MEMORY_MIB * MIB)
+            yield made
+            snapshot = backend.settled()
+            assert balanced(snapshot), snapshot.totals
+
+
+@pytest.mark.parametrize("stage", [""], indirect=True)
+def test_a_guest_whose_balloon_grows_and_shrinks_goes_on_sending_and_no_byte_is_another(stage: Stage) -> None:
+    stage.upload(4)
+    assert stage.wire.tx.in_place > 1000
+    with closing(Qmp(stage.directory / "qmp")) as qmp:
+        for _ in range(2):
+            stage.shrink()
+            qmp("balloon", value=SMALL_MIB * MIB)
+            until(lambda: actual(qmp) == SMALL_MIB * MIB)
+            assert stage.memory < (SMALL_MIB + 1) * MIB
+            stage.use_up(but_mib=14)
+            qmp("balloon", value=MEMORY_MIB * MIB)
+            until(lambda: actual(qmp) == MEMORY_MIB * MIB)
+            stage.upload(24)
+            stage.guest.check("rm /tmp/used")
+    stage.is_found_out()
+
+
+@pytest.mark.parametrize("stage", [",free-page-reporting=on"], indirect=True)
+def test_a_guest_that_reports_free_pages_goes_on_sending_and_no_byte_is_another(stage: Stage) -> None:
+    until(lambda: stage.memory < (MEMORY_MIB - 64) * MIB)
+    stage.use_up(but_mib=40)
+    for _ in range(2):
+        stage.upload(24)
+
+
+def actual(qmp: Qmp) -> int:
+    answer = qmp("query-balloon")
+    assert isinstance(answer, dict)
+    return int(answer["actual"])

@@ -1,0 +1,89 @@
+"""User-mode Linux behind the daemon: a frontend that negotiates, signals and starts again in its own way.
+
+    far (iperf3 -s) -- far0 === xdpn0 -- xdpnet -- user-mode Linux
+
+It asks for an answer to the request that negotiates answers, sends a memory table with an empty place, has sockets for
+calls, packed rings that begin at 0 by its word, no control queue, and sets rings up anew that it has only disabled.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.rig import needs, uml
+from tests.rig.waiting import until
+from xdpnet.demo import iperf, process, topology
+from xdpnet.demo.backend import Backend, balanced
+from xdpnet.demo.guest import Card
+
+pytestmark = [pytest.mark.net, pytest.mark.guest, needs.root, needs.uml, pytest.mark.timeout(300)]
+
+ADDRESS = topology.GUEST_ADDRESSES[0]
+
+
+@dataclass
+class Stage:
+    net: topology.Topology
+    backend: Backend
+    guest: uml.UserModeGuest
+    directory: Path
+
+    def features(self) -> set[str]:
+        guest = self.backend.port("uml").guest
+        assert guest is not None
+        return set(guest.features)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    directory = tmp_path_factory.mktemp("xdpn")
+    with ExitStack() as stack:
+        net = stack.enter_context(topology.topology())
+        path = directory / "uml.socket"
+        backend = Backend(net.host, directory, ["--netdev", topology.HOST_IF, "--guest", f"uml,socket={path}"]).start()
+        stack.callback(backend.stop)
+        initrd = uml.build(directory)
+        guest = uml.UserModeGuest(directory, uml.kernel(), initrd, [Card(path, "")], memory_mib=128, name="xdpn-uml")
+        stack.enter_context(closing(guest.start()))
+        guest.configure(ADDRESS, topology.PREFIX)
+        yield Stage(net, backend, guest, directory)
+        assert backend.stop() == 0, process.tail(backend.log)
+
+
+@pytest.fixture(autouse=True)
+def books_balance(stage: Stage) -> Iterator[None]:
+    yield
+    snapshot = stage.backend.settled()
+    assert balanced(snapshot), snapshot.totals
+
+
+def test_it_negotiates_packed_rings_and_no_announcing(stage: Stage) -> None:
+    assert "VIRTIO_F_RING_PACKED" in stage.features()
+    assert "VIRTIO_NET_F_GUEST_ANNOUNCE" not in stage.features()
+
+
+@pytest.mark.parametrize("size", [18, 1472, 8000, 65000])
+def test_pings_pass_both_ways(stage: Stage, size: int) -> None:
+    assert " 0% packet loss" in stage.guest.check(f"ping -c 5 -i 0.1 -s {size} {topology.FAR_ADDRESS}")
+    assert " 0% packet loss" in stage.net.far.run("busybox", "ping", "-c", "5", "-i", "0.1", "-s", str(size), ADDRESS)
+
+
+def test_tcp_flows_both_ways(stage: Stage) -> None:
+    for reverse in (False, True):
+        assert iperf(stage.guest, stage.net, stage.directory, 2, reverse) > 0
+    queue = stage.backend.port("uml").queues[0]
+    assert queue.tx.calls
+    assert queue.rx.calls
+
+
+def test_its_driver_is_unbound_and_bound_again(stage: Stage) -> None:
+    """Rings that were only disabled are set up anew, in other memory, at other indices."""
+    for _ in range(3):
+        stage.guest.check("cd /sys/bus/virtio/drivers/virtio_net && echo virtio0 >unbind && echo virtio0 >bind")
+        stage.guest.configure(ADDRESS, topology.PREFIX)
+        stage.net.far.run("ip", "neigh", "flush", "dev", topology.FAR_IF)
+        until(lambda: " 0% packet loss" in stage.guest.check(f"ping -c 2 {topology.FAR_ADDRESS}; true"))
+        assert " 0% packet loss" in stage.net.ping(ADDRESS, 2)

@@ -1,0 +1,1 @@
+"""What the house has to be, as tests: floors, counters, capabilities, the catalogue of hostile inputs."""

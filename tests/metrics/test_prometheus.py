@@ -1,0 +1,120 @@
+"""A real Prometheus server scrapes the daemon; promtool reads its metrics as a linter would."""
+
+import json
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import needs
+from tests.rig.waiting import until
+from xdpnet.demo import await_listener, process, topology
+from xdpnet.demo.backend import Backend
+
+pytestmark = [
+    pytest.mark.net,
+    needs.root,
+    needs.program("promtool", "prometheus"),
+    needs.program("prometheus", "prometheus"),
+    needs.program("busybox", "busybox-static"),
+]
+
+METRICS_PORT, SERVER_PORT = 9101, 9102
+CONFIG = f"""
+global: {{scrape_interval: 1s}}
+scrape_configs:
+  - job_name: xdpnet
+    static_configs: [{{targets: ["127.0.0.1:{METRICS_PORT}"]}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[topology.Topology]:
+    with topology.topology() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def daemon(net: topology.Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    directory = tmp_path_factory.mktemp("xdpn")
+    guests = ["--guest", f"one,socket={directory}/one", "--guest", f"two,socket={directory}/two,queues=2"]
+    arguments = ["--netdev", topology.HOST_IF, *guests, "--metrics", f"127.0.0.1:{METRICS_PORT}"]
+    backend = Backend(net.host, directory, arguments).start()
+    yield backend
+    assert backend.stop() == 0
+
+
+def get(net: topology.Topology, port: int, path: str) -> str:
+    return net.host.run("busybox", "wget", "-q", "-O", "-", f"http://127.0.0.1:{port}{path}")
+
+
+def test_promtool_finds_nothing_to_complain_of(net: topology.Topology, daemon: Backend) -> None:
+    metrics = get(net, METRICS_PORT, "/metrics")
+    linted = subprocess.run(
+        ["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, check=False
+    )
+    assert (linted.returncode, linted.stdout + linted.stderr) == (0, "")
+    assert "xdpnet_queue_packets_total{" in metrics
+
+
+def test_the_daemon_says_that_it_is_healthy(net: topology.Topology, daemon: Backend) -> None:
+    assert get(net, METRICS_PORT, "/healthz").strip() == "ok"
+
+
+def test_prometheus_scrapes_every_queue_and_sees_its_counters(
+    net: topology.Topology, daemon: Backend, tmp_path: Path
+) -> None:
+    config = tmp_path / "prometheus.yml"
+    config.write_text(CONFIG)
+    server = net.host.spawn(
+        [
+            "prometheus",
+            f"--config.file={config}",
+            f"--storage.tsdb.path={tmp_path / 'xdpn-tsdb'}",
+            f"--web.listen-address=127.0.0.1:{SERVER_PORT}",
+        ],
+        tmp_path / "prometheus.log",
+    )
+    try:
+        await_listener(net.host, SERVER_PORT, patience=30)
+        until(lambda: ready(net))
+        assert await_result(net, 'up{job="xdpnet"} == 1') == [({"job": "xdpnet"}, "1")]
+        series = {
+            (labels["port"], labels["queue"], labels["direction"])
+            for labels, _ in await_result(net, "xdpnet_queue_packets_total")
+        }
+        queues = [("one", 0), ("two", 0), ("two", 1), (topology.HOST_IF, 0)]
+        assert series == {(port, str(queue), way) for port, queue in queues for way in ("rx", "tx")}
+        net.far.run("busybox", "ping", "-c", "3", topology.HOST_ADDRESS)
+        assert await_result(net, "rate(process_cpu_seconds_total[5s]) >= 0")
+    finally:
+        process.end(server)
+
+
+def ready(net: topology.Topology) -> bool:
+    """Prometheus listens before it answers."""
+    try:
+        get(net, SERVER_PORT, "/-/ready")
+    except topology.CommandError:
+        return False
+    return True
+
+
+def await_result(net: topology.Topology, query: str, patience: float = 30.0) -> list[tuple[dict[str, str], str]]:
+    """The first answer that is not empty: labels (but for the instance and the name) and value of each series."""
+    deadline = time.monotonic() + patience
+    while True:
+        answer = json.loads(get(net, SERVER_PORT, f"/api/v1/query?query={urllib.parse.quote(query)}"))
+        if result := answer["data"]["result"]:
+            return [
+                (
+                    {key: value for key, value in row["metric"].items() if key not in ("instance", "__name__")},
+                    row["value"][1],
+                )
+                for row in result
+            ]
+        assert time.monotonic() < deadline, f"{query}: no result"
+        time.sleep(0.2)

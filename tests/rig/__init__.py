@@ -1,0 +1,1 @@
+"""What the tests are made with: guests, frontends, interfaces, and waiting for them."""

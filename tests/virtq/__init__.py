@@ -1,0 +1,1 @@
+"""Tests of vhost-user over a real socket, with a scripted frontend."""
