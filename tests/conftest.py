@@ -1,6 +1,5 @@
 """Options of the test run: which C core, which skips are expected, and whether traces on the machine are an error."""
 
-import contextlib
 import fnmatch
 import importlib.machinery
 import importlib.util
@@ -9,18 +8,16 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.rig import traces
-from tests.rig.waiting import until_equal
 
 if TYPE_CHECKING:
-    from tests.rig.backend import Backend, ControlThread
-    from xdpnet.core import Bridge
+    from tests.rig.backend import ControlThread
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,7 +61,7 @@ def load_core(path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     sys.modules["xdpnet._core"] = module
-    xdpnet._core = module  # type: ignore[attr-defined]
+    xdpnet._core = module
 
 
 class SkipPolice:
@@ -115,22 +112,6 @@ class NothingLeft:
             terminalreporter.write_line(f"LEFT BEHIND {line}", red=True)
 
 
-def _open_fds() -> dict[str, str]:
-    links = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
-            links[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return links
-
-
-@pytest.fixture
-def fds_unchanged() -> Iterator[None]:
-    """Every descriptor that the test, or what it tests, has opened is closed, if need be by another thread."""
-    before = _open_fds()
-    yield
-    until_equal(_open_fds, before)
-
-
 @pytest.fixture
 def open_path() -> Iterator[Path]:
     """A directory that other users may pass. pytest's own is closed to them again by whoever runs pytest next."""
@@ -140,47 +121,11 @@ def open_path() -> Iterator[Path]:
         yield path
 
 
-# The fixtures below import late: --core has its say first.
-
-
 @pytest.fixture(scope="session")
 def control() -> Iterator["ControlThread"]:
     """The thread of the control loop."""
-    from tests.rig.backend import ControlThread
+    from tests.rig.backend import ControlThread  # late: --core has its say first
 
     thread = ControlThread()
     yield thread
     thread.close()
-
-
-@pytest.fixture(scope="module")
-def bridge(control: "ControlThread") -> Iterator["Bridge"]:
-    """A bridge of one worker, running; only the control thread may touch it."""
-    from xdpnet.core import Bridge
-
-    made = control.call(lambda: Bridge(workers=1))
-    control.call(made.start)
-    yield made
-    control.call(made.close)
-
-
-@pytest.fixture
-def make_backend(control: "ControlThread", bridge: "Bridge", fds_unchanged: None) -> Iterator[Callable[..., "Backend"]]:
-    """Makes guest ports, each behind a vhost-user socket of its own."""
-    from tests.rig.backend import Backend
-
-    made: list[Backend] = []
-
-    def make(pairs: int = 1, mtu: int | None = None) -> Backend:
-        made.append(Backend(control, bridge, pairs, mtu))
-        return made[-1]
-
-    yield make
-    for backend in made:
-        backend.close()
-
-
-@pytest.fixture
-def backend(make_backend: Callable[..., "Backend"]) -> "Backend":
-    """A guest port of one queue pair."""
-    return make_backend()

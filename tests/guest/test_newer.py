@@ -125,6 +125,12 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
+def bridge(control: ControlThread) -> Iterator[Bridge]:
+    with control.bridge() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory, control: ControlThread, bridge: Bridge) -> Iterator[Stage]:
     directory = tmp_path_factory.mktemp("xdpn")
     kernel = newer.kernel()

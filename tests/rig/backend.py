@@ -3,8 +3,9 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 from tests.rig.frontend import Frontend
 from tests.rig.waiting import PATIENCE_S
@@ -34,6 +35,14 @@ class ControlThread:
             return function()
 
         return self.run(work())
+
+    @contextmanager
+    def bridge(self, make: Callable[[], Bridge] = lambda: Bridge(workers=1)) -> Iterator[Bridge]:
+        """A running bridge of this thread's."""
+        made = self.call(make)
+        self.call(made.start)
+        yield made
+        self.call(made.close)
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -85,3 +94,9 @@ class Backend:
         for guest in self.sockets:
             self.control.run(guest.stop())
         self.control.call(self.port.remove)
+
+
+class MakeBackend(Protocol):
+    """The fixture make_backend: another guest port."""
+
+    def __call__(self, pairs: int = 1, mtu: int | None = None) -> Backend: ...

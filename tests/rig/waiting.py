@@ -32,4 +32,4 @@ def until_equal(value: Callable[[], T], wanted: T, patience: float = PATIENCE_S)
     deadline = time.monotonic() + patience
     while (now := value()) != wanted:
         assert time.monotonic() < deadline, f"{now}, not {wanted}"
-        time.sleep(0.05)
+        time.sleep(0.005)

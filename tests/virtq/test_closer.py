@@ -2,9 +2,12 @@
 
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.rig.backend import Backend, MakeBackend
 from tests.rig.frontend import Frontend, GuestMemory
 from tests.rig.lingering import lingering
 from tests.rig.waiting import until, until_equal
@@ -14,9 +17,10 @@ from xdpnet.virtq import server
 from xdpnet.virtq.message import MAX_FDS, VERSION, Header, Request, VringState
 
 core = pytest.mark.core
+Send = Callable[[Frontend, int], None]
 
 
-def test_who_hands_over_a_descriptor_does_not_wait_for_its_close(fds_unchanged):
+def test_who_hands_over_a_descriptor_does_not_wait_for_its_close(fds_unchanged: None) -> None:
     one, other = Closer(), Closer()
     with lingering() as (sock, release):
         one.close(sock.detach())
@@ -28,20 +32,20 @@ def test_who_hands_over_a_descriptor_does_not_wait_for_its_close(fds_unchanged):
         until_equal(lambda: one.pending, 0)
 
 
-def test_it_is_full_from_the_last_place_on(fds_unchanged):
+def test_it_is_full_from_the_last_place_on(fds_unchanged: None) -> None:
     one = Closer()
     with lingering() as (sock, release):
         one.close(sock.detach())
         for _ in range(MAX_PENDING - 2):
             one.close(os.eventfd(0))
-        assert not one.full
+        before = one.full
         one.close(os.eventfd(0))
-        assert one.full
+        assert (before, one.full) == (False, True)
         release()
         until(lambda: not one.pending)
 
 
-def test_after_a_while_with_nothing_to_do_it_goes_on(fds_unchanged, monkeypatch):
+def test_after_a_while_with_nothing_to_do_it_goes_on(fds_unchanged: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closer, "IDLE_S", 0.0)
     one = Closer()
     for _ in range(100):
@@ -52,27 +56,27 @@ def test_after_a_while_with_nothing_to_do_it_goes_on(fds_unchanged, monkeypatch)
 # ---- where a frontend's descriptors come to their end ----
 
 
-def hand_over(backend, frontend, send, sock):
+def hand_over(backend: Backend, frontend: Frontend, send: Send, sock: socket.socket) -> None:
     """The backend's is the last one: it sees the message once ours is closed."""
 
-    def hand():
+    def hand() -> None:
         send(frontend, sock.fileno())
         sock.close()
 
     backend.control.call(hand)
 
 
-def surplus(frontend, fd):
+def surplus(frontend: Frontend, fd: int) -> None:
     """With a request that takes none."""
     frontend.send(Request.SET_OWNER, b"", [fd])
 
 
-def refused(frontend, fd):
+def refused(frontend: Frontend, fd: int) -> None:
     """Where another kind belongs; the connection goes on."""
     frontend.send(Request.SET_BACKEND_REQ_FD, b"", [fd], need_reply=True)
 
 
-def in_a_socket(frontend, fd):
+def in_a_socket(frontend: Frontend, fd: int) -> None:
     """In the queue of a UNIX socket, which is taken as the backend's channel."""
     near, far = socket.socketpair()
     with near, far:
@@ -81,26 +85,26 @@ def in_a_socket(frontend, fd):
     frontend.close()
 
 
-def unread(frontend, fd):
+def unread(frontend: Frontend, fd: int) -> None:
     """Behind the message that ends the connection."""
     frontend.send_bytes(Header(Request.GET_FEATURES, 0xFFFF, 0).pack())
     frontend.send(Request.SET_OWNER, b"", [fd])
 
 
-def last_of_many(frontend, fd):
+def last_of_many(frontend: Frontend, fd: int) -> None:
     """Of more than any message takes."""
     with GuestMemory() as memory:
         frontend.send(Request.SET_OWNER, b"", [memory.fd] * 252 + [fd])
 
 
-def with_half_a_message(frontend, fd):
+def with_half_a_message(frontend: Frontend, fd: int) -> None:
     frontend.send_bytes(Header(Request.SET_VRING_CALL, VERSION, 8).pack(), [fd])
     frontend.close()
 
 
 @core
 @pytest.mark.parametrize("send", [surplus, refused, in_a_socket, unread, last_of_many, with_half_a_message])
-def test_a_close_that_waits_keeps_no_other_guest_waiting(make_backend, send):
+def test_a_close_that_waits_keeps_no_other_guest_waiting(make_backend: MakeBackend, send: Send) -> None:
     evil, good = make_backend(), make_backend()
     frontend, _ = evil.connect()
     neighbour, _ = good.connect()
@@ -114,7 +118,9 @@ def test_a_close_that_waits_keeps_no_other_guest_waiting(make_backend, send):
 
 
 @core
-def test_what_a_second_frontend_left_in_its_queue_keeps_nobody_waiting(make_backend, tmp_path):
+def test_what_a_second_frontend_left_in_its_queue_keeps_nobody_waiting(
+    make_backend: MakeBackend, tmp_path: Path
+) -> None:
     evil, good = make_backend(), make_backend()
     path = str(tmp_path / "evil.sock")
     guest = evil.open(path)
@@ -123,7 +129,7 @@ def test_what_a_second_frontend_left_in_its_queue_keeps_nobody_waiting(make_back
         assert first.ask_u64(Request.GET_FEATURES)
         with Frontend(socket.socket(socket.AF_UNIX)) as second:
 
-            def come(frontend, fd):
+            def come(frontend: Frontend, fd: int) -> None:
                 frontend.socket.connect(path)
                 surplus(frontend, fd)
 
@@ -134,7 +140,9 @@ def test_what_a_second_frontend_left_in_its_queue_keeps_nobody_waiting(make_back
 
 
 @core
-def test_others_that_cannot_be_closed_are_no_fault_of_the_frontend_that_is_served(backend, tmp_path, monkeypatch):
+def test_others_that_cannot_be_closed_are_no_fault_of_the_frontend_that_is_served(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(closer, "MAX_PENDING", 2)
     path = str(tmp_path / "guest.sock")
     guest = backend.open(path)
@@ -142,7 +150,7 @@ def test_others_that_cannot_be_closed_are_no_fault_of_the_frontend_that_is_serve
         served.negotiate()
         with Frontend(socket.socket(socket.AF_UNIX)) as stuck, Frontend(socket.socket(socket.AF_UNIX)) as behind:
 
-            def come(frontend, fd):
+            def come(frontend: Frontend, fd: int) -> None:
                 frontend.socket.connect(path)
                 surplus(frontend, fd)
 
@@ -157,14 +165,16 @@ def test_others_that_cannot_be_closed_are_no_fault_of_the_frontend_that_is_serve
 
 
 @core
-def test_a_connection_that_nobody_accepted_keeps_nobody_waiting_when_we_stop(make_backend, tmp_path):
+def test_a_connection_that_nobody_accepted_keeps_nobody_waiting_when_we_stop(
+    make_backend: MakeBackend, tmp_path: Path
+) -> None:
     evil, good = make_backend(), make_backend()
     path = str(tmp_path / "evil.sock")
     guest = evil.open(path)
     neighbour, _ = good.connect()
     with lingering() as (sock, release), Frontend(socket.socket(socket.AF_UNIX)) as waiting:
 
-        async def come_too_late():
+        async def come_too_late() -> None:
             waiting.socket.connect(path)
             waiting.send(Request.SET_OWNER, b"", [sock.fileno()])
             sock.close()
@@ -176,7 +186,9 @@ def test_a_connection_that_nobody_accepted_keeps_nobody_waiting_when_we_stop(mak
 
 
 @core
-def test_a_guest_with_too_many_unclosed_is_turned_away_until_they_are_closed(make_backend, tmp_path, monkeypatch):
+def test_a_guest_with_too_many_unclosed_is_turned_away_until_they_are_closed(
+    make_backend: MakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.02)
     evil, good = make_backend(), make_backend()
     path = str(tmp_path / "evil.sock")
@@ -200,7 +212,7 @@ def test_a_guest_with_too_many_unclosed_is_turned_away_until_they_are_closed(mak
 
 
 @core
-def test_memory_that_only_we_still_have_is_freed_by_another_thread(backend):
+def test_memory_that_only_we_still_have_is_freed_by_another_thread(backend: Backend) -> None:
     frontend, _ = backend.connect()
     frontend.negotiate()
     with (

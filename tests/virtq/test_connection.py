@@ -5,16 +5,19 @@ import contextlib
 import os
 import socket
 import struct
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.rig.backend import Backend
 from tests.rig.frontend import ACK_AND_ALL, DisconnectedError, Frontend, GuestMemory
 from xdpnet.closer import Closer
 from xdpnet.virtq import connection
 from xdpnet.virtq.fd import Fd
 from xdpnet.virtq.message import MAX_FDS, MAX_PAYLOAD, U64, VERSION, Header, Request, VringState
+from xdpnet.virtq.server import GuestSocket
 
 GET_FEATURES = Header(Request.GET_FEATURES, VERSION, 0).pack()
 SET_PROTOCOL_FEATURES = Header(Request.SET_PROTOCOL_FEATURES, VERSION, 8).pack() + U64(ACK_AND_ALL).pack()
@@ -23,14 +26,14 @@ pytestmark = pytest.mark.core
 
 
 @pytest.fixture
-def spare():
+def spare() -> Iterator[int]:
     """A descriptor to send where none belongs."""
     fd = os.eventfd(0)
     yield fd
     os.close(fd)
 
 
-def ended(frontend, guest, reason, times=1):
+def ended(frontend: Frontend, guest: GuestSocket, reason: str, times: int = 1) -> bool:
     """The backend closed the connection, and counted why."""
     return frontend.is_disconnected() and guest.counters.errors[reason] == times
 
@@ -38,7 +41,7 @@ def ended(frontend, guest, reason, times=1):
 # ---- fds have one owner ----
 
 
-def test_a_descriptor_is_closed_once_however_often_it_is_asked_to(fds_unchanged):
+def test_a_descriptor_is_closed_once_however_often_it_is_asked_to(fds_unchanged: None) -> None:
     fd = Fd(os.eventfd(0), Closer())
     fd.close()
     reused = os.eventfd(0)
@@ -47,18 +50,18 @@ def test_a_descriptor_is_closed_once_however_often_it_is_asked_to(fds_unchanged)
     os.close(reused)
 
 
-def test_a_detached_descriptor_stays_open(fds_unchanged):
+def test_a_detached_descriptor_stays_open(fds_unchanged: None) -> None:
     fd = Fd(os.eventfd(0), Closer())
     number = fd.detach()
     fd.close()
     os.close(number)
 
 
-def test_a_dropped_descriptor_is_closed(fds_unchanged):
+def test_a_dropped_descriptor_is_closed(fds_unchanged: None) -> None:
     Fd(os.eventfd(0), Closer())
 
 
-def test_a_closed_descriptor_has_no_number():
+def test_a_closed_descriptor_has_no_number() -> None:
     fd = Fd(-1, Closer())
     with pytest.raises(ValueError, match="closed"):
         fd.fileno()
@@ -67,21 +70,21 @@ def test_a_closed_descriptor_has_no_number():
 # ---- pieces ----
 
 
-def test_a_request_may_come_byte_by_byte(backend):
+def test_a_request_may_come_byte_by_byte(backend: Backend) -> None:
     frontend, _ = backend.connect()
     for byte in SET_PROTOCOL_FEATURES + GET_FEATURES:
         frontend.send_bytes(bytes([byte]))
     assert frontend.receive()[0] == Request.GET_FEATURES
 
 
-def test_many_requests_may_come_in_one_piece(backend):
+def test_many_requests_may_come_in_one_piece(backend: Backend) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(GET_FEATURES * 100)
     assert [frontend.receive()[0] for _ in range(100)] == [Request.GET_FEATURES] * 100
     assert guest.counters.messages == 100
 
 
-def test_a_request_and_its_descriptor_may_follow_one_without(backend):
+def test_a_request_and_its_descriptor_may_follow_one_without(backend: Backend) -> None:
     with GuestMemory() as memory:
         frontend, _ = backend.connect()
         frontend.negotiate()
@@ -94,34 +97,34 @@ def test_a_request_and_its_descriptor_may_follow_one_without(backend):
 
 
 @pytest.mark.parametrize("size", [MAX_PAYLOAD + 1, 0xFFFFFFFF])
-def test_a_payload_over_the_limit_ends_the_connection_before_it_comes(backend, size):
+def test_a_payload_over_the_limit_ends_the_connection_before_it_comes(backend: Backend, size: int) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(Header(Request.SET_MEM_TABLE, VERSION, size).pack())
     assert ended(frontend, guest, "size")
 
 
 @pytest.mark.parametrize("size", [0, 7, 9, 4096])
-def test_a_payload_of_the_wrong_size_ends_the_connection(backend, size):
+def test_a_payload_of_the_wrong_size_ends_the_connection(backend: Backend, size: int) -> None:
     frontend, guest = backend.connect()
     frontend.send(Request.SET_FEATURES, bytes(size))
     assert ended(frontend, guest, "size")
 
 
 @pytest.mark.parametrize("flags", [0, 2, 3, VERSION | 4, VERSION | 0x10, 0xFFFFFFFF])
-def test_foreign_flags_end_the_connection(backend, flags):
+def test_foreign_flags_end_the_connection(backend: Backend, flags: int) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(Header(Request.GET_FEATURES, flags, 0).pack())
     assert ended(frontend, guest, "flags")
 
 
-def test_a_connection_that_ends_inside_a_message_is_counted(backend):
+def test_a_connection_that_ends_inside_a_message_is_counted(backend: Backend) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(GET_FEATURES[:5])
     frontend.socket.shutdown(socket.SHUT_WR)
     assert ended(frontend, guest, "size")
 
 
-def test_a_connection_that_just_ends_is_no_error(backend):
+def test_a_connection_that_just_ends_is_no_error(backend: Backend) -> None:
     frontend, guest = backend.connect()
     frontend.socket.shutdown(socket.SHUT_WR)
     assert frontend.is_disconnected()
@@ -132,13 +135,13 @@ def test_a_connection_that_just_ends_is_no_error(backend):
 # ---- descriptors ----
 
 
-def test_a_descriptor_with_a_request_that_takes_none_is_refused(backend, spare):
+def test_a_descriptor_with_a_request_that_takes_none_is_refused(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.send(Request.GET_FEATURES, fds=[spare])
     assert ended(frontend, guest, "fds")
 
 
-def test_two_descriptors_where_one_belongs_are_refused_and_the_connection_goes_on(backend, spare):
+def test_two_descriptors_where_one_belongs_are_refused_and_the_connection_goes_on(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.negotiate()
     assert frontend.tell(Request.SET_VRING_CALL, U64(0), [spare, spare]) != 0
@@ -146,7 +149,7 @@ def test_two_descriptors_where_one_belongs_are_refused_and_the_connection_goes_o
     assert frontend.set_event(Request.SET_VRING_CALL, 0, spare) == 0
 
 
-def test_as_many_descriptors_as_we_have_room_for_are_closed_and_refused(backend, spare):
+def test_as_many_descriptors_as_we_have_room_for_are_closed_and_refused(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.negotiate()
     assert frontend.tell(Request.SET_VRING_CALL, U64(0), [spare] * MAX_FDS) != 0
@@ -154,14 +157,14 @@ def test_as_many_descriptors_as_we_have_room_for_are_closed_and_refused(backend,
 
 
 @pytest.mark.parametrize("count", [MAX_FDS + 2, 253])
-def test_more_descriptors_than_we_have_room_for_end_the_connection(backend, spare, count):
+def test_more_descriptors_than_we_have_room_for_end_the_connection(backend: Backend, spare: int, count: int) -> None:
     frontend, guest = backend.connect()
     frontend.negotiate()
     frontend.send(Request.SET_VRING_CALL, U64(0), [spare] * count, need_reply=True)
     assert ended(frontend, guest, "fds")
 
 
-def test_a_descriptor_that_comes_with_the_payload_ends_the_connection(backend, spare):
+def test_a_descriptor_that_comes_with_the_payload_ends_the_connection(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(Header(Request.SET_VRING_CALL, VERSION, 8).pack())
     backend.settle()
@@ -169,7 +172,7 @@ def test_a_descriptor_that_comes_with_the_payload_ends_the_connection(backend, s
     assert ended(frontend, guest, "fds")
 
 
-def test_a_descriptor_that_comes_late_in_the_header_ends_the_connection(backend, spare):
+def test_a_descriptor_that_comes_late_in_the_header_ends_the_connection(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(GET_FEATURES[:4])
     backend.settle()
@@ -177,7 +180,7 @@ def test_a_descriptor_that_comes_late_in_the_header_ends_the_connection(backend,
     assert ended(frontend, guest, "fds")
 
 
-def test_descriptors_in_two_control_messages_count_together(backend, spare):
+def test_descriptors_in_two_control_messages_count_together(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.negotiate()
     one = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [spare]))
@@ -185,7 +188,7 @@ def test_descriptors_in_two_control_messages_count_together(backend, spare):
     assert ended(frontend, guest, "fds")
 
 
-def test_credentials_on_the_socket_end_the_connection(backend):
+def test_credentials_on_the_socket_end_the_connection(backend: Backend) -> None:
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     guest = backend.open(None, fd=theirs.detach())
@@ -195,7 +198,7 @@ def test_credentials_on_the_socket_end_the_connection(backend):
         assert ended(frontend, guest, "fds")
 
 
-def test_descriptors_of_a_message_that_never_comes_whole_are_closed(backend, spare):
+def test_descriptors_of_a_message_that_never_comes_whole_are_closed(backend: Backend, spare: int) -> None:
     frontend, guest = backend.connect()
     frontend.send_bytes(Header(Request.SET_VRING_CALL, VERSION, 8).pack(), [spare])
     backend.settle()
@@ -208,14 +211,18 @@ def test_descriptors_of_a_message_that_never_comes_whole_are_closed(backend, spa
 
 
 @pytest.mark.parametrize("part", [GET_FEATURES[:1], SET_PROTOCOL_FEATURES[:12], SET_PROTOCOL_FEATURES[:-1]])
-def test_half_a_message_ends_the_connection_after_a_while(backend, monkeypatch, part):
+def test_half_a_message_ends_the_connection_after_a_while(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, part: bytes
+) -> None:
     monkeypatch.setattr(connection, "PATIENCE_S", 0.1)
     frontend, guest = backend.connect()
     frontend.send_bytes(part)
     assert ended(frontend, guest, "timeout")
 
 
-def test_a_message_that_drips_in_gets_no_more_time_than_one_that_stalls(backend, monkeypatch):
+def test_a_message_that_drips_in_gets_no_more_time_than_one_that_stalls(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection, "PATIENCE_S", 0.3)
     frontend, guest = backend.connect()
     frontend.send_bytes(Header(Request.SET_MEM_TABLE, VERSION, MAX_PAYLOAD).pack())
@@ -228,7 +235,7 @@ def test_a_message_that_drips_in_gets_no_more_time_than_one_that_stalls(backend,
     assert ended(frontend, guest, "timeout")
 
 
-def test_an_idle_connection_stays(backend, monkeypatch):
+def test_an_idle_connection_stays(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "PATIENCE_S", 0.05)
     frontend, guest = backend.connect()
     frontend.send_bytes(GET_FEATURES)
@@ -238,7 +245,9 @@ def test_an_idle_connection_stays(backend, monkeypatch):
     assert guest.connected
 
 
-def test_a_frontend_that_does_not_read_its_replies_is_disconnected(backend, monkeypatch):
+def test_a_frontend_that_does_not_read_its_replies_is_disconnected(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection, "PATIENCE_S", 0.3)
     frontend, guest = backend.connect()
     frontend.socket.setblocking(False)
@@ -250,7 +259,7 @@ def test_a_frontend_that_does_not_read_its_replies_is_disconnected(backend, monk
     assert guest.counters.errors["send_stall"] == 1
 
 
-def test_a_frontend_that_reads_its_replies_late_gets_them_all(backend):
+def test_a_frontend_that_reads_its_replies_late_gets_them_all(backend: Backend) -> None:
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     backend.open(None, fd=theirs.detach())
@@ -265,7 +274,7 @@ def test_a_frontend_that_reads_its_replies_late_gets_them_all(backend):
 # ---- the end ----
 
 
-def test_when_the_frontend_vanishes_rings_stop_and_the_counters_stay(backend):
+def test_when_the_frontend_vanishes_rings_stop_and_the_counters_stay(backend: Backend) -> None:
     with GuestMemory() as memory:
         frontend, guest = backend.connect()
         frontend.negotiate()
@@ -285,7 +294,7 @@ def test_when_the_frontend_vanishes_rings_stop_and_the_counters_stay(backend):
         assert backend.device.features == 0
 
 
-def test_the_next_frontend_finds_a_bare_device(backend):
+def test_the_next_frontend_finds_a_bare_device(backend: Backend) -> None:
     with GuestMemory() as memory:
         first, _ = backend.connect()
         first.negotiate()
@@ -311,7 +320,7 @@ headers = st.builds(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(st.one_of(headers, st.binary(max_size=64)), max_size=12))
-def test_no_stream_of_bytes_does_more_than_end_its_connection(backend, pieces):
+def test_no_stream_of_bytes_does_more_than_end_its_connection(backend: Backend, pieces: list[bytes]) -> None:
     frontend, guest = backend.connect()
     with frontend, contextlib.suppress(ConnectionError):
         for piece in pieces:
@@ -324,7 +333,9 @@ def test_no_stream_of_bytes_does_more_than_end_its_connection(backend, pieces):
     assert guest.counters.errors["internal"] == 0
 
 
-def test_a_bug_of_ours_ends_the_connection_and_not_the_daemon(backend, monkeypatch, caplog):
+def test_a_bug_of_ours_ends_the_connection_and_not_the_daemon(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     frontend, guest = backend.connect()
     monkeypatch.setattr(backend.device, "set_mtu", lambda _: 1 // 0)
     frontend.negotiate()

@@ -5,11 +5,12 @@ import select
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.rig.backend import Backend, ControlThread
+from tests.rig.backend import Backend, ControlThread, MakeBackend
 from tests.rig.frontend import Frontend, GuestMemory
 from tests.rig.waiting import eventually
 from xdpnet import core, threads
@@ -20,17 +21,14 @@ pytestmark = pytest.mark.core
 
 MIB = 1 << 20
 PART = 64 * MIB  # c/memory/staging.c: no more is unmapped at once
-MakeBackend = Callable[[], Backend]
 
 
 @pytest.fixture(scope="module")
 def bridge(control: ControlThread) -> Iterator[core.Bridge]:
-    made = control.call(lambda: core.Bridge(netdev_queues=1, frames_per_queue=256, zerocopy="on"))
-    if not made.lends:
-        pytest.skip("no userfaultfd(2) here, without which no memory is lent")
-    control.call(made.start)
-    yield made
-    control.call(made.close)
+    with control.bridge(lambda: core.Bridge(netdev_queues=1, frames_per_queue=256, zerocopy="on")) as made:
+        if not made.lends:
+            pytest.skip("no userfaultfd(2) here, without which no memory is lent")
+        yield made
 
 
 def whole(size: int = 2 * MIB, at: int = 0) -> GuestMemory:
@@ -381,7 +379,7 @@ def test_what_is_staged_is_used_up_by_a_table_that_is_refused(make_backend: Make
             pages.close()
             pages = core.Staged(core.Region(0, memory.size // 2, 0, 0, memory.fd))
         with pytest.raises(OSError, match="Invalid argument"):
-            backend.control.call(lambda t=table, p=pages: backend.port.set_memory(t, {region: p}))
+            backend.control.call(partial(backend.port.set_memory, table, {region: pages}))
         assert not pages.length
         assert eventually(lambda: not mappings(memory))
 

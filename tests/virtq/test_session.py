@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.rig import dpdk, needs
-from tests.rig.frontend import ACK_AND_ALL, MODERN, GuestMemory
+from tests.rig.backend import Backend, MakeBackend
+from tests.rig.frontend import ACK_AND_ALL, MODERN, Frontend, GuestMemory
 from tests.rig.fuse import silent_file
 from tests.rig.waiting import until_equal
 from xdpnet import limits
@@ -39,6 +42,7 @@ from xdpnet.virtq.message import (
     MemoryRegion,
     MemoryTable,
     Message,
+    Payload,
     ProtocolError,
     Request,
     SingleRegion,
@@ -46,23 +50,25 @@ from xdpnet.virtq.message import (
     VringFile,
     VringState,
 )
+from xdpnet.virtq.server import GuestSocket
 from xdpnet.virtq.session import RULES, Session
 
 pytestmark = pytest.mark.core
 
+Talk = tuple[Frontend, GuestSocket]
 WITHOUT_ACK = ACK_AND_ALL & ~mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK)
 EVENT_REQUESTS = [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR]
 BAD_INDICES = [2, 0xFF, 0x100, 0x10000, 0xFFFFFFFF]
 
 
 @pytest.fixture
-def memory():
+def memory() -> Iterator[GuestMemory]:
     with GuestMemory() as made:
         yield made
 
 
 @pytest.fixture
-def talk(backend):
+def talk(backend: Backend) -> Talk:
     """A frontend that has negotiated, and its socket."""
     frontend, guest = backend.connect()
     frontend.negotiate()
@@ -70,7 +76,7 @@ def talk(backend):
 
 
 @pytest.fixture
-def running(backend, talk, memory):
+def running(backend: Backend, talk: Talk, memory: GuestMemory) -> Talk:
     """A frontend whose two rings run."""
     frontend, guest = talk
     assert frontend.set_memory(memory) == 0
@@ -79,7 +85,7 @@ def running(backend, talk, memory):
     return frontend, guest
 
 
-def refused(talk, reason, request, payload=b"", fds=()):
+def refused(talk: Talk, reason: str, request: int, payload: Payload | bytes = b"", fds: Sequence[int] = ()) -> bool:
     """The request gets a non-zero answer, is counted once, and the connection serves on."""
     frontend, guest = talk
     before = guest.counters.errors[reason]
@@ -92,7 +98,7 @@ def refused(talk, reason, request, payload=b"", fds=()):
 # ---- features ----
 
 
-def test_what_is_offered_is_what_is_answered(backend):
+def test_what_is_offered_is_what_is_answered(backend: Backend) -> None:
     """Announcing by the guest takes a control queue: we know of one only where RARP was asked for, by QEMU."""
     frontend, _ = backend.connect()
     offered, announce = features.offered(1, None), mask(VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE)
@@ -112,7 +118,9 @@ CLOUD_HYPERVISOR = mask(
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 16])
-def test_the_number_of_queues_is_that_of_pairs_for_qemu_and_of_virtqueues_for_others(make_backend, pairs):
+def test_the_number_of_queues_is_that_of_pairs_for_qemu_and_of_virtqueues_for_others(
+    make_backend: MakeBackend, pairs: int
+) -> None:
     """Each compares it with what it is about to use, in its own way of counting."""
     for protocol, number in (ACK_AND_ALL, pairs), (CLOUD_HYPERVISOR, 2 * pairs):
         frontend, _ = make_backend(pairs=pairs).connect()
@@ -120,7 +128,7 @@ def test_the_number_of_queues_is_that_of_pairs_for_qemu_and_of_virtqueues_for_ot
         assert frontend.ask_u64(Request.GET_QUEUE_NUM) == number
 
 
-def test_cloud_hypervisor_is_offered_what_goes_without_a_control_queue(backend):
+def test_cloud_hypervisor_is_offered_what_goes_without_a_control_queue(backend: Backend) -> None:
     """It passes all on that it knows: virtio-devices/src/vhost_user/net.rs."""
     frontend, _ = backend.connect()
     frontend.negotiate(protocol=CLOUD_HYPERVISOR)
@@ -129,11 +137,11 @@ def test_cloud_hypervisor_is_offered_what_goes_without_a_control_queue(backend):
     assert frontend.tell(Request.SET_FEATURES, U64(offered)) == 0
 
 
-def test_at_least_32_memory_slots_are_offered(talk):
+def test_at_least_32_memory_slots_are_offered(talk: Talk) -> None:
     assert talk[0].ask_u64(Request.GET_MAX_MEM_SLOTS) == MAX_REGIONS >= 32
 
 
-def test_hostile_a12_features_not_offered_are_refused(talk):
+def test_hostile_a12_features_not_offered_are_refused(talk: Talk) -> None:
     bits = MODERN | mask(VirtioFeature.VIRTIO_F_NOTIFICATION_DATA)
     assert refused(talk, "features", Request.SET_FEATURES, U64(bits))
 
@@ -147,7 +155,9 @@ def test_hostile_a12_features_not_offered_are_refused(talk):
         VirtioFeature.VIRTIO_NET_F_GUEST_USO6,
     ],
 )
-def test_hostile_a14_a_feature_of_modern_devices_is_refused_to_a_legacy_driver(backend, talk, caplog, feature):
+def test_hostile_a14_a_feature_of_modern_devices_is_refused_to_a_legacy_driver(
+    backend: Backend, talk: Talk, caplog: pytest.LogCaptureFixture, feature: VirtioFeature
+) -> None:
     without = mask(feature) | features.PROTOCOL_FEATURES
     assert refused(talk, "features", Request.SET_FEATURES, U64(without))
     assert f"{feature.name} without VIRTIO_F_VERSION_1" in caplog.text
@@ -155,14 +165,16 @@ def test_hostile_a14_a_feature_of_modern_devices_is_refused_to_a_legacy_driver(b
     assert talk[0].tell(Request.SET_FEATURES, U64(without | features.VERSION_1)) == 0
 
 
-def test_a_legacy_driver_has_all_that_such_drivers_know(backend, talk):
+def test_a_legacy_driver_has_all_that_such_drivers_know(backend: Backend, talk: Talk) -> None:
     legacy = features.offered(1, None) & ((1 << 32) - 1)
     assert talk[0].tell(Request.SET_FEATURES, U64(legacy)) == 0
     assert backend.device.features == legacy
 
 
 @pytest.mark.parametrize("feature", features.REQUIRED)
-def test_hostile_a14_a_feature_counts_only_with_one_that_it_requires(backend, talk, feature):
+def test_hostile_a14_a_feature_counts_only_with_one_that_it_requires(
+    backend: Backend, talk: Talk, feature: VirtioFeature
+) -> None:
     everything = features.offered(1, None)
     for kept in ((), *((each,) for each in features.REQUIRED[feature])):
         lacking = mask(*features.REQUIRED[feature]) & ~mask(*kept)
@@ -171,13 +183,13 @@ def test_hostile_a14_a_feature_counts_only_with_one_that_it_requires(backend, ta
         assert talk[0].tell(Request.SET_FEATURES, U64(MODERN)) == 0
 
 
-def test_hostile_a14_without_checksums_there_is_neither_segmentation_nor_its_ecn(backend, talk):
+def test_hostile_a14_without_checksums_there_is_neither_segmentation_nor_its_ecn(backend: Backend, talk: Talk) -> None:
     checksums = mask(VirtioFeature.VIRTIO_NET_F_CSUM, VirtioFeature.VIRTIO_NET_F_GUEST_CSUM)
     assert talk[0].tell(Request.SET_FEATURES, U64(features.offered(1, None) & ~checksums)) == 0
     assert not backend.device.features & mask(*features.REQUIRED)
 
 
-def test_multiqueue_is_refused_by_a_device_of_one_pair_and_taken_by_one_of_two(make_backend):
+def test_multiqueue_is_refused_by_a_device_of_one_pair_and_taken_by_one_of_two(make_backend: MakeBackend) -> None:
     bits = U64(MODERN | mask(VirtioFeature.VIRTIO_NET_F_MQ))
     for pairs, wrong in ((1, True), (2, False)):
         frontend, _ = make_backend(pairs=pairs).connect()
@@ -194,16 +206,16 @@ def test_multiqueue_is_refused_by_a_device_of_one_pair_and_taken_by_one_of_two(m
         VirtioFeature.VIRTIO_F_ANY_LAYOUT,
     ],
 )
-def test_hostile_a13_features_cannot_change_while_rings_run(running, bit):
+def test_hostile_a13_features_cannot_change_while_rings_run(running: Talk, bit: VirtioFeature) -> None:
     assert refused(running, "features", Request.SET_FEATURES, U64(MODERN | mask(bit)))
 
 
-def test_the_same_features_may_be_set_again_while_rings_run(backend, running):
+def test_the_same_features_may_be_set_again_while_rings_run(backend: Backend, running: Talk) -> None:
     assert running[0].tell(Request.SET_FEATURES, U64(MODERN)) == 0
     assert backend.started(0)
 
 
-def test_features_may_change_once_all_rings_are_stopped(running):
+def test_features_may_change_once_all_rings_are_stopped(running: Talk) -> None:
     frontend, _ = running
     for ring in (0, 1):
         frontend.stop_ring(ring)
@@ -211,13 +223,15 @@ def test_features_may_change_once_all_rings_are_stopped(running):
     assert frontend.tell(Request.SET_FEATURES, U64(bits)) == 0
 
 
-def test_hostile_a15_protocol_features_not_offered_are_refused(talk):
+def test_hostile_a15_protocol_features_not_offered_are_refused(talk: Talk) -> None:
     bits = ACK_AND_ALL | mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD)
     assert refused(talk, "features", Request.SET_PROTOCOL_FEATURES, U64(bits))
 
 
 @pytest.mark.parametrize("request_", [request for request, rule in RULES.items() if rule.feature is not None])
-def test_hostile_a15_a_request_whose_feature_was_not_negotiated_ends_the_connection(backend, request_):
+def test_hostile_a15_a_request_whose_feature_was_not_negotiated_ends_the_connection(
+    backend: Backend, request_: Request
+) -> None:
     frontend, guest = backend.connect()
     frontend.send(request_)
     assert frontend.is_disconnected()
@@ -227,14 +241,14 @@ def test_hostile_a15_a_request_whose_feature_was_not_negotiated_ends_the_connect
 # ---- replies ----
 
 
-def test_without_reply_ack_a_served_request_gets_no_answer(backend):
+def test_without_reply_ack_a_served_request_gets_no_answer(backend: Backend) -> None:
     frontend, _ = backend.connect()
     frontend.send(Request.SET_OWNER, need_reply=True)
     assert frontend.ask_u64(Request.GET_FEATURES)
 
 
 @pytest.mark.parametrize("protocol", [WITHOUT_ACK, ACK_AND_ALL])
-def test_the_request_that_negotiates_replies_may_ask_for_one(backend, protocol):
+def test_the_request_that_negotiates_replies_may_ask_for_one(backend: Backend, protocol: int) -> None:
     frontend, _ = backend.connect()
     frontend.send(Request.SET_PROTOCOL_FEATURES, U64(protocol), need_reply=True)
     if protocol == ACK_AND_ALL:
@@ -242,7 +256,7 @@ def test_the_request_that_negotiates_replies_may_ask_for_one(backend, protocol):
     assert frontend.ask_u64(Request.GET_FEATURES)
 
 
-def test_without_reply_ack_a_refused_request_ends_the_connection(backend):
+def test_without_reply_ack_a_refused_request_ends_the_connection(backend: Backend) -> None:
     frontend, guest = backend.connect()
     frontend.negotiate(protocol=WITHOUT_ACK)
     frontend.send(Request.SET_VRING_NUM, VringState(0, 3), need_reply=True)
@@ -250,13 +264,13 @@ def test_without_reply_ack_a_refused_request_ends_the_connection(backend):
     assert guest.counters.errors["vring_num"] == 1
 
 
-def test_without_need_reply_a_refused_request_ends_the_connection(talk):
+def test_without_need_reply_a_refused_request_ends_the_connection(talk: Talk) -> None:
     frontend, _ = talk
     frontend.send(Request.SET_VRING_NUM, VringState(0, 3))
     assert frontend.is_disconnected()
 
 
-def test_a_request_with_a_reply_of_its_own_gets_one_answer_even_with_need_reply(talk):
+def test_a_request_with_a_reply_of_its_own_gets_one_answer_even_with_need_reply(talk: Talk) -> None:
     frontend, _ = talk
     frontend.send(Request.GET_QUEUE_NUM, need_reply=True)
     assert frontend.receive() == (Request.GET_QUEUE_NUM, U64(1).pack())
@@ -264,12 +278,12 @@ def test_a_request_with_a_reply_of_its_own_gets_one_answer_even_with_need_reply(
 
 
 @pytest.mark.parametrize("number", [0, 46, 0x100, 0xFFFFFFFF])
-def test_hostile_a5_unknown_requests_are_refused(talk, number):
+def test_hostile_a5_unknown_requests_are_refused(talk: Talk, number: int) -> None:
     assert refused(talk, "request", number)
 
 
 @pytest.mark.parametrize("number", [0, 46, 0xFFFFFFFF])
-def test_hostile_a5_an_unknown_request_without_need_reply_ends_the_connection(backend, number):
+def test_hostile_a5_an_unknown_request_without_need_reply_ends_the_connection(backend: Backend, number: int) -> None:
     frontend, guest = backend.connect()
     frontend.send(number)
     assert frontend.is_disconnected()
@@ -277,11 +291,11 @@ def test_hostile_a5_an_unknown_request_without_need_reply_ends_the_connection(ba
 
 
 @pytest.mark.parametrize("request_", sorted(set(Request) - set(RULES)), ids=lambda request: request.name)
-def test_hostile_a42_requests_that_we_do_not_offer_are_refused(talk, request_):
+def test_hostile_a42_requests_that_we_do_not_offer_are_refused(talk: Talk, request_: Request) -> None:
     assert refused(talk, "unsupported", request_, bytes(16))
 
 
-def test_rings_of_the_other_byte_order_are_refused_and_ours_go_on(backend, running):
+def test_rings_of_the_other_byte_order_are_refused_and_ours_go_on(backend: Backend, running: Talk) -> None:
     """Legacy drivers of s390x and POWER have them. Without CROSS_ENDIAN QEMU starts none, and says so."""
     cross_endian = mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_CROSS_ENDIAN)
     assert not running[0].ask_u64(Request.GET_PROTOCOL_FEATURES) & cross_endian
@@ -294,7 +308,9 @@ def test_rings_of_the_other_byte_order_are_refused_and_ours_go_on(backend, runni
 # ---- rings ----
 
 
-def test_a_ring_is_started_by_its_kick_and_enabled_by_its_own_request(backend, talk, memory):
+def test_a_ring_is_started_by_its_kick_and_enabled_by_its_own_request(
+    backend: Backend, talk: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     assert frontend.tell(Request.SET_VRING_NUM, VringState(0, 256)) == 0
@@ -310,9 +326,9 @@ def test_a_ring_is_started_by_its_kick_and_enabled_by_its_own_request(backend, t
     assert backend.started(0)
 
 
-def test_the_parts_of_a_ring_may_come_in_any_order(backend, talk, memory):
+def test_the_parts_of_a_ring_may_come_in_any_order(backend: Backend, talk: Talk, memory: GuestMemory) -> None:
     frontend, _ = talk
-    parts = [
+    parts: list[Callable[[], int]] = [
         lambda: frontend.set_event(Request.SET_VRING_KICK, 0, frontend.event()),
         lambda: frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(0, 64)),
         lambda: frontend.set_memory(memory),
@@ -328,7 +344,7 @@ def test_the_parts_of_a_ring_may_come_in_any_order(backend, talk, memory):
         assert not backend.started(0)
 
 
-def test_a_frontend_without_protocol_features_finds_its_rings_enabled(backend, memory):
+def test_a_frontend_without_protocol_features_finds_its_rings_enabled(backend: Backend, memory: GuestMemory) -> None:
     frontend, _ = backend.connect()
     frontend.send(Request.SET_FEATURES, U64(mask(VirtioFeature.VIRTIO_F_VERSION_1)))
     frontend.send(Request.SET_MEM_TABLE, MemoryTable((memory.region(),)), [memory.fd])
@@ -340,14 +356,16 @@ def test_a_frontend_without_protocol_features_finds_its_rings_enabled(backend, m
     assert backend.enabled(0)
 
 
-def test_hostile_a16_a_ring_may_be_enabled_before_anything_is_negotiated(backend):
+def test_hostile_a16_a_ring_may_be_enabled_before_anything_is_negotiated(backend: Backend) -> None:
     frontend, guest = backend.connect()
     frontend.send(Request.SET_VRING_ENABLE, VringState(0, 1))
     frontend.ask_u64(Request.GET_FEATURES)
     assert not any(guest.counters.errors.values())
 
 
-def test_14_a_ring_without_a_kick_descriptor_is_refused_with_the_key_that_allows_it(backend, running, caplog):
+def test_14_a_ring_without_a_kick_descriptor_is_refused_with_the_key_that_allows_it(
+    backend: Backend, running: Talk, caplog: pytest.LogCaptureFixture
+) -> None:
     frontend, _ = running
     with caplog.at_level("WARNING"):
         for ring in 0, 1:
@@ -360,7 +378,9 @@ def test_14_a_ring_without_a_kick_descriptor_is_refused_with_the_key_that_allows
         assert frontend.set_event(request, 0, None) == 0
 
 
-def test_a_ring_without_a_kick_descriptor_is_polled_for_a_guest_that_may_poll(backend, talk, memory):
+def test_a_ring_without_a_kick_descriptor_is_polled_for_a_guest_that_may_poll(
+    backend: Backend, talk: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = talk
     backend.device.poll = True
     assert frontend.set_memory(memory) == 0
@@ -370,7 +390,9 @@ def test_a_ring_without_a_kick_descriptor_is_polled_for_a_guest_that_may_poll(ba
     assert backend.started(1)
 
 
-def test_a_stopped_ring_tells_where_to_go_on_and_starts_there(backend, talk, memory):
+def test_a_stopped_ring_tells_where_to_go_on_and_starts_there(
+    backend: Backend, talk: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     for base in (0, 1, 0xFFFF):
@@ -380,7 +402,7 @@ def test_a_stopped_ring_tells_where_to_go_on_and_starts_there(backend, talk, mem
         assert not backend.started(0)
 
 
-def test_a_stopped_ring_keeps_its_call_descriptor_and_needs_a_new_kick(backend, running):
+def test_a_stopped_ring_keeps_its_call_descriptor_and_needs_a_new_kick(backend: Backend, running: Talk) -> None:
     frontend, _ = running
     frontend.stop_ring(0)
     assert backend.device.rings[0].call is not None
@@ -389,7 +411,7 @@ def test_a_stopped_ring_keeps_its_call_descriptor_and_needs_a_new_kick(backend, 
     assert backend.started(0)
 
 
-def test_a_running_ring_goes_on_with_new_descriptors(backend, running):
+def test_a_running_ring_goes_on_with_new_descriptors(backend: Backend, running: Talk) -> None:
     frontend, _ = running
     backend.device.poll = True
     for request in EVENT_REQUESTS:
@@ -399,7 +421,7 @@ def test_a_running_ring_goes_on_with_new_descriptors(backend, running):
     assert backend.enabled(0)
 
 
-def test_hostile_a25_the_base_of_a_ring_that_was_never_used_is_what_was_set(talk):
+def test_hostile_a25_the_base_of_a_ring_that_was_never_used_is_what_was_set(talk: Talk) -> None:
     frontend, _ = talk
     assert frontend.stop_ring(1) == 0
     assert frontend.tell(Request.SET_VRING_BASE, VringState(1, 77)) == 0
@@ -407,22 +429,22 @@ def test_hostile_a25_the_base_of_a_ring_that_was_never_used_is_what_was_set(talk
 
 
 @pytest.mark.parametrize("num", [1, 2, 32768])
-def test_ring_sizes_are_powers_of_two(talk, num):
+def test_ring_sizes_are_powers_of_two(talk: Talk, num: int) -> None:
     assert talk[0].tell(Request.SET_VRING_NUM, VringState(0, num)) == 0
 
 
 @pytest.mark.parametrize("num", [0, 3, 32767, 32769, 65536, 0xFFFFFFFF])
-def test_hostile_a17_other_ring_sizes_are_refused(talk, num):
+def test_hostile_a17_other_ring_sizes_are_refused(talk: Talk, num: int) -> None:
     assert refused(talk, "vring_num", Request.SET_VRING_NUM, VringState(0, num))
 
 
-def test_hostile_a18_size_addresses_and_base_of_a_running_ring_are_fixed(running, memory):
+def test_hostile_a18_size_addresses_and_base_of_a_running_ring_are_fixed(running: Talk, memory: GuestMemory) -> None:
     assert refused(running, "state", Request.SET_VRING_NUM, VringState(0, 128))
     assert refused(running, "state", Request.SET_VRING_ADDR, memory.ring_addr(0, 128))
     assert refused(running, "state", Request.SET_VRING_BASE, VringState(0, 1))
 
 
-def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend, running, memory):
+def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend: Backend, running: Talk, memory: GuestMemory) -> None:
     """As user-mode Linux does; until it is kicked again it stands still."""
     frontend, _ = running
     for index in range(2):
@@ -438,7 +460,7 @@ def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend, running, memor
         assert backend.started(index)
 
 
-def test_the_same_addresses_may_be_set_again_on_a_running_ring(running, memory):
+def test_the_same_addresses_may_be_set_again_on_a_running_ring(running: Talk, memory: GuestMemory) -> None:
     assert running[0].tell(Request.SET_VRING_ADDR, memory.ring_addr(0, 256)) == 0
 
 
@@ -446,17 +468,17 @@ def test_the_same_addresses_may_be_set_again_on_a_running_ring(running, memory):
 @pytest.mark.parametrize(
     "request_", [Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_VRING_ENABLE], ids=lambda r: r.name
 )
-def test_hostile_a19_indices_are_checked_at_full_width(talk, request_, index):
+def test_hostile_a19_indices_are_checked_at_full_width(talk: Talk, request_: Request, index: int) -> None:
     assert refused(talk, "index", request_, VringState(index, 1))
 
 
 @pytest.mark.parametrize("index", BAD_INDICES)
-def test_hostile_a19_indices_of_addresses_are_checked_at_full_width(talk, index):
+def test_hostile_a19_indices_of_addresses_are_checked_at_full_width(talk: Talk, index: int) -> None:
     assert refused(talk, "index", Request.SET_VRING_ADDR, VringAddr(index, 0, 0, 0, 0, 0))
 
 
 @pytest.mark.parametrize("index", BAD_INDICES)
-def test_hostile_a19_the_base_of_a_ring_that_does_not_exist_ends_the_connection(talk, index):
+def test_hostile_a19_the_base_of_a_ring_that_does_not_exist_ends_the_connection(talk: Talk, index: int) -> None:
     frontend, guest = talk
     frontend.send(Request.GET_VRING_BASE, VringState(index, 0), need_reply=True)
     assert frontend.is_disconnected()
@@ -465,18 +487,22 @@ def test_hostile_a19_the_base_of_a_ring_that_does_not_exist_ends_the_connection(
 
 @pytest.mark.parametrize("value", [2, 0xFF, 0x102, 0x200, 0x10000, 0xFFFFFFFF, 1 << 32, 1 << 63])
 @pytest.mark.parametrize("request_", EVENT_REQUESTS, ids=lambda r: r.name)
-def test_hostile_a19_indices_of_descriptors_are_checked_at_full_width(talk, request_, value):
+def test_hostile_a19_indices_of_descriptors_are_checked_at_full_width(
+    talk: Talk, request_: Request, value: int
+) -> None:
     assert refused(talk, "index", request_, U64(value), [talk[0].event()])
 
 
 @pytest.mark.parametrize(("desc", "avail", "used"), [(8, 0, 0), (0, 1, 0), (0, 0, 2)])
-def test_hostile_a20_unaligned_rings_are_refused(talk, memory, desc, avail, used):
+def test_hostile_a20_unaligned_rings_are_refused(
+    talk: Talk, memory: GuestMemory, desc: int, avail: int, used: int
+) -> None:
     good = memory.ring_addr(0, 256)
     bad = VringAddr(0, 0, good.desc + desc, good.used + used, good.avail + avail, 0)
     assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
 
 
-def test_logging_is_refused(talk, memory):
+def test_logging_is_refused(talk: Talk, memory: GuestMemory) -> None:
     good = memory.ring_addr(0, 256)
     bad = VringAddr(0, VringAddr.FLAG_LOG, good.desc, good.used, good.avail, 0)
     assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
@@ -487,7 +513,7 @@ AREAS = [Request.SET_LOG_BASE, Request.SET_LOG_FD, Request.GET_INFLIGHT_FD, Requ
 
 @pytest.mark.parametrize("fds", [0, 1], ids=["without file", "with file"])
 @pytest.mark.parametrize("request_", AREAS, ids=lambda request: request.name)
-def test_d13_no_area_for_a_log_or_for_buffers_in_flight_is_mapped(talk, request_, fds):
+def test_d13_no_area_for_a_log_or_for_buffers_in_flight_is_mapped(talk: Talk, request_: Request, fds: int) -> None:
     """Neither is offered: whatever becomes of such a file is no concern of ours, for it is closed."""
     with GuestMemory() as area:
         before = mappings_of(area.fd)
@@ -495,14 +521,16 @@ def test_d13_no_area_for_a_log_or_for_buffers_in_flight_is_mapped(talk, request_
         assert mappings_of(area.fd) == before
 
 
-def mappings_of(fd):
+def mappings_of(fd: int) -> list[str]:
     inode = str(os.fstat(fd).st_ino)
     with open("/proc/self/maps") as maps:
         return [line for line in maps if line.split()[4] == inode]
 
 
 @pytest.mark.parametrize("place", [-0x10, 0x200000, 0x200000 - 16 * 256 + 16, -(1 << 40), (1 << 64) - 0x7F0000000010])
-def test_hostile_a21_a_ring_outside_memory_is_refused_and_stays_stopped(backend, talk, memory, place):
+def test_hostile_a21_a_ring_outside_memory_is_refused_and_stays_stopped(
+    backend: Backend, talk: Talk, memory: GuestMemory, place: int
+) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     assert frontend.tell(Request.SET_VRING_NUM, VringState(0, 256)) == 0
@@ -516,13 +544,13 @@ def test_hostile_a21_a_ring_outside_memory_is_refused_and_stays_stopped(backend,
 
 
 @pytest.mark.parametrize("base", [0x10000, 0xFFFFFFFF])
-def test_hostile_a24_a_base_wider_than_the_ring_index_is_refused(talk, base):
+def test_hostile_a24_a_base_wider_than_the_ring_index_is_refused(talk: Talk, base: int) -> None:
     assert talk[0].tell(Request.SET_VRING_BASE, VringState(0, 0xFFFF)) == 0
     assert refused(talk, "vring_base", Request.SET_VRING_BASE, VringState(0, base))
 
 
 @pytest.mark.parametrize("on", [2, 0xFFFFFFFF])
-def test_enable_is_zero_or_one(talk, on):
+def test_enable_is_zero_or_one(talk: Talk, on: int) -> None:
     assert refused(talk, "state", Request.SET_VRING_ENABLE, VringState(0, on))
 
 
@@ -530,12 +558,12 @@ def test_enable_is_zero_or_one(talk, on):
 
 
 @pytest.mark.parametrize("request_", EVENT_REQUESTS, ids=lambda r: r.name)
-def test_hostile_a9_a_descriptor_comes_unless_the_flag_says_that_none_does(talk, request_):
+def test_hostile_a9_a_descriptor_comes_unless_the_flag_says_that_none_does(talk: Talk, request_: Request) -> None:
     assert refused(talk, "fds", request_, VringFile(0, nofd=False))
     assert refused(talk, "fds", request_, VringFile(0, nofd=True), [talk[0].event()])
 
 
-def odd_descriptors():
+def odd_descriptors() -> dict[str, Callable[[], int]]:
     """Descriptors that are neither an eventfd nor guest memory, by name."""
     return {
         "file": lambda: os.open(__file__, os.O_RDONLY),
@@ -551,7 +579,7 @@ def odd_descriptors():
 
 
 @contextlib.contextmanager
-def odd_descriptor(kind):
+def odd_descriptor(kind: str) -> Iterator[int]:
     """One of them; whatever making it opened is closed again."""
     if kind == "pipe":
         ends = os.pipe()
@@ -566,14 +594,16 @@ def odd_descriptor(kind):
 
 @pytest.mark.parametrize("kind", odd_descriptors())
 @pytest.mark.parametrize("request_", EVENT_REQUESTS, ids=lambda r: r.name)
-def test_hostile_a35_only_eventfds_are_events(talk, request_, kind):
+def test_hostile_a35_only_eventfds_are_events(talk: Talk, request_: Request, kind: str) -> None:
     with odd_descriptor(kind) as fd:
         assert refused(talk, "event_fd", request_, VringFile(0, nofd=False), [fd])
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET], ids=lambda k: k.name)
 @pytest.mark.parametrize("request_", EVENT_REQUESTS, ids=lambda r: r.name)
-def test_hostile_a35_a_unix_stream_socket_may_take_calls_and_nothing_else_may(talk, request_, kind):
+def test_hostile_a35_a_unix_stream_socket_may_take_calls_and_nothing_else_may(
+    talk: Talk, request_: Request, kind: socket.SocketKind
+) -> None:
     """Only such a one is written to without waiting for a lock, or for a program of the other side's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     with ours, theirs:
@@ -583,11 +613,11 @@ def test_hostile_a35_a_unix_stream_socket_may_take_calls_and_nothing_else_may(ta
             assert refused(talk, "event_fd", request_, VringFile(0, nofd=False), [theirs.fileno()])
 
 
-def test_hostile_a35_memory_is_no_event(talk, memory):
+def test_hostile_a35_memory_is_no_event(talk: Talk, memory: GuestMemory) -> None:
     assert refused(talk, "event_fd", Request.SET_VRING_KICK, VringFile(0, nofd=False), [memory.fd])
 
 
-def test_hostile_a36_an_eventfd_becomes_non_blocking(talk):
+def test_hostile_a36_an_eventfd_becomes_non_blocking(talk: Talk) -> None:
     fd = os.eventfd(0)
     try:
         assert talk[0].set_event(Request.SET_VRING_CALL, 0, fd) == 0
@@ -599,31 +629,32 @@ def test_hostile_a36_an_eventfd_becomes_non_blocking(talk):
 # ---- memory ----
 
 
-def region(memory, **changes):
-    fields = {name: getattr(memory.region(), name) for name in ("guest_addr", "size", "user_addr", "offset")}
-    return MemoryRegion(**(fields | changes))
+def region(memory: GuestMemory, **changes: int) -> MemoryRegion:
+    return replace(memory.region(), **changes)
 
 
-def table_refused(talk, reason, regions, fds):
+def table_refused(talk: Talk, reason: str, regions: Iterable[MemoryRegion], fds: Sequence[int]) -> bool:
     return refused(talk, reason, Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds)
 
 
 @pytest.mark.parametrize("count", [0, 9, 33])
-def test_hostile_a26_a_table_of_no_or_too_many_regions_is_refused(talk, memory, count):
+def test_hostile_a26_a_table_of_no_or_too_many_regions_is_refused(talk: Talk, memory: GuestMemory, count: int) -> None:
     assert table_refused(talk, "mem", [memory.region()] * count, [memory.fd] * count)
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_hostile_a26_a_table_with_another_number_of_descriptors_is_refused(talk, memory, count):
+def test_hostile_a26_a_table_with_another_number_of_descriptors_is_refused(
+    talk: Talk, memory: GuestMemory, count: int
+) -> None:
     assert table_refused(talk, "mem", [memory.region()], [memory.fd] * count)
 
 
-def test_hostile_a27_an_empty_region_is_refused(talk, memory):
+def test_hostile_a27_an_empty_region_is_refused(talk: Talk, memory: GuestMemory) -> None:
     assert table_refused(talk, "mem", [region(memory, size=0)], [memory.fd])
 
 
 @pytest.mark.parametrize("what", ["guest_addr", "user_addr", "offset"])
-def test_hostile_a27_a_region_that_overflows_is_refused(talk, memory, what):
+def test_hostile_a27_a_region_that_overflows_is_refused(talk: Talk, memory: GuestMemory, what: str) -> None:
     last = (1 << 64) - 0x1000
     assert table_refused(talk, "mem", [region(memory, **{what: last, "size": 0x2000})], [memory.fd])
     if what != "offset":
@@ -633,7 +664,7 @@ def test_hostile_a27_a_region_that_overflows_is_refused(talk, memory, what):
 
 
 @pytest.mark.parametrize("what", ["guest_addr", "user_addr"])
-def test_hostile_a28_regions_may_touch_and_not_overlap(talk, memory, what):
+def test_hostile_a28_regions_may_touch_and_not_overlap(talk: Talk, memory: GuestMemory, what: str) -> None:
     other = "user_addr" if what == "guest_addr" else "guest_addr"
     start = getattr(memory.region(), what) + memory.size
     apart = {other: 1 << 40}
@@ -644,7 +675,7 @@ def test_hostile_a28_regions_may_touch_and_not_overlap(talk, memory, what):
     assert talk[0].tell(Request.SET_MEM_TABLE, MemoryTable(tuple(touching)), [memory.fd] * 2) == 0
 
 
-def test_hostile_a29_a_region_ends_with_its_file_at_the_latest(talk, memory):
+def test_hostile_a29_a_region_ends_with_its_file_at_the_latest(talk: Talk, memory: GuestMemory) -> None:
     half = memory.size // 2
     assert table_refused(talk, "mem_size", [region(memory, size=memory.size + 1)], [memory.fd])
     assert table_refused(talk, "mem_size", [region(memory, offset=half, size=half + 0x1000)], [memory.fd])
@@ -653,11 +684,13 @@ def test_hostile_a29_a_region_ends_with_its_file_at_the_latest(talk, memory):
 
 
 @pytest.mark.parametrize("offset", [1, 0x800, 0xFFF])
-def test_hostile_a29_an_offset_within_a_page_is_refused(talk, memory, offset):
+def test_hostile_a29_an_offset_within_a_page_is_refused(talk: Talk, memory: GuestMemory, offset: int) -> None:
     assert table_refused(talk, "mem_size", [region(memory, offset=offset, size=0x1000)], [memory.fd])
 
 
-def test_13_memory_with_holes_is_named_once_where_it_would_be_lent(backend, talk, memory, caplog):
+def test_13_memory_with_holes_is_named_once_where_it_would_be_lent(
+    backend: Backend, talk: Talk, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+) -> None:
     frontend, _ = talk
     with caplog.at_level("INFO"), GuestMemory(user_addr=1 << 40, guest_addr=1 << 40) as other:
         os.posix_fallocate(other.fd, 0, os.fstat(other.fd).st_size)
@@ -672,16 +705,16 @@ def test_13_memory_with_holes_is_named_once_where_it_would_be_lent(backend, talk
 
 
 @pytest.mark.parametrize("kind", odd_descriptors())
-def test_hostile_a30_only_files_on_tmpfs_or_hugetlbfs_are_memory(talk, memory, kind):
+def test_hostile_a30_only_files_on_tmpfs_or_hugetlbfs_are_memory(talk: Talk, memory: GuestMemory, kind: str) -> None:
     with odd_descriptor(kind) as fd:
         assert table_refused(talk, "mem_fd", [memory.region()], [fd])
 
 
-def test_hostile_a30_an_eventfd_is_no_memory(talk, memory):
+def test_hostile_a30_an_eventfd_is_no_memory(talk: Talk, memory: GuestMemory) -> None:
     assert table_refused(talk, "mem_fd", [memory.region()], [talk[0].event()])
 
 
-def test_hostile_a30_memory_opened_read_only_is_refused(talk, memory):
+def test_hostile_a30_memory_opened_read_only_is_refused(talk: Talk, memory: GuestMemory) -> None:
     fd = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDONLY)
     try:
         assert table_refused(talk, "mem_fd", [memory.region()], [fd])
@@ -689,19 +722,21 @@ def test_hostile_a30_memory_opened_read_only_is_refused(talk, memory):
         os.close(fd)
 
 
-def test_hostile_a30_a_file_on_a_disk_is_refused(talk, memory):
+def test_hostile_a30_a_file_on_a_disk_is_refused(talk: Talk, memory: GuestMemory) -> None:
     with on_disk(memory.size) as fd:
         assert table_refused(talk, "mem_fd", [memory.region()], [fd])
 
 
 @contextlib.contextmanager
-def on_disk(size):
+def on_disk(size: int) -> Iterator[int]:
     with tempfile.TemporaryFile(dir=os.path.dirname(__file__)) as file:
         file.truncate(size)
         yield file.fileno()
 
 
-def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(backend, running, memory, caplog):
+def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(
+    backend: Backend, running: Talk, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+) -> None:
     """An NVDIMM on a disk, say, in one table with the guest's memory, and plugged later."""
     frontend, guest = running
     foreign = region(memory, guest_addr=1 << 40, user_addr=1 << 44)
@@ -722,7 +757,9 @@ def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(back
     assert not backend.started(0)
 
 
-def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(make_backend, memory, caplog):
+def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(
+    make_backend: MakeBackend, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+) -> None:
     """QEMU has its rings ready and adds no region, if the guest's memory is not shared."""
     backend = make_backend()
     for _ in range(2):
@@ -743,7 +780,7 @@ def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(make
         backend.control.run(guest.ended.wait())
 
 
-def test_a_ring_in_a_region_that_was_left_out_waits(backend, talk, memory):
+def test_a_ring_in_a_region_that_was_left_out_waits(backend: Backend, talk: Talk, memory: GuestMemory) -> None:
     frontend, _ = talk
     with on_disk(memory.size) as fd:
         foreign = region(memory, guest_addr=1 << 40)
@@ -759,8 +796,8 @@ def test_a_ring_in_a_region_that_was_left_out_waits(backend, talk, memory):
 @needs.fuse
 @pytest.mark.parametrize("as_memory", [True, False], ids=["memory", "event"])
 def test_hostile_a30_a_file_of_a_server_that_does_not_answer_is_refused_without_asking_it(
-    talk, memory, tmp_path, as_memory
-):
+    talk: Talk, memory: GuestMemory, tmp_path: Path, as_memory: bool
+) -> None:
     with silent_file(tmp_path, memory.size) as fd:
         if as_memory:
             assert table_refused(talk, "mem_fd", [memory.region()], [fd])
@@ -769,7 +806,9 @@ def test_hostile_a30_a_file_of_a_server_that_does_not_answer_is_refused_without_
         assert talk[0].set_memory(memory) == 0
 
 
-def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(backend, talk, memory):
+def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(
+    backend: Backend, talk: Talk, memory: GuestMemory
+) -> None:
     frontend, guest = talk
     with GuestMemory(seal=False) as open_memory:
         assert frontend.set_memory(memory) == 0
@@ -781,7 +820,9 @@ def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(b
         assert guest.counters.unsealed_regions == 2
 
 
-def test_hostile_a31_rings_run_on_while_the_memory_table_is_replaced(backend, running, memory):
+def test_hostile_a31_rings_run_on_while_the_memory_table_is_replaced(
+    backend: Backend, running: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = running
     for _ in range(200):
         assert frontend.set_memory(memory) == 0
@@ -789,7 +830,9 @@ def test_hostile_a31_rings_run_on_while_the_memory_table_is_replaced(backend, ru
     assert backend.started(1)
 
 
-def test_hostile_a31_a_ring_waits_while_its_memory_is_away_and_goes_on_when_it_is_back(backend, talk, memory):
+def test_hostile_a31_a_ring_waits_while_its_memory_is_away_and_goes_on_when_it_is_back(
+    backend: Backend, talk: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     frontend.start_ring(0, memory, base=9)
@@ -805,7 +848,7 @@ def test_hostile_a31_a_ring_waits_while_its_memory_is_away_and_goes_on_when_it_i
         assert frontend.stop_ring(0) == 9
 
 
-def test_hostile_a32_more_memory_than_we_serve_is_refused(talk):
+def test_hostile_a32_more_memory_than_we_serve_is_refused(talk: Talk) -> None:
     frontend, _ = talk
     fd = os.memfd_create("huge", os.MFD_CLOEXEC)
     try:
@@ -819,20 +862,22 @@ def test_hostile_a32_more_memory_than_we_serve_is_refused(talk):
         os.close(fd)
 
 
-def test_13_a_frontend_promises_no_more_memory_than_its_guest_may_have(backend, talk, memory, caplog):
+def test_13_a_frontend_promises_no_more_memory_than_its_guest_may_have(
+    backend: Backend, talk: Talk, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+) -> None:
     frontend, _ = talk
     backend.device.max_memory = 0x3000
 
-    def regions(*sizes):
+    def regions(*sizes: int) -> list[MemoryRegion]:
         starts = [sum(sizes[:at]) for at in range(len(sizes))]
         return [MemoryRegion(start, size, start, 0) for start, size in zip(starts, sizes, strict=True)]
 
-    for sizes in ((0x4000,), (0x3001,), (0x1000, 0x1000, 0x1001)):
-        assert table_refused(talk, "mem_limit", regions(*sizes), [memory.fd] * len(sizes))
+    for much in ((0x4000,), (0x3001,), (0x1000, 0x1000, 0x1001)):
+        assert table_refused(talk, "mem_limit", regions(*much), [memory.fd] * len(much))
     assert "max_memory of the guest is 12288" in caplog.text
-    for sizes in ((0x3000,), (0x1000, 0x2000), (0x2000,)):
-        fds = [memory.fd] * len(sizes)
-        assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions(*sizes))), fds) == 0
+    for legal in ((0x3000,), (0x1000, 0x2000), (0x2000,)):
+        fds = [memory.fd] * len(legal)
+        assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions(*legal))), fds) == 0
     last, more = (SingleRegion(each) for each in regions(0x2000, 0x1000, 0x1000)[1:])
     assert frontend.tell(Request.ADD_MEM_REG, last, [memory.fd]) == 0
     for _ in range(3):
@@ -848,7 +893,7 @@ def test_13_a_frontend_promises_no_more_memory_than_its_guest_may_have(backend, 
 
 
 @needs.root
-def test_13_a_small_region_in_a_huge_page_counts_as_that(backend, talk, tmp_path):
+def test_13_a_small_region_in_a_huge_page_counts_as_that(backend: Backend, talk: Talk, tmp_path: Path) -> None:
     frontend, _ = talk
     huge = 2 << 20
     with dpdk.huge_pages(4, tmp_path):
@@ -864,8 +909,8 @@ def test_13_a_small_region_in_a_huge_page_counts_as_that(backend, talk, tmp_path
             os.close(fd)
 
 
-def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk, memory):
-    def slot(index):
+def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk: Talk, memory: GuestMemory) -> None:
+    def slot(index: int) -> SingleRegion:
         return SingleRegion(MemoryRegion(index << 20, 0x1000, index << 20, index * 0x1000))
 
     for index in range(MAX_REGIONS):
@@ -873,7 +918,7 @@ def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk, memory):
     assert refused(talk, "mem_limit", Request.ADD_MEM_REG, slot(MAX_REGIONS), [memory.fd])
 
 
-def test_a_region_is_removed_by_addresses_and_size_whatever_its_offset(talk, memory):
+def test_a_region_is_removed_by_addresses_and_size_whatever_its_offset(talk: Talk, memory: GuestMemory) -> None:
     frontend, _ = talk
     assert frontend.add_memory(memory) == 0
     assert refused(talk, "mem", Request.REM_MEM_REG, SingleRegion(region(memory, size=0x1000)))
@@ -882,7 +927,7 @@ def test_a_region_is_removed_by_addresses_and_size_whatever_its_offset(talk, mem
     assert refused(talk, "mem", Request.REM_MEM_REG, SingleRegion(memory.region()))
 
 
-def test_every_pair_may_add_and_remove_the_same_region_once(make_backend, memory):
+def test_every_pair_may_add_and_remove_the_same_region_once(make_backend: MakeBackend, memory: GuestMemory) -> None:
     backend = make_backend(pairs=2)
     talk = backend.connect()
     frontend, _ = talk
@@ -898,7 +943,7 @@ def test_every_pair_may_add_and_remove_the_same_region_once(make_backend, memory
     assert refused(talk, "mem", Request.REM_MEM_REG, SingleRegion(memory.region()))
 
 
-def test_a_refused_table_leaves_the_old_one_in_use(backend, running, memory):
+def test_a_refused_table_leaves_the_old_one_in_use(backend: Backend, running: Talk, memory: GuestMemory) -> None:
     other = region(memory, guest_addr=1 << 40, user_addr=1 << 41, size=2 * memory.size)
     assert table_refused(running, "mem_size", [memory.region(), other], [memory.fd, memory.fd])
     assert backend.started(0)
@@ -909,17 +954,17 @@ def test_a_refused_table_leaves_the_old_one_in_use(backend, running, memory):
 
 
 @pytest.mark.parametrize("mtu", [68, 65535])
-def test_an_mtu_within_limits_is_taken(talk, backend, mtu):
+def test_an_mtu_within_limits_is_taken(talk: Talk, backend: Backend, mtu: int) -> None:
     assert talk[0].tell(Request.NET_SET_MTU, U64(mtu)) == 0
     assert backend.device.guest_mtu == mtu
 
 
 @pytest.mark.parametrize("mtu", [0, 67, 65536, (1 << 64) - 1])
-def test_hostile_a39_an_mtu_outside_limits_is_refused(talk, mtu):
+def test_hostile_a39_an_mtu_outside_limits_is_refused(talk: Talk, mtu: int) -> None:
     assert refused(talk, "mtu", Request.NET_SET_MTU, U64(mtu))
 
 
-def test_a_configured_mtu_is_the_limit(make_backend):
+def test_a_configured_mtu_is_the_limit(make_backend: MakeBackend) -> None:
     frontend, _ = make_backend(mtu=1500).connect()
     frontend.negotiate()
     assert frontend.tell(Request.NET_SET_MTU, U64(1500)) == 0
@@ -929,29 +974,31 @@ def test_a_configured_mtu_is_the_limit(make_backend):
 MAC = bytes.fromhex("525400000001")
 
 
-def test_an_announcement_is_sent_from_the_guests_port(backend, talk):
+def test_an_announcement_is_sent_from_the_guests_port(backend: Backend, talk: Talk) -> None:
     assert talk[0].tell(Request.SEND_RARP, MAC + b"\xff\xff") == 0  # the last two bytes say nothing
     stats = backend.control.call(lambda: backend.port.queue_stats(0, TX))
     assert (stats.packets, stats.bytes) == (1, 60)
 
 
 @pytest.mark.parametrize("mac", ["01005e000001", "ffffffffffff", "000000000000"])
-def test_hostile_a40_an_announcement_of_no_guests_address_is_refused(backend, talk, mac):
+def test_hostile_a40_an_announcement_of_no_guests_address_is_refused(backend: Backend, talk: Talk, mac: str) -> None:
     assert refused(talk, "rarp", Request.SEND_RARP, Address(bytes.fromhex(mac)))
     assert backend.control.call(lambda: backend.port.queue_stats(0, TX)).packets == 0
 
 
-def test_hostile_a40_a_checked_guest_announces_only_its_own_address(backend, talk):
+def test_hostile_a40_a_checked_guest_announces_only_its_own_address(backend: Backend, talk: Talk) -> None:
     backend.control.call(lambda: backend.port.set_mac(MAC, True))
     assert refused(talk, "rarp", Request.SEND_RARP, Address(MAC[:5] + b"\2"))
     assert talk[0].tell(Request.SEND_RARP, Address(MAC)) == 0
 
 
-def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connection(backend, talk):
+def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connection(
+    backend: Backend, talk: Talk
+) -> None:
     backend.device.announcements = Ration(device.ANNOUNCE_AT_ONCE, 1 / 3600)
     frontend, guest = talk
 
-    def counts():
+    def counts() -> tuple[int, int]:
         stats = backend.control.call(lambda: backend.port.queue_stats(0, TX))
         return stats.packets, guest.counters.rarp_limited
 
@@ -967,7 +1014,7 @@ def test_hostile_a40_announcements_are_limited_and_the_limit_outlives_the_connec
     assert counts() == (device.ANNOUNCE_AT_ONCE, 1)
 
 
-def test_hostile_a40_a_flood_of_announcements_disturbs_nobody(backend, talk):
+def test_hostile_a40_a_flood_of_announcements_disturbs_nobody(backend: Backend, talk: Talk) -> None:
     frontend, guest = talk
     count = 5_000
     one = Header(Request.SEND_RARP, VERSION, 8).pack() + Address(MAC).pack()
@@ -981,13 +1028,13 @@ def test_hostile_a40_a_flood_of_announcements_disturbs_nobody(backend, talk):
     assert device.ANNOUNCE_AT_ONCE <= sent <= device.ANNOUNCE_AT_ONCE + 1 + passed / device.ANNOUNCE_EVERY_S
 
 
-def test_announcing_needs_its_protocol_feature(backend):
+def test_announcing_needs_its_protocol_feature(backend: Backend) -> None:
     frontend, guest = backend.connect()
     frontend.negotiate(protocol=ACK_AND_ALL & ~mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP))
     assert refused((frontend, guest), "features", Request.SEND_RARP, Address(MAC))
 
 
-def test_hostile_a41_the_backend_channel_is_a_socket_and_is_kept(talk):
+def test_hostile_a41_the_backend_channel_is_a_socket_and_is_kept(talk: Talk) -> None:
     frontend, _ = talk
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -1003,7 +1050,7 @@ def test_hostile_a41_the_backend_channel_is_a_socket_and_is_kept(talk):
         assert ours.recv(1) == b""
 
 
-def test_the_device_status_is_what_was_set(talk):
+def test_the_device_status_is_what_was_set(talk: Talk) -> None:
     frontend, _ = talk
     assert frontend.ask_u64(Request.GET_STATUS) == 0
     for status in (1, 3, 0xB, 0xF, 0xFF):
@@ -1012,11 +1059,13 @@ def test_the_device_status_is_what_was_set(talk):
 
 
 @pytest.mark.parametrize("status", [0x100, (1 << 64) - 1])
-def test_hostile_a42_a_status_wider_than_eight_bits_is_refused(talk, status):
+def test_hostile_a42_a_status_wider_than_eight_bits_is_refused(talk: Talk, status: int) -> None:
     assert refused(talk, "status", Request.SET_STATUS, U64(status))
 
 
-def test_status_zero_stops_the_rings_and_the_frontend_may_still_ask_for_the_bases(backend, talk, memory):
+def test_status_zero_stops_the_rings_and_the_frontend_may_still_ask_for_the_bases(
+    backend: Backend, talk: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     frontend.start_ring(0, memory, base=5)
@@ -1027,7 +1076,9 @@ def test_status_zero_stops_the_rings_and_the_frontend_may_still_ask_for_the_base
     assert backend.started(0)
 
 
-def test_hostile_a42_a_device_reset_stops_the_rings_and_keeps_the_memory(backend, running, memory):
+def test_hostile_a42_a_device_reset_stops_the_rings_and_keeps_the_memory(
+    backend: Backend, running: Talk, memory: GuestMemory
+) -> None:
     frontend, _ = running
     assert frontend.tell(Request.RESET_DEVICE) == 0
     assert not backend.started(0)
@@ -1038,7 +1089,7 @@ def test_hostile_a42_a_device_reset_stops_the_rings_and_keeps_the_memory(backend
     assert backend.started(0)
 
 
-def test_a_reset_owner_disables_the_rings_and_no_more(backend, running):
+def test_a_reset_owner_disables_the_rings_and_no_more(backend: Backend, running: Talk) -> None:
     assert running[0].tell(Request.RESET_OWNER) == 0
     assert backend.started(0)
     assert not backend.enabled(0)
@@ -1047,7 +1098,7 @@ def test_a_reset_owner_disables_the_rings_and_no_more(backend, running):
 # ---- order ----
 
 
-def scripted(request, memory, event, channel):
+def scripted(request: int, memory: GuestMemory, event: int, channel: int) -> tuple[Payload | bytes, list[int]]:
     """A payload and descriptors that would serve this request in a well-ordered life."""
     match request:
         case Request.SET_FEATURES:
@@ -1081,7 +1132,9 @@ def scripted(request, memory, event, channel):
 
 
 @pytest.mark.parametrize("request_", Request, ids=lambda request: request.name)
-def test_hostile_a11_every_request_may_come_first_and_twice(backend, memory, request_):
+def test_hostile_a11_every_request_may_come_first_and_twice(
+    backend: Backend, memory: GuestMemory, request_: Request
+) -> None:
     one, two = socket.socketpair()
     with one, two:
         for protocol in (None, ACK_AND_ALL):
@@ -1102,7 +1155,7 @@ def test_hostile_a11_every_request_may_come_first_and_twice(backend, memory, req
 
 
 @pytest.fixture(scope="module")
-def lone_bridge():
+def lone_bridge() -> Iterator[Bridge]:
     """A bridge that this thread itself may touch."""
     with Bridge(workers=1) as made:
         made.start()
@@ -1112,12 +1165,12 @@ def lone_bridge():
 class Peer:
     """The frontend's belongings, for messages that go straight into a session."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.memory = GuestMemory()
         self.event = os.eventfd(0)
         self.sockets = socket.socketpair()
 
-    def close(self):
+    def close(self) -> None:
         self.memory.close()
         os.close(self.event)
         for end in self.sockets:
@@ -1125,13 +1178,15 @@ class Peer:
 
 
 @pytest.fixture(scope="module")
-def peer():
+def peer() -> Iterator[Peer]:
     made = Peer()
     yield made
     made.close()
 
 
-def deliver(session, request, payload, fds, need_reply=True):
+def deliver(
+    session: Session, request: int, payload: Payload | bytes, fds: Sequence[int], need_reply: bool = True
+) -> None:
     """As a connection would: with descriptors of the session's own."""
     body = payload if isinstance(payload, bytes) else payload.pack()
     header = Header(request, VERSION | (FLAG_NEED_REPLY if need_reply else 0), len(body))
@@ -1139,7 +1194,7 @@ def deliver(session, request, payload, fds, need_reply=True):
         session.handle(Message(header, body), [Fd(os.dup(fd), session.device.closer) for fd in fds])
 
 
-def open_fds():
+def open_fds() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -1155,7 +1210,9 @@ payloads = st.one_of(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(script=st.lists(st.tuples(requests, payloads, st.integers(0, 2)), max_size=30))
-def test_hostile_a11_no_order_of_requests_breaks_a_session_or_leaks_a_descriptor(lone_bridge, peer, script):
+def test_hostile_a11_no_order_of_requests_breaks_a_session_or_leaks_a_descriptor(
+    lone_bridge: Bridge, peer: Peer, script: list[tuple[Request, Payload | bytes | None, int]]
+) -> None:
     port = lone_bridge.add_guest(1)
     before = open_fds()
     session = Session(GuestDevice(lone_bridge, "guest", port, 1), Counters())
@@ -1204,7 +1261,7 @@ control.call(bridge.close)
 """
 
 
-def test_memory_that_is_cut_off_under_a_running_ring_does_not_end_the_process():
+def test_memory_that_is_cut_off_under_a_running_ring_does_not_end_the_process() -> None:
     # In a process of its own, which is what is at stake.
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", CUT_OFF], cwd=root, capture_output=True, text=True, timeout=60)
