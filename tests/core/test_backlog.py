@@ -12,8 +12,9 @@ from tests.core.test_offload import SENDS, TAKES, data
 from tests.rig.driver import Driver, ledger
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.rig.netns import needs_root, veth
-from tests.rig.rings import EVENT_IDX, MIB, MODERN, VERSION_1, Span, eventually
+from tests.rig.rings import EVENT_IDX, MIB, MODERN, VERSION_1, Span
 from tests.rig.segments import TSO4, Segment
+from tests.rig.waiting import eventually
 from xdpnet import core
 from xdpnet.netdev.port import Netdev
 
@@ -156,7 +157,7 @@ def test_so_many_bytes_wait_for_a_guest_and_no_more(
     assert b.waiting(ring) == fit + 1
     assert b.drops(core.RX, ring) == {"no_buffer": 1}
     pair = b.pairs[ring]
-    got = []
+    got: list[bytes] = []
     while len(got) <= fit:
         pair.fill(4096)
         got += pair.frames()

@@ -8,19 +8,8 @@ import pytest
 
 from tests.rig.driver import Driver, ledger
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
-from tests.rig.rings import (
-    INDIRECT,
-    INDIRECT_DESC,
-    MERGEABLE,
-    MIB,
-    MODERN,
-    NEXT,
-    RING_PACKED,
-    VERSION_1,
-    WRITE,
-    Span,
-    eventually,
-)
+from tests.rig.rings import INDIRECT, INDIRECT_DESC, MERGEABLE, MIB, MODERN, NEXT, RING_PACKED, VERSION_1, WRITE, Span
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

@@ -17,7 +17,8 @@ import pytest
 
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac
-from tests.rig.rings import EVENT_IDX, PATIENCE_S, VERSION_1, eventually
+from tests.rig.rings import EVENT_IDX, VERSION_1
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

@@ -9,7 +9,8 @@ import pytest
 from tests.core.test_bounds import write_table
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
-from tests.rig.rings import INDIRECT, INDIRECT_DESC, MIB, NEXT, VERSION_1, GuestMemory, Span, eventually
+from tests.rig.rings import INDIRECT, INDIRECT_DESC, MIB, NEXT, VERSION_1, GuestMemory, Span
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

@@ -28,7 +28,6 @@ from tests.rig.rings import (
     MERGEABLE,
     MODERN,
     NEXT,
-    PATIENCE_S,
     SPLIT_REGIONS,
     USED,
     VERSION_1,
@@ -37,10 +36,10 @@ from tests.rig.rings import (
     Chain,
     PackedRing,
     SplitRing,
-    eventually,
     wait_readable,
 )
 from tests.rig.scene import END, Scene, break_it, each_ring, own_flags
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

@@ -13,7 +13,8 @@ import pytest
 
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac
-from tests.rig.rings import BORDER, MIB, MODERN, ONE_REGION, SPLIT_REGIONS, GuestMemory, Span, eventually
+from tests.rig.rings import BORDER, MIB, MODERN, ONE_REGION, SPLIT_REGIONS, GuestMemory, Span
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

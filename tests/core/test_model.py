@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 
 from tests.rig.driver import Driver, Layout, ledger
 from tests.rig.guests import BROADCAST, frame, mac
-from tests.rig.rings import (
-    EVENT_IDX,
-    IN_ORDER,
-    INDIRECT_DESC,
-    MERGEABLE,
-    RING_PACKED,
-    VERSION_1,
-    Buffer,
-    Ring,
-    eventually,
-)
+from tests.rig.rings import EVENT_IDX, IN_ORDER, INDIRECT_DESC, MERGEABLE, RING_PACKED, VERSION_1, Buffer, Ring
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 pytestmark = pytest.mark.core

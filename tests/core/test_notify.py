@@ -6,8 +6,9 @@ import pytest
 
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only
-from tests.rig.rings import EVENT_IDX, MODERN, PATIENCE_S, VERSION_1, eventually, fence, wait_readable
+from tests.rig.rings import EVENT_IDX, MODERN, VERSION_1, fence, wait_readable
 from tests.rig.slow import core_memory, slow, untouched, userfaultfd
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

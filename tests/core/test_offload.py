@@ -737,7 +737,9 @@ tags = st.sampled_from([b"", b"\x81\0\0\5", b"\x88\xa8\0\6\x81\0\0\7"])
 seeds = st.integers(0, 1 << 30)
 words = st.sampled_from([0, 0, 4, 12, 20, 40])
 extensions = st.lists(st.tuples(st.sampled_from([8, 16, 40]), st.sampled_from([0, 43, 60])), max_size=3)
-cuts = st.one_of(st.just([]), st.lists(st.integers(0, 300), max_size=12), st.just([1] * 150))
+cuts: st.SearchStrategy[list[int]] = st.one_of(
+    st.just([]), st.lists(st.integers(0, 300), max_size=12), st.just([1] * 150)
+)
 
 
 @st.composite

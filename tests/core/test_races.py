@@ -17,23 +17,10 @@ from tests.core.test_offload import SENDS, data
 from tests.native import MAX_VALUES, compile_program, rewriting
 from tests.rig.driver import Driver, ledger
 from tests.rig.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only, split_only
-from tests.rig.rings import (
-    AVAIL,
-    HOLE,
-    INDIRECT,
-    MODERN,
-    NEXT,
-    PATIENCE_S,
-    USED,
-    WRAP,
-    WRITE,
-    PackedRing,
-    Ring,
-    SplitRing,
-    eventually,
-)
+from tests.rig.rings import AVAIL, HOLE, INDIRECT, MODERN, NEXT, USED, WRAP, WRITE, PackedRing, Ring, SplitRing
 from tests.rig.scene import END, Scene, own_flags
 from tests.rig.segments import TSO4, Segment
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.counters import Traffic
 

@@ -21,8 +21,8 @@ from tests.rig.rings import (
     WRAP,
     WRITE,
     Buffer,
-    eventually,
 )
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

@@ -10,8 +10,9 @@ import pytest
 
 from tests.rig.driver import LAYOUTS, TOGETHER, Driver, ledger
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
-from tests.rig.rings import MODERN, VERSION_1, eventually
+from tests.rig.rings import MODERN, VERSION_1
 from tests.rig.segments import UDP, Segment
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]

@@ -116,7 +116,7 @@ def test_locked_memory_must_do_for_one_queue(monkeypatch: pytest.MonkeyPatch, ex
 
 def test_open_files_are_counted_in_guests(monkeypatch: pytest.MonkeyPatch) -> None:
     guests = [config.GuestConfig(name=f"g{n}", socket=f"/run/{n}", queues=16) for n in range(2)]
-    made = config.Config(guest=guests, netdev=[{"interface": "eth1"}])
+    made = config.Config(guest=tuple(guests), netdev=(config.NetdevConfig(interface="eth1"),))
     for guest_count, limit in (2, descriptors.needed(made)), (1, descriptors.needed(made) - 1), (0, 256):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (1024, limit))
         line = check._check("open files", check._open_files, required=False)

@@ -176,7 +176,7 @@ def said_on_a_socket(*words: str, journal: bool) -> list[str]:
     with ours, theirs:
         subprocess.run(
             ["prlimit", "--nofile=512:512", sys.executable, "-m", "xdpnet", "run", *words],
-            stderr=theirs, check=False, timeout=60,
+            stderr=theirs.fileno(), check=False, timeout=60,
             env=os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
         )  # fmt: skip
         theirs.close()

@@ -23,8 +23,8 @@ from tests.rig import frontend, needs
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.netns import Veth, needs_root, veth
 from tests.rig.remote import RefusedError, RemoteGuest
-from tests.rig.rings import MODERN, eventually
-from tests.rig.waiting import until, until_equal
+from tests.rig.rings import MODERN
+from tests.rig.waiting import eventually, until, until_equal
 from xdpnet.errors import ControlError
 from xdpnet.virtq.message import Request, VringState
 
@@ -190,8 +190,8 @@ def test_d26_a_call_that_fails_ends_no_more_than_its_connection(
     scene.neighbours_talk()
     until_equal(scene.descriptors, scene.usual)
     assert call in UNFORESEEN or scene.internal_errors() == internal
-    totals = scene.daemon.until(lambda: (now := scene.daemon.snapshot().totals).rest == 0 and now, "balance")
-    assert totals.frames_in
+    scene.daemon.until(lambda: scene.daemon.snapshot().totals.rest == 0, "balance")
+    assert scene.daemon.snapshot().totals.frames_in
 
 
 def works(scene: Scene) -> bool:

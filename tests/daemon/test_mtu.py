@@ -86,7 +86,7 @@ def test_34_56_a_running_daemon_says_it_at_the_start_and_when_a_frontend_or_the_
     tmp_path: Path,
 ) -> None:
     with veth() as link:
-        words = ("--guest", guest(tmp_path, more=",mtu=9000"), "--guest", guest(tmp_path, "db"))
+        words: tuple[str, ...] = ("--guest", guest(tmp_path, more=",mtu=9000"), "--guest", guest(tmp_path, "db"))
         words += ("--netdev", link.ifname, "--metrics", "127.0.0.1:0")
         with daemon(tmp_path, *words) as running:
             running.ready()

@@ -11,8 +11,8 @@ import pytest
 
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, frame, mac
-from tests.rig.rings import VERSION_1, Buffer, eventually
-from tests.rig.waiting import PATIENCE_S
+from tests.rig.rings import VERSION_1, Buffer
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.reports import SETTLE_S, Reports
 
@@ -32,6 +32,9 @@ class Interface:
             raise OSError(7, "map full")
 
     def poke(self) -> None:
+        raise NotImplementedError
+
+    def memory_changed(self) -> None:
         raise NotImplementedError
 
 
@@ -239,7 +242,9 @@ def test_what_a_report_of_broken_rings_costs_is_what_broke(
     assert len(caplog.messages) == 1
 
 
-def test_a_guest_whose_memory_moves_is_told_of_once_and_the_interfaces_look(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_guest_whose_memory_moves_is_told_of_once_and_the_interfaces_look(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever the daemon meets the new pages: here it passes a frame to another guest."""
     caplog.set_level(logging.WARNING)
     looks: list[int] = []
@@ -251,7 +256,7 @@ def test_a_guest_whose_memory_moves_is_told_of_once_and_the_interfaces_look(capl
             still, moves = (stack.enter_context(contextlib.closing(Driver(bridge).start())) for _ in range(2))
             bridge.events()
             interface = Interface()
-            interface.memory_changed = lambda: looks.append(1)  # type: ignore[attr-defined]
+            monkeypatch.setattr(interface, "memory_changed", lambda: looks.append(1))
             names = {still.port: "still", moves.port: "moves"}
             reports = Reports(bridge, names, {"eth1": interface}, lambda _: None)
             stack.callback(reports.close)

@@ -16,9 +16,10 @@ from tests.rig.clock import Clock
 from tests.rig.driver import Driver
 from tests.rig.frontend import Frontend, GuestMemory
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
-from tests.rig.rings import VERSION_1, WRITE, eventually
+from tests.rig.rings import VERSION_1, WRITE
 from tests.rig.slow import core_memory, slow, untouched, userfaultfd
 from tests.rig.traced import stopped
+from tests.rig.waiting import eventually
 from xdpnet import core
 from xdpnet.control.watchdog import Watchdog
 from xdpnet.metrics.snapshot import Worker

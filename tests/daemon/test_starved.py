@@ -15,8 +15,8 @@ from tests.daemon.test_process import Daemon, daemon, guest
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.netns import needs_root
 from tests.rig.remote import RemoteGuest
-from tests.rig.rings import MODERN, eventually
-from tests.rig.waiting import until
+from tests.rig.rings import MODERN
+from tests.rig.waiting import eventually, until, until_equal
 from xdpnet.demo import process
 
 CPU = min(os.sched_getaffinity(0))
@@ -64,16 +64,18 @@ class Talk:
         self.one.pair.tx.kick()
         self.take()
 
-    def take(self) -> None:
+    def take(self) -> int:
+        """How many have come until now."""
         self.got += [packet.frame[14:18] for packet in self.two.pair.packets()]
         self.two.pair.fill()
+        return len(self.got)
 
     def lost(self) -> int:
         return sum(self.daemon.port("two").queues[0].rx.drops.values())
 
     def every_frame_arrives_in_order_or_is_counted(self) -> None:
         assert self.one.pair.wait_sent(30)
-        assert eventually(lambda: self.take() or len(self.got) + self.lost() == self.sent, 30)  # type: ignore[func-returns-value]
+        assert eventually(lambda: self.take() + self.lost() == self.sent, 30)
         assert self.got == sorted(set(self.got))
         totals = self.daemon.snapshot().totals
         assert totals.rest == 0
@@ -132,7 +134,7 @@ def test_d27_a_daemon_that_is_stopped_goes_on_where_it_was(talk: Talk) -> None:
         with stopped(talk.daemon.process.pid):
             talk.send(WINDOW)
             time.sleep(0.3)  # so long nobody serves it
-        until(lambda: talk.take() or len(talk.got) == talk.sent)  # type: ignore[func-returns-value]
+        until_equal(talk.take, talk.sent)
     assert talk.sent > 3 * 100
     talk.every_frame_arrives_in_order_or_is_counted()
     assert talk.lost() == 0

@@ -54,7 +54,9 @@ def build(
     """
     out.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, f"-I{core}", *(COVERAGE if coverage else []), *(["-Wno-error"] if unchanged else [])]
-    units = {out / f"{path.stem}.o": (path, ()) for path in sorted(core.rglob("*.c"))}
+    units: dict[Path, tuple[Path, tuple[str, ...]]] = {
+        out / f"{path.stem}.o": (path, ()) for path in sorted(core.rglob("*.c"))
+    }
     units |= {out / f"{name}.o": (HERE / f"{name}.c", ()) for name in ("kernel", "packets")}
     shared = [str(unit) for unit in units]
     units |= {out / f"target-{name}.o": (HERE / TARGETS[name][0], TARGETS[name][1]) for name in targets}

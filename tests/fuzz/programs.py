@@ -177,7 +177,8 @@ def _payload(given: Input, request: int, memory: GuestMemory) -> bytes:
             if given.take() & 1:
                 wrong = [addr.desc, addr.used, addr.avail]
                 wrong[given.take() % 3] += given.take(4)
-                addr = VringAddr(ring, given.take(), *wrong, given.take(2))
+                desc, used, avail = wrong
+                addr = VringAddr(ring, given.take(), desc, used, avail, given.take(2))
             return addr.pack()
         case Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR:
             return VringFile(ring, nofd=bool(given.take() & 1)).pack()

@@ -120,7 +120,8 @@ def run(names: Sequence[str], minutes: float) -> int:
     cpus = os.cpu_count() or 1
     # Each target has a processor for its share.
     share = max(5, round(minutes * 60 * min(cpus, len(names)) / len(names)))
-    left, running, failed = list(names), [], False
+    left, failed = list(names), False
+    running: list[Running] = []
     while left or running:
         while left and len(running) < cpus:
             name = left.pop(0)

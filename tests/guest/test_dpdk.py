@@ -5,7 +5,7 @@ the kernel says arrived at the far end of the veth pair.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,8 +42,8 @@ def sends(daemon: Backend, name: str, queues: int = 1, more_than: int = 0) -> bo
     return all(queue.tx.packets > more_than + 100 for queue in daemon.port(name).queues[:queues])
 
 
-def virtio_user(path: Path, mac: str = MAC, number: int = 0, **options: int) -> str:
-    more = "".join(f",{key}={value}" for key, value in ({"queue_size": 1024} | options).items())
+def virtio_user(path: Path, mac: str = MAC, number: int = 0, options: Mapping[str, int] | None = None) -> str:
+    more = "".join(f",{key}={value}" for key, value in {"queue_size": 1024, **(options or {})}.items())
     return f"net_virtio_user{number},path={path},mac={mac}{more}"
 
 
@@ -64,7 +64,9 @@ def test_every_frame_that_dpdk_sends_is_counted_on_its_way_to_the_wire(
         options = options | {"server": 1}
     with (
         backend(net, tmp_path, f"dpdk,socket={socket},mac={MAC}{mode}") as daemon,
-        Pmd("client", tmp_path, [virtio_user(socket, **options)], ["--forward-mode=txonly", "--txpkts=64"]) as client,
+        Pmd(
+            "client", tmp_path, [virtio_user(socket, options=options)], ["--forward-mode=txonly", "--txpkts=64"]
+        ) as client,
     ):
         client.await_link()
         far, host = net.far.counters(topology.FAR_IF), net.host.counters(topology.HOST_IF)
@@ -91,7 +93,7 @@ def test_every_frame_from_the_wire_reaches_dpdk_or_a_drop_counter(
     mode, options = (",client=true", {"server": 1}) if frontend_listens else ("", {})
     with (
         backend(net, tmp_path, f"dpdk,socket={socket},mac={MAC}{mode}") as daemon,
-        Pmd("client", tmp_path, [virtio_user(socket, **options)], ["--forward-mode=rxonly"]) as client,
+        Pmd("client", tmp_path, [virtio_user(socket, options=options)], ["--forward-mode=rxonly"]) as client,
     ):
         client.await_link()
         client.command("start")
@@ -190,7 +192,7 @@ def test_two_dpdk_ports_of_any_ring_layouts_bounce_frames_and_every_one_is_count
         path = tmp_path / f"{name}.socket"
         mode = ",client=true" if wish.get("server") else ""
         guests.append(f"{name},socket={path},mac={mac},queues={queues[number]}{mode}")
-        devices.append(virtio_user(path, mac, number, **wish))
+        devices.append(virtio_user(path, mac, number, wish))
     options = ["--forward-mode=io", *frames(length), f"--eth-peer=0,{macs[1]}", f"--eth-peer=1,{macs[0]}"]
     options += [f"--rxq={min(queues)}", f"--txq={min(queues)}"]
     with (
@@ -255,4 +257,5 @@ def delivered_and_dropped(daemon: Backend) -> int:
     xsk = netdev.queues[0].xsk
     assert xsk is not None
     lost = ("rx_dropped", "rx_ring_full", "rx_fill_ring_empty_descs")
-    return snapshot.totals.frames_out + snapshot.totals.drops + sum(getattr(xsk.statistics, name) for name in lost)
+    of_the_kernel: int = sum(getattr(xsk.statistics, name) for name in lost)
+    return snapshot.totals.frames_out + snapshot.totals.drops + of_the_kernel

@@ -68,7 +68,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
             arguments = ["--netdev", topology.HOST_IF, "--guest", f"dpdk,socket={socket},mac={mac}"]
             backends.append(Backend(net.host, tmp_path, arguments, name=f"xdpnet{number}").start())
             stack.callback(backends[-1].stop)
-            vdevs.append(virtio_user(socket, mac, number, **layout))
+            vdevs.append(virtio_user(socket, mac, number, layout))
             net.far.run("ip", "address", "replace", f"{ADDRESSES[number]}/24", "dev", topology.FAR_IF)
             neighbour = ("neigh", "add", ADDRESSES[1 - number], "lladdr", mac, "dev", topology.FAR_IF)
             net.far.run("ip", *neighbour)

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -99,8 +100,8 @@ def test_the_table_shows_every_kind_of_count_without_cutting_a_heading(width: in
     )
     for word in words:
         assert word in text
-    for words in "lost: group 6", "not learned: addresses 8":  # which may stand on two lines
-        assert words in " ".join(text.split())
+    for word in "lost: group 6", "not learned: addresses 8":  # which may stand on two lines
+        assert word in " ".join(text.split())
     assert "in 12,346,700 + copies 5 = out 12,346,673 + drops 32   every frame accounted for" in text
     assert "…" not in text
 
@@ -229,9 +230,12 @@ async def current() -> Snapshot:
 
 @asynccontextmanager
 async def endpoint(
-    take: Callable[[], Awaitable[Snapshot]] = current, address: tuple[str, int] = ("127.0.0.1", 0), **clocks: Clock
+    take: Callable[[], Awaitable[Snapshot]] = current,
+    address: tuple[str, int] = ("127.0.0.1", 0),
+    clock: Callable[[], float] = time.monotonic,
+    spent: Callable[[], float] = time.thread_time,
 ) -> AsyncIterator[tuple[str, int]]:
-    served = MetricsEndpoint(address, take, **clocks)
+    served = MetricsEndpoint(address, take, clock=clock, spent=spent)
     try:
         yield served.address
     finally:

@@ -8,7 +8,8 @@ import pytest
 from tests.netdev.test_zerocopy import Held
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rig.netns import Veth, needs_root, veth
-from tests.rig.rings import MIB, Span, eventually
+from tests.rig.rings import MIB, Span
+from tests.rig.waiting import eventually
 from xdpnet import core
 from xdpnet.counters import Traffic
 from xdpnet.netdev.fitness import ETH_OVERHEAD

@@ -13,8 +13,9 @@ from tests.netdev.test_csum import PARTIAL, TCP, over
 from tests.netdev.test_large_frames import GUEST, TSO, guest_on, jumbo, told
 from tests.rig.guests import MakeBridge, MakeGuest
 from tests.rig.netns import Veth, needs_root
-from tests.rig.rings import MODERN, eventually
+from tests.rig.rings import MODERN
 from tests.rig.segments import CWR, ECN, TSO4, TSO6
+from tests.rig.waiting import eventually
 from xdpnet import core
 from xdpnet.netdev.port import Mode
 from xdpnet.virtq.features import VirtioFeature, mask

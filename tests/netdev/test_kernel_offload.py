@@ -23,8 +23,9 @@ from tests.native.offload import BURST, Offload
 from tests.rig.driver import Driver
 from tests.rig.guests import Pair, mac
 from tests.rig.netns import Veth, command, needs_root, veth
-from tests.rig.rings import MODERN, PATIENCE_S
+from tests.rig.rings import MODERN
 from tests.rig.segments import ACK, ECE, PSH, TCP, UDP, UFO, USO, Segment
+from tests.rig.waiting import PATIENCE_S
 from xdpnet import core
 
 pytestmark = [needs_root, pytest.mark.net, pytest.mark.core]

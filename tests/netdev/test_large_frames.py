@@ -15,8 +15,8 @@ from tests.netdev.test_port import Watched
 from tests.rig.driver import CRUMBLED, LAYOUTS, STRADDLING, TOGETHER, Driver, Layout
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, frame, mac
 from tests.rig.netns import Veth, command, needs_root, veth
-from tests.rig.rings import MODERN, eventually
-from tests.rig.waiting import PATIENCE_S
+from tests.rig.rings import MODERN
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.errors import SetupError
 from xdpnet.netdev.fitness import ETH_OVERHEAD, MAX_MTU, PLAIN_MTU
@@ -181,9 +181,8 @@ def test_the_guest_waits_for_room_and_loses_nothing(bridge: core.Bridge, guests:
             guest.pair.queue(each)
         guest.pair.tx.kick()
         assert guest.pair.wait_sent()
-        got = [wire.receive()]
-        while (each := wire.receive(timeout=0.1)) is not None:
-            got.append(each)
+        got = wire.receive_all()
+        assert got
         assert port.port.queue_stats(0, core.TX).packets == len(sent)
         assert set(got) <= set(sent)  # not all: the far end's socket buffer is small
         all_is_well(bridge, guest, port)
@@ -310,7 +309,7 @@ def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     """Whether the kernel lets the program see what is several frames in one."""
     if request.param == "untold":
         monkeypatch.setattr(Netdev, "_tells", lambda _: False)
-    return request.param == "told"
+    return bool(request.param == "told")
 
 
 @pytest.mark.parametrize("mtu", [1500, 9000])

@@ -24,7 +24,7 @@ from tests.netdev.test_loader import open_files
 from tests.rig import clsact
 from tests.rig.driver import Driver
 from tests.rig.guests import rarp
-from tests.rig.netns import Veth, add_veth, command, namespace, needs_root, remove, veth
+from tests.rig.netns import Veth, Wire, add_veth, command, namespace, needs_root, remove, veth
 from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.bpf import loader
@@ -1121,6 +1121,11 @@ def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_cou
         port.sync_macs([GUEST])
         assert "2 queues asked for, it has 1" in caplog.text
 
+        def unserved(wire: Wire) -> int:
+            for each in flows():
+                wire.send(each)
+            return port.verdicts()["no_socket"]
+
         async def story() -> None:
             async with Watched(port) as watch:
                 set_channels(four, 1, 2)
@@ -1130,7 +1135,7 @@ def test_d19_more_queues_than_there_is_room_for_are_told_of_and_their_frames_cou
                 await watch.reach("partial")
                 assert (port.queues, port.unserved) == (2, 1)
                 with four.wire() as wire:
-                    await watch.until(lambda: [wire.send(each) for each in flows()] and port.verdicts()["no_socket"])
+                    await watch.until(lambda: unserved(wire))
                 # It is said once, with what can be done, and memory of guests is not followed for it.
                 for _ in range(3):
                     port.poke()
@@ -1272,20 +1277,20 @@ def test_15_an_address_of_the_host_that_comes_later_is_taken_back_and_given_up(
     bridge: core.Bridge, opened: Netdev, pair: Veth, first: bool
 ) -> None:
     """A guest can know it before: of VRRP, or as it was chosen by hand."""
-
-    async def story() -> None:
-        async with Watched(opened) as watch:
-            with stacked(pair.ifname, SECOND):
-                await watch.until(lambda: SECOND in opened.addresses._guarded)
-                assert opened.addresses._macs == set()
-                assert learned(bridge, guest) == set()
-                assert dropped(bridge, guest, SECOND) == 1
-                # The filter that the interface had for the guest is not what is left of it.
-                assert SECOND.hex(":") in filters(pair.ifname)
-            await watch.until(lambda: opened.addresses._guarded == {pair.mac})
-        assert dropped(bridge, guest, SECOND) == 0
-
     with contextlib.closing(Driver(bridge).start()) as guest:
+
+        async def story() -> None:
+            async with Watched(opened) as watch:
+                with stacked(pair.ifname, SECOND):
+                    await watch.until(lambda: SECOND in opened.addresses._guarded)
+                    assert opened.addresses._macs == set()
+                    assert learned(bridge, guest) == set()
+                    assert dropped(bridge, guest, SECOND) == 1
+                    # The filter that the interface had for the guest is not what is left of it.
+                    assert SECOND.hex(":") in filters(pair.ifname)
+                await watch.until(lambda: opened.addresses._guarded == {pair.mac})
+            assert dropped(bridge, guest, SECOND) == 0
+
         if first:
             assert dropped(bridge, guest, SECOND) == 0
             opened.sync_macs(learned(bridge, guest))

@@ -180,7 +180,9 @@ TUNNELS: dict[str, Around] = {
         gre(IPV4, 0x8000, *(in_udp(8472, vxlan() + framed(version, each), None)[14:] for each in (packet, right))),
     ),
     "ip in ip in vxlan, all summed": lambda version, packet, right: in_udp(
-        8472, *(vxlan() + outer4(IPIP if version == 4 else IP6, each) for each in (packet, right))
+        8472,
+        vxlan() + outer4(IPIP if version == 4 else IP6, packet),
+        vxlan() + outer4(IPIP if version == 4 else IP6, right),
     ),
 }
 

@@ -20,8 +20,9 @@ from tests.rig import needs
 from tests.rig.driver import LAYOUTS, TOGETHER, Driver, Layout
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rig.netns import Veth, Wire, command, needs_root, veth
-from tests.rig.rings import MODERN, PATIENCE_S, Buffer, eventually
+from tests.rig.rings import MODERN, Buffer
 from tests.rig.segments import ACK, SYN, TSO4, TSO6, UDP, USO, Segment
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.netdev.port import Netdev
 

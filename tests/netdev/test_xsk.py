@@ -9,7 +9,8 @@ import pytest
 from tests.rig.driver import LAYOUTS, Layout
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.rig.netns import Veth, command, needs_root, remove, veth
-from tests.rig.rings import INDIRECT_DESC, MODERN, PATIENCE_S, VERSION_1, eventually
+from tests.rig.rings import INDIRECT_DESC, MODERN, VERSION_1
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.counters import Traffic
 

@@ -11,19 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-from tests.rig.rings import (
-    MERGEABLE,
-    MODERN,
-    ONE_REGION,
-    PATIENCE_S,
-    VERSION_1,
-    Buffer,
-    Chain,
-    GuestMemory,
-    Ring,
-    Span,
-    make_ring,
-)
+from tests.rig.rings import MERGEABLE, MODERN, ONE_REGION, VERSION_1, Buffer, Chain, GuestMemory, Ring, Span, make_ring
+from tests.rig.waiting import PATIENCE_S
 from xdpnet import core
 from xdpnet.counters import Traffic
 

@@ -122,6 +122,13 @@ class Wire:
                 return frame
         return None
 
+    def receive_all(self) -> list[bytes]:
+        """What comes, until nothing has for a moment."""
+        frames: list[bytes] = []
+        while (frame := self.receive(timeout=0.1 if frames else PATIENCE_S)) is not None:
+            frames.append(frame)
+        return frames
+
     def count(self, wanted: Callable[[bytes], bool], expected: int, timeout: float = PATIENCE_S) -> int:
         """How many wanted frames come, until the expected number has, and a moment longer for surplus ones."""
         seen = 0

@@ -15,7 +15,7 @@ ANY_DEVICE = "vhost-user-test-device-pci"
 
 def qemu() -> Qemu:
     """With the libraries that came with it, the C library among them."""
-    command = ("env", f"QEMU_MODULE_DIR={LIBRARIES}/qemu", f"{LIBRARIES}/ld-linux-x86-64.so.2")
+    command: tuple[str, ...] = ("env", f"QEMU_MODULE_DIR={LIBRARIES}/qemu", f"{LIBRARIES}/ld-linux-x86-64.so.2")
     command += ("--library-path", str(LIBRARIES), f"{ROOT}/usr/bin/qemu-system-x86_64")
     command += ("-L", f"{ROOT}/usr/share/qemu", "-L", f"{ROOT}/usr/share/seabios")
     return Qemu(command, msix_under_tcg=True, reconnect="reconnect-ms=1000")

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Self
 
 from tests.rig.waiting import PATIENCE_S
-from tests.rig.waiting import eventually as eventually
 from xdpnet import core
 from xdpnet.virtq.features import VirtioFeature, mask
 

@@ -21,7 +21,8 @@ from typing import Self
 
 from tests.rig.driver import QueuePair, ledger
 from tests.rig.guests import BROADCAST, frame, mac
-from tests.rig.rings import MIB, MODERN, PATIENCE_S, GuestMemory, Span, eventually
+from tests.rig.rings import MIB, MODERN, GuestMemory, Span
+from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
 from xdpnet.errors import SetupError
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.rig.guests import MakeGuest, frame, mac
-from tests.rig.rings import MODERN, SPLIT_REGIONS, WRITE, Ring, eventually
+from tests.rig.rings import MODERN, SPLIT_REGIONS, WRITE, Ring
+from tests.rig.waiting import eventually
 from xdpnet import core
 
 END = SPLIT_REGIONS[2].guest_addr + SPLIT_REGIONS[2].size
