@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.lab import BACKENDS, MAC, Contender, Lab, Row, Served, Values, xdpnet
 from tests.bench.throughput import UNITS, guest_to_guest
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from xdpnet.demo import process, topology
 
 IDLE = (0, 1, 4, 16, 64)
@@ -24,7 +24,7 @@ def idle_mac(number: int) -> str:
 @contextmanager
 def connected(path: Path) -> Iterator[None]:
     """An idle guest, for as long as the block runs."""
-    with GuestMemory() as memory, Frontend.connect(str(path)) as frontend:
+    with RingMemory() as memory, Frontend.connect(str(path)) as frontend:
         frontend.negotiate()
         if frontend.set_memory(memory):
             raise ValueError(f"{path}: the memory table was refused")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import needs
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.waiting import until_equal
 from xdpnet.demo import await_listener, process, topology
 from xdpnet.demo.backend import Backend, balanced
@@ -60,7 +60,7 @@ def test_whatever_ends_the_daemon_the_interface_is_as_it_was(
     before = [link(where, name) for where, name in ends(net)]
     daemon.start()
     assert "xdp" in link(net.host, topology.HOST_IF)
-    with GuestMemory() as memory, serve(tmp_path, daemon) as frontend:
+    with RingMemory() as memory, serve(tmp_path, daemon) as frontend:
         frontend.set_memory(memory)
         frontend.start_ring(0, memory)
         frontend.start_ring(1, memory)
@@ -108,7 +108,7 @@ def test_frontends_that_come_and_go_leave_no_descriptor_and_no_thread_behind(dae
         return len(os.listdir(f"/proc/{daemon.pid}/fd")), len(os.listdir(f"/proc/{daemon.pid}/task")), maps
 
     def visit() -> None:
-        with GuestMemory() as memory, serve(tmp_path, daemon) as frontend:
+        with RingMemory() as memory, serve(tmp_path, daemon) as frontend:
             frontend.set_memory(memory)
             frontend.start_ring(0, memory)
             frontend.start_ring(1, memory)

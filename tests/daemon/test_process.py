@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import pytest
 
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.guests import frame
 from tests.rig.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.rig.refuse import USERFAULTFD
@@ -375,7 +375,7 @@ def test_a_service_manager_that_is_gone_stops_nothing(tmp_path: Path) -> None:
 
 def test_a_frontend_is_served_and_its_rings_are_shown(tmp_path: Path) -> None:
     words = ("--guest", guest(tmp_path, more=f",mac={MAC},queues=2"), "--metrics", "127.0.0.1:0")
-    with daemon(tmp_path, *words) as running, GuestMemory() as memory:
+    with daemon(tmp_path, *words) as running, RingMemory() as memory:
         running.ready()
         with Frontend.connect(str(tmp_path / "web.sock")) as frontend:
             frontend.negotiate()
@@ -396,14 +396,14 @@ def test_a_frontend_is_served_and_its_rings_are_shown(tmp_path: Path) -> None:
         assert running.end() == 0
 
 
-def publish(memory: GuestMemory, index: int, num: int, available: int) -> None:
+def publish(memory: RingMemory, index: int, num: int, available: int) -> None:
     """Sets the available index of a ring, as its driver would."""
     offset = memory.ring_addr(index, num).avail - memory.user_addr
     memory.map[offset + 2 : offset + 4] = struct.pack("<H", available & 0xFFFF)
 
 
 def test_a_ring_that_breaks_is_named_once_and_the_next_frontend_starts_anew(tmp_path: Path) -> None:
-    with daemon(tmp_path, "--guest", guest(tmp_path)) as running, GuestMemory() as memory:
+    with daemon(tmp_path, "--guest", guest(tmp_path)) as running, RingMemory() as memory:
         running.ready()
         with Frontend.connect(str(tmp_path / "web.sock")) as frontend:
             frontend.negotiate()
@@ -431,7 +431,7 @@ def test_a_ring_that_breaks_is_named_once_and_the_next_frontend_starts_anew(tmp_
 def test_a_guest_whose_memory_is_taken_away_loses_its_connection_and_no_other_does(tmp_path: Path) -> None:
     with (
         daemon(tmp_path, "--guest", guest(tmp_path), "--guest", guest(tmp_path, "db")) as running,
-        GuestMemory(seal=False) as shrinking,
+        RingMemory(seal=False) as shrinking,
         Frontend.connect(str(tmp_path / "web.sock")) as bad,
         Frontend.connect(str(tmp_path / "db.sock")) as good,
     ):
@@ -464,7 +464,7 @@ def test_13_each_guest_has_its_own_limit_of_memory_or_that_of_all(tmp_path: Path
             with Frontend.connect(str(tmp_path / f"{name}.sock")) as frontend:
                 frontend.negotiate()
                 for size, fits in ((mib << 20, True), ((mib << 20) + 4096, False)):
-                    with GuestMemory(size=size) as memory:
+                    with RingMemory(size=size) as memory:
                         assert (frontend.set_memory(memory) == 0) is fits
         assert running.log.count("max_memory of the guest is") == 2
 

@@ -14,7 +14,7 @@ from tests.daemon.test_process import Daemon, daemon, guest
 from tests.rig import needs
 from tests.rig.clock import Clock
 from tests.rig.driver import Driver
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rig.rings import VERSION_1, WRITE
 from tests.rig.slow import core_memory, slow, untouched, userfaultfd
@@ -243,7 +243,7 @@ def served(directory: Path, env: dict[str, str] | None = None) -> Iterator[tuple
     words = "--guest", guest(directory), "--metrics", "127.0.0.1:0", "--spin-us", "1000000"
     with (
         daemon(directory, *words, env=env) as running,
-        GuestMemory() as memory,
+        RingMemory() as memory,
         Frontend.connect(str(directory / "web.sock")) as frontend,
     ):
         running.ready()

@@ -16,7 +16,7 @@ import atheris
 
 with atheris.instrument_imports(include=["tests.fuzz.programs"]):
     from tests.fuzz.programs import PATIENCE_S, Input, fuzz, play, settled
-    from tests.rig.frontend import Frontend, GuestMemory
+    from tests.rig.frontend import Frontend, RingMemory
 from tests.daemon.test_process import daemon
 from tests.rig.waiting import until
 
@@ -40,7 +40,7 @@ class Neighbour:
     """A guest that does as it should, and whose frames must be taken."""
 
     def __init__(self, path: str) -> None:
-        self.memory = GuestMemory()
+        self.memory = RingMemory()
         self.frontend = Frontend.connect(path)
         self.frontend.negotiate()
         self.frontend.set_memory(self.memory)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import atheris
 
-from tests.rig.frontend import ACK_AND_ALL, MODERN, DisconnectedError, Frontend, GuestMemory
+from tests.rig.frontend import ACK_AND_ALL, MODERN, DisconnectedError, Frontend, RingMemory
 from xdpnet.virtq.features import VirtioFeature, mask
 from xdpnet.virtq.message import (
     U64,
@@ -153,7 +153,7 @@ def _epoll() -> int:
 # ---- messages ----
 
 
-def _payload(given: Input, request: int, memory: GuestMemory) -> bytes:
+def _payload(given: Input, request: int, memory: RingMemory) -> bytes:
     """What a frontend would send with this request."""
     ring = given.take() % 4
     match request:
@@ -204,7 +204,7 @@ REQUESTS = (
 )  # fmt: skip
 
 
-def _message(given: Input, frontend: Frontend, memory: GuestMemory) -> None:
+def _message(given: Input, frontend: Frontend, memory: RingMemory) -> None:
     what, how = given.take(), given.take()
     request = REQUESTS[what % len(REQUESTS)] if what < 240 else given.take(4)
     body = bytearray(_payload(given, request, memory))
@@ -238,7 +238,7 @@ def _message(given: Input, frontend: Frontend, memory: GuestMemory) -> None:
 def play(data: bytes, frontend: Frontend, patience_s: float = PATIENCE_S) -> None:
     """Speaks the session, and returns when the backend has ended it. TimeoutError: it does not."""
     given = Input(data)
-    with GuestMemory(seal=False) as memory:
+    with RingMemory(seal=False) as memory:
         frontend.socket.settimeout(patience_s)
         with contextlib.suppress(DisconnectedError, ConnectionError, ValueError):
             begun = given.take()

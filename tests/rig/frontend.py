@@ -1,13 +1,12 @@
 """A scripted vhost-user frontend: speaks the protocol over a real socket, rightly or, if told so, wrongly.
 
-Blocking, with a time limit on every answer, so a test reads as a dialogue. GuestMemory is a guest's RAM on a memfd with
-room for rings at known places. Nothing here checks what the backend says; that is the tests' affair.
+Blocking, with a time limit on every answer, so a test reads as a dialogue. RingMemory is a guest's RAM with room for
+rings at known places. Nothing here checks what the backend says; that is the tests' affair.
 """
 
 import array
 import contextlib
 import fcntl
-import mmap
 import os
 import socket
 import struct
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from tests.rig.rings import GuestMemory, Span
 from tests.rig.waiting import PATIENCE_S
 from xdpnet.virtq.features import ProtocolFeature, VirtioFeature, mask
 from xdpnet.virtq.message import (
@@ -52,22 +52,24 @@ class DisconnectedError(ConnectionError):
     """The backend closed the connection."""
 
 
-class GuestMemory:
-    """Guest RAM on a sealed memfd; ring number i lies at ring_at(i), RING_SPACE bytes of it."""
+class RingMemory(GuestMemory):
+    """Guest RAM in one region, on a sealed memfd; ring number i lies at ring_at(i), RING_SPACE bytes of it."""
 
     RING_SPACE = 0x10000
 
     def __init__(
-        self, size: int = 1 << 21, guest_addr: int = 0, user_addr: int = 0x7F00_0000_0000, seal: bool = True
+        self,
+        size: int = 1 << 21,
+        guest_addr: int = 0,
+        user_addr: int = 0x7F00_0000_0000,
+        seal: bool = True,
+        prealloc: bool = False,
     ) -> None:
-        self.size = size
+        super().__init__((Span(guest_addr, size, user_addr, 0),), prealloc=prealloc)
         self.guest_addr = guest_addr
         self.user_addr = user_addr
-        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size)
         if seal:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self.map = mmap.mmap(self.fd, size)
 
     def region(self) -> MemoryRegion:
         return MemoryRegion(self.guest_addr, self.size, self.user_addr, 0)
@@ -88,18 +90,6 @@ class GuestMemory:
         addr = self.ring_addr(index, num)
         for part in (addr.avail, addr.used):
             struct.pack_into("<H", self.map, part - self.user_addr + 2, value)
-
-    def close(self) -> None:
-        self.map.close()
-        os.close(self.fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Frontend:
@@ -225,14 +215,14 @@ class Frontend:
         self.send(Request.SET_PROTOCOL_FEATURES, U64(protocol))
         self.send(Request.SET_FEATURES, U64(bits))
 
-    def set_memory(self, *memories: GuestMemory) -> int:
+    def set_memory(self, *memories: RingMemory) -> int:
         table = MemoryTable(tuple(memory.region() for memory in memories))
         return self.tell(Request.SET_MEM_TABLE, table, [memory.fd for memory in memories])
 
-    def add_memory(self, memory: GuestMemory) -> int:
+    def add_memory(self, memory: RingMemory) -> int:
         return self.tell(Request.ADD_MEM_REG, SingleRegion(memory.region()), [memory.fd])
 
-    def remove_memory(self, memory: GuestMemory) -> int:
+    def remove_memory(self, memory: RingMemory) -> int:
         return self.tell(Request.REM_MEM_REG, SingleRegion(memory.region()))
 
     def event(self) -> int:
@@ -243,7 +233,7 @@ class Frontend:
     def set_event(self, request: int, index: int, fd: int | None) -> int:
         return self.tell(request, VringFile(index, nofd=fd is None), [] if fd is None else [fd])
 
-    def start_ring(self, index: int, memory: GuestMemory, num: int = 256, base: int = 0) -> tuple[int, int]:
+    def start_ring(self, index: int, memory: RingMemory, num: int = 256, base: int = 0) -> tuple[int, int]:
         """Starts and enables a ring, empty at this index; its kick and call eventfds."""
         memory.set_indices(index, num, base)
         kick, call = self.event(), self.event()

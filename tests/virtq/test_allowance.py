@@ -6,7 +6,7 @@ import pytest
 
 from tests.rig.backend import Backend, MakeBackend
 from tests.rig.clock import Clock
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.waiting import until, until_equal
 from xdpnet.virtq import connection, server
 from xdpnet.virtq.allowance import AT_ONCE_S, PER_S, STANDSTILL, Allowance
@@ -78,7 +78,7 @@ def test_a_second_in_which_the_workers_stand_still_counts_several_times(backend:
 def test_what_changes_nothing_stops_no_worker(backend: Backend) -> None:
     frontend, _ = backend.connect()
     frontend.negotiate()
-    with GuestMemory() as memory:
+    with RingMemory() as memory:
         assert frontend.set_memory(memory) == 0
         frontend.start_ring(0, memory)
         assert frontend.set_event(Request.SET_VRING_CALL, 0, None) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig.backend import Backend, MakeBackend
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.lingering import lingering
 from tests.rig.waiting import until, until_equal
 from xdpnet import closer
@@ -93,7 +93,7 @@ def unread(frontend: Frontend, fd: int) -> None:
 
 def last_of_many(frontend: Frontend, fd: int) -> None:
     """Of more than any message takes."""
-    with GuestMemory() as memory:
+    with RingMemory() as memory:
         frontend.send(Request.SET_OWNER, b"", [memory.fd] * 252 + [fd])
 
 
@@ -194,7 +194,7 @@ def test_a_guest_with_too_many_unclosed_is_turned_away_until_they_are_closed(
     path = str(tmp_path / "evil.sock")
     guest = evil.open(path)
     neighbour, _ = good.connect()
-    with lingering() as (sock, release), GuestMemory() as memory:
+    with lingering() as (sock, release), RingMemory() as memory:
         with Frontend.connect(path) as frontend:
             frontend.negotiate()
             hand_over(evil, frontend, refused, sock)
@@ -217,8 +217,8 @@ def test_memory_that_only_we_still_have_is_freed_by_another_thread(backend: Back
     frontend.negotiate()
     with (
         lingering() as (sock, release),
-        GuestMemory() as one,
-        GuestMemory(guest_addr=1 << 40, user_addr=1 << 40) as other,
+        RingMemory() as one,
+        RingMemory(guest_addr=1 << 40, user_addr=1 << 40) as other,
     ):
         hand_over(backend, frontend, refused, sock)  # keeps the guest's later ones waiting
         frontend.receive()

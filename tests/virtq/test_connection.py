@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.rig.backend import Backend
-from tests.rig.frontend import ACK_AND_ALL, DisconnectedError, Frontend, GuestMemory
+from tests.rig.frontend import ACK_AND_ALL, DisconnectedError, Frontend, RingMemory
 from xdpnet.closer import Closer
 from xdpnet.virtq import connection
 from xdpnet.virtq.fd import Fd
@@ -85,7 +85,7 @@ def test_many_requests_may_come_in_one_piece(backend: Backend) -> None:
 
 
 def test_a_request_and_its_descriptor_may_follow_one_without(backend: Backend) -> None:
-    with GuestMemory() as memory:
+    with RingMemory() as memory:
         frontend, _ = backend.connect()
         frontend.negotiate()
         frontend.send_bytes(GET_FEATURES)
@@ -275,7 +275,7 @@ def test_a_frontend_that_reads_its_replies_late_gets_them_all(backend: Backend) 
 
 
 def test_when_the_frontend_vanishes_rings_stop_and_the_counters_stay(backend: Backend) -> None:
-    with GuestMemory() as memory:
+    with RingMemory() as memory:
         frontend, guest = backend.connect()
         frontend.negotiate()
         assert frontend.set_memory(memory) == 0
@@ -295,7 +295,7 @@ def test_when_the_frontend_vanishes_rings_stop_and_the_counters_stay(backend: Ba
 
 
 def test_the_next_frontend_finds_a_bare_device(backend: Backend) -> None:
-    with GuestMemory() as memory:
+    with RingMemory() as memory:
         first, _ = backend.connect()
         first.negotiate()
         assert first.set_memory(memory) == 0

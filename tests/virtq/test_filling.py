@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig.backend import Backend, ControlThread, MakeBackend
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.waiting import eventually
 from xdpnet import core, threads
 from xdpnet.virtq import connection, device, filling, server
@@ -31,19 +31,17 @@ def bridge(control: ControlThread) -> Iterator[core.Bridge]:
         yield made
 
 
-def whole(size: int = 2 * MIB, at: int = 0) -> GuestMemory:
-    made = GuestMemory(size, guest_addr=at, user_addr=0x7F00_0000_0000 + at)
-    os.posix_fallocate(made.fd, 0, size)
-    return made
+def whole(size: int = 2 * MIB, at: int = 0) -> RingMemory:
+    return RingMemory(size, guest_addr=at, user_addr=0x7F00_0000_0000 + at, prealloc=True)
 
 
 @pytest.fixture
-def memory() -> Iterator[GuestMemory]:
+def memory() -> Iterator[RingMemory]:
     with whole() as made:
         yield made
 
 
-def mappings(memory: GuestMemory) -> int:
+def mappings(memory: RingMemory) -> int:
     """How many the process has of it, but for the test's own."""
     inode = str(os.fstat(memory.fd).st_ino)
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -83,7 +81,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made.open()
 
 
-def send_memory(frontend: Frontend, memory: GuestMemory, need_reply: bool = True) -> None:
+def send_memory(frontend: Frontend, memory: RingMemory, need_reply: bool = True) -> None:
     frontend.send(Request.SET_MEM_TABLE, MemoryTable((memory.region(),)), [memory.fd], need_reply)
 
 
@@ -95,7 +93,7 @@ def silent(frontend: Frontend) -> bool:
 
 
 def test_while_memory_is_made_ready_others_are_served_and_its_frontend_waits(
-    make_backend: MakeBackend, memory: GuestMemory, gate: Gate
+    make_backend: MakeBackend, memory: RingMemory, gate: Gate
 ) -> None:
     backend, other = make_backend(), make_backend()
     frontend, _ = backend.connect()
@@ -131,7 +129,7 @@ def test_memory_is_made_ready_whole_and_part_by_part(
 
 
 def test_a_thread_that_takes_its_time_is_waited_for(
-    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = threads.ask
 
@@ -154,7 +152,7 @@ def test_a_thread_that_takes_its_time_is_waited_for(
     assert guest.counters.errors["timeout"] == 0
 
 
-def test_a_region_that_is_added_is_made_ready_as_well(make_backend: MakeBackend, memory: GuestMemory) -> None:
+def test_a_region_that_is_added_is_made_ready_as_well(make_backend: MakeBackend, memory: RingMemory) -> None:
     backend = make_backend()
     frontend, _ = backend.connect()
     frontend.negotiate()
@@ -173,7 +171,7 @@ def test_a_region_that_is_added_is_made_ready_as_well(make_backend: MakeBackend,
         assert eventually(lambda: not mappings(more))
 
 
-def test_rings_in_memory_that_was_made_ready_run(make_backend: MakeBackend, memory: GuestMemory) -> None:
+def test_rings_in_memory_that_was_made_ready_run(make_backend: MakeBackend, memory: RingMemory) -> None:
     backend = make_backend()
     frontend, _ = backend.connect()
     frontend.negotiate()
@@ -187,7 +185,7 @@ def test_rings_in_memory_that_was_made_ready_run(make_backend: MakeBackend, memo
 
 @pytest.mark.parametrize("who", ["the frontend", "the backend"])
 def test_a_connection_that_ends_meanwhile_leaves_nothing_of_its_memory(
-    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, who: str, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, gate: Gate, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filling, "PART", MIB)
     backend = make_backend()
@@ -214,7 +212,7 @@ def test_a_connection_that_ends_meanwhile_leaves_nothing_of_its_memory(
 
 
 def test_memory_that_nobody_wants_any_more_when_the_thread_comes_is_not_touched(
-    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Callable[[], None]] = []
     never: Future[None] = Future()
@@ -237,7 +235,7 @@ def test_memory_that_nobody_wants_any_more_when_the_thread_comes_is_not_touched(
 
 
 def test_a_frontend_whose_memory_is_made_ready_keeps_its_place(
-    make_backend: MakeBackend, memory: GuestMemory, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "HANDSHAKE_S", 0.0)
     backend = make_backend()
@@ -257,7 +255,7 @@ def test_a_frontend_whose_memory_is_made_ready_keeps_its_place(
 
 
 def test_memory_that_cannot_be_made_ready_is_copied_from(
-    make_backend: MakeBackend, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core.Staged, "fill", lambda *_: False)
     backend = make_backend()
@@ -272,7 +270,7 @@ def test_memory_that_cannot_be_made_ready_is_copied_from(
 
 def test_an_error_of_the_thread_is_told_and_memory_is_copied_from(
     make_backend: MakeBackend,
-    memory: GuestMemory,
+    memory: RingMemory,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -291,7 +289,7 @@ def test_an_error_of_the_thread_is_told_and_memory_is_copied_from(
 
 def test_without_a_thread_memory_is_copied_from_and_the_log_says_so(
     make_backend: MakeBackend,
-    memory: GuestMemory,
+    memory: RingMemory,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -310,7 +308,7 @@ def test_without_a_thread_memory_is_copied_from_and_the_log_says_so(
 
 
 def test_a_thread_that_dies_as_it_starts_ends_the_connection(
-    make_backend: MakeBackend, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never: Future[None] = Future()
     monkeypatch.setattr(threads, "ask", lambda _: never)
@@ -326,7 +324,7 @@ def test_a_thread_that_dies_as_it_starts_ends_the_connection(
 
 @pytest.mark.parametrize("need_reply", [True, False])
 def test_a_table_that_the_core_refuses_leaves_nothing_mapped(
-    make_backend: MakeBackend, memory: GuestMemory, need_reply: bool
+    make_backend: MakeBackend, memory: RingMemory, need_reply: bool
 ) -> None:
     backend = make_backend()
     frontend, _ = backend.connect()
@@ -347,7 +345,7 @@ def test_a_table_that_the_core_refuses_leaves_nothing_mapped(
 
 
 def test_of_a_table_of_which_a_region_cannot_be_mapped_nothing_stays_mapped(
-    make_backend: MakeBackend, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+    make_backend: MakeBackend, memory: RingMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = make_backend()
     frontend, _ = backend.connect()
@@ -367,7 +365,7 @@ def test_of_a_table_of_which_a_region_cannot_be_mapped_nothing_stays_mapped(
     assert not mappings(memory)
 
 
-def test_what_is_staged_is_used_up_by_a_table_that_is_refused(make_backend: MakeBackend, memory: GuestMemory) -> None:
+def test_what_is_staged_is_used_up_by_a_table_that_is_refused(make_backend: MakeBackend, memory: RingMemory) -> None:
     backend = make_backend()
     region = core.Region(0, memory.size, 0, 0, memory.fd)
     empty = core.Region(0, 0, 0, 0, memory.fd)
@@ -384,7 +382,7 @@ def test_what_is_staged_is_used_up_by_a_table_that_is_refused(make_backend: Make
         assert eventually(lambda: not mappings(memory))
 
 
-def test_a_part_behind_the_end_is_not_filled(memory: GuestMemory) -> None:
+def test_a_part_behind_the_end_is_not_filled(memory: RingMemory) -> None:
     pages = core.Staged(core.Region(0, memory.size, 0, 0, memory.fd))
     assert pages.fill(memory.size - 4096, 4096)
     assert not pages.fill(memory.size - 4096, 8192)
@@ -406,7 +404,7 @@ def test_memory_of_any_size_is_unmapped_and_its_place_used_again(
     backend = make_backend()
     frontend, _ = backend.connect()
     frontend.negotiate()
-    with (whole if allocated else GuestMemory)(size) as memory, whole() as other:
+    with RingMemory(size, prealloc=allocated) as memory, whole() as other:
         for _ in range(2):
             assert frontend.set_memory(memory) == 0
             assert mappings(memory) == 1

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.rig import dpdk, needs
 from tests.rig.backend import Backend, MakeBackend
-from tests.rig.frontend import ACK_AND_ALL, MODERN, Frontend, GuestMemory
+from tests.rig.frontend import ACK_AND_ALL, MODERN, Frontend, RingMemory
 from tests.rig.fuse import silent_file
 from tests.rig.waiting import until_equal
 from xdpnet import limits
@@ -62,8 +62,8 @@ BAD_INDICES = [2, 0xFF, 0x100, 0x10000, 0xFFFFFFFF]
 
 
 @pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory() as made:
+def memory() -> Iterator[RingMemory]:
+    with RingMemory() as made:
         yield made
 
 
@@ -76,7 +76,7 @@ def talk(backend: Backend) -> Talk:
 
 
 @pytest.fixture
-def running(backend: Backend, talk: Talk, memory: GuestMemory) -> Talk:
+def running(backend: Backend, talk: Talk, memory: RingMemory) -> Talk:
     """A frontend whose two rings run."""
     frontend, guest = talk
     assert frontend.set_memory(memory) == 0
@@ -309,7 +309,7 @@ def test_rings_of_the_other_byte_order_are_refused_and_ours_go_on(backend: Backe
 
 
 def test_a_ring_is_started_by_its_kick_and_enabled_by_its_own_request(
-    backend: Backend, talk: Talk, memory: GuestMemory
+    backend: Backend, talk: Talk, memory: RingMemory
 ) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
@@ -326,7 +326,7 @@ def test_a_ring_is_started_by_its_kick_and_enabled_by_its_own_request(
     assert backend.started(0)
 
 
-def test_the_parts_of_a_ring_may_come_in_any_order(backend: Backend, talk: Talk, memory: GuestMemory) -> None:
+def test_the_parts_of_a_ring_may_come_in_any_order(backend: Backend, talk: Talk, memory: RingMemory) -> None:
     frontend, _ = talk
     parts: list[Callable[[], int]] = [
         lambda: frontend.set_event(Request.SET_VRING_KICK, 0, frontend.event()),
@@ -344,7 +344,7 @@ def test_the_parts_of_a_ring_may_come_in_any_order(backend: Backend, talk: Talk,
         assert not backend.started(0)
 
 
-def test_a_frontend_without_protocol_features_finds_its_rings_enabled(backend: Backend, memory: GuestMemory) -> None:
+def test_a_frontend_without_protocol_features_finds_its_rings_enabled(backend: Backend, memory: RingMemory) -> None:
     frontend, _ = backend.connect()
     frontend.send(Request.SET_FEATURES, U64(mask(VirtioFeature.VIRTIO_F_VERSION_1)))
     frontend.send(Request.SET_MEM_TABLE, MemoryTable((memory.region(),)), [memory.fd])
@@ -379,7 +379,7 @@ def test_14_a_ring_without_a_kick_descriptor_is_refused_with_the_key_that_allows
 
 
 def test_a_ring_without_a_kick_descriptor_is_polled_for_a_guest_that_may_poll(
-    backend: Backend, talk: Talk, memory: GuestMemory
+    backend: Backend, talk: Talk, memory: RingMemory
 ) -> None:
     frontend, _ = talk
     backend.device.poll = True
@@ -390,9 +390,7 @@ def test_a_ring_without_a_kick_descriptor_is_polled_for_a_guest_that_may_poll(
     assert backend.started(1)
 
 
-def test_a_stopped_ring_tells_where_to_go_on_and_starts_there(
-    backend: Backend, talk: Talk, memory: GuestMemory
-) -> None:
+def test_a_stopped_ring_tells_where_to_go_on_and_starts_there(backend: Backend, talk: Talk, memory: RingMemory) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     for base in (0, 1, 0xFFFF):
@@ -438,13 +436,13 @@ def test_hostile_a17_other_ring_sizes_are_refused(talk: Talk, num: int) -> None:
     assert refused(talk, "vring_num", Request.SET_VRING_NUM, VringState(0, num))
 
 
-def test_hostile_a18_size_addresses_and_base_of_a_running_ring_are_fixed(running: Talk, memory: GuestMemory) -> None:
+def test_hostile_a18_size_addresses_and_base_of_a_running_ring_are_fixed(running: Talk, memory: RingMemory) -> None:
     assert refused(running, "state", Request.SET_VRING_NUM, VringState(0, 128))
     assert refused(running, "state", Request.SET_VRING_ADDR, memory.ring_addr(0, 128))
     assert refused(running, "state", Request.SET_VRING_BASE, VringState(0, 1))
 
 
-def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend: Backend, running: Talk, memory: GuestMemory) -> None:
+def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend: Backend, running: Talk, memory: RingMemory) -> None:
     """As user-mode Linux does; until it is kicked again it stands still."""
     frontend, _ = running
     for index in range(2):
@@ -460,7 +458,7 @@ def test_a_ring_that_is_only_disabled_may_be_set_up_anew(backend: Backend, runni
         assert backend.started(index)
 
 
-def test_the_same_addresses_may_be_set_again_on_a_running_ring(running: Talk, memory: GuestMemory) -> None:
+def test_the_same_addresses_may_be_set_again_on_a_running_ring(running: Talk, memory: RingMemory) -> None:
     assert running[0].tell(Request.SET_VRING_ADDR, memory.ring_addr(0, 256)) == 0
 
 
@@ -495,14 +493,14 @@ def test_hostile_a19_indices_of_descriptors_are_checked_at_full_width(
 
 @pytest.mark.parametrize(("desc", "avail", "used"), [(8, 0, 0), (0, 1, 0), (0, 0, 2)])
 def test_hostile_a20_unaligned_rings_are_refused(
-    talk: Talk, memory: GuestMemory, desc: int, avail: int, used: int
+    talk: Talk, memory: RingMemory, desc: int, avail: int, used: int
 ) -> None:
     good = memory.ring_addr(0, 256)
     bad = VringAddr(0, 0, good.desc + desc, good.used + used, good.avail + avail, 0)
     assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
 
 
-def test_logging_is_refused(talk: Talk, memory: GuestMemory) -> None:
+def test_logging_is_refused(talk: Talk, memory: RingMemory) -> None:
     good = memory.ring_addr(0, 256)
     bad = VringAddr(0, VringAddr.FLAG_LOG, good.desc, good.used, good.avail, 0)
     assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
@@ -515,7 +513,7 @@ AREAS = [Request.SET_LOG_BASE, Request.SET_LOG_FD, Request.GET_INFLIGHT_FD, Requ
 @pytest.mark.parametrize("request_", AREAS, ids=lambda request: request.name)
 def test_d13_no_area_for_a_log_or_for_buffers_in_flight_is_mapped(talk: Talk, request_: Request, fds: int) -> None:
     """Neither is offered: whatever becomes of such a file is no concern of ours, for it is closed."""
-    with GuestMemory() as area:
+    with RingMemory() as area:
         before = mappings_of(area.fd)
         assert refused(talk, "unsupported", request_, bytes(16), [area.fd] * fds)
         assert mappings_of(area.fd) == before
@@ -529,7 +527,7 @@ def mappings_of(fd: int) -> list[str]:
 
 @pytest.mark.parametrize("place", [-0x10, 0x200000, 0x200000 - 16 * 256 + 16, -(1 << 40), (1 << 64) - 0x7F0000000010])
 def test_hostile_a21_a_ring_outside_memory_is_refused_and_stays_stopped(
-    backend: Backend, talk: Talk, memory: GuestMemory, place: int
+    backend: Backend, talk: Talk, memory: RingMemory, place: int
 ) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
@@ -613,7 +611,7 @@ def test_hostile_a35_a_unix_stream_socket_may_take_calls_and_nothing_else_may(
             assert refused(talk, "event_fd", request_, VringFile(0, nofd=False), [theirs.fileno()])
 
 
-def test_hostile_a35_memory_is_no_event(talk: Talk, memory: GuestMemory) -> None:
+def test_hostile_a35_memory_is_no_event(talk: Talk, memory: RingMemory) -> None:
     assert refused(talk, "event_fd", Request.SET_VRING_KICK, VringFile(0, nofd=False), [memory.fd])
 
 
@@ -629,7 +627,7 @@ def test_hostile_a36_an_eventfd_becomes_non_blocking(talk: Talk) -> None:
 # ---- memory ----
 
 
-def region(memory: GuestMemory, **changes: int) -> MemoryRegion:
+def region(memory: RingMemory, **changes: int) -> MemoryRegion:
     return replace(memory.region(), **changes)
 
 
@@ -638,23 +636,23 @@ def table_refused(talk: Talk, reason: str, regions: Iterable[MemoryRegion], fds:
 
 
 @pytest.mark.parametrize("count", [0, 9, 33])
-def test_hostile_a26_a_table_of_no_or_too_many_regions_is_refused(talk: Talk, memory: GuestMemory, count: int) -> None:
+def test_hostile_a26_a_table_of_no_or_too_many_regions_is_refused(talk: Talk, memory: RingMemory, count: int) -> None:
     assert table_refused(talk, "mem", [memory.region()] * count, [memory.fd] * count)
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_hostile_a26_a_table_with_another_number_of_descriptors_is_refused(
-    talk: Talk, memory: GuestMemory, count: int
+    talk: Talk, memory: RingMemory, count: int
 ) -> None:
     assert table_refused(talk, "mem", [memory.region()], [memory.fd] * count)
 
 
-def test_hostile_a27_an_empty_region_is_refused(talk: Talk, memory: GuestMemory) -> None:
+def test_hostile_a27_an_empty_region_is_refused(talk: Talk, memory: RingMemory) -> None:
     assert table_refused(talk, "mem", [region(memory, size=0)], [memory.fd])
 
 
 @pytest.mark.parametrize("what", ["guest_addr", "user_addr", "offset"])
-def test_hostile_a27_a_region_that_overflows_is_refused(talk: Talk, memory: GuestMemory, what: str) -> None:
+def test_hostile_a27_a_region_that_overflows_is_refused(talk: Talk, memory: RingMemory, what: str) -> None:
     last = (1 << 64) - 0x1000
     assert table_refused(talk, "mem", [region(memory, **{what: last, "size": 0x2000})], [memory.fd])
     if what != "offset":
@@ -664,7 +662,7 @@ def test_hostile_a27_a_region_that_overflows_is_refused(talk: Talk, memory: Gues
 
 
 @pytest.mark.parametrize("what", ["guest_addr", "user_addr"])
-def test_hostile_a28_regions_may_touch_and_not_overlap(talk: Talk, memory: GuestMemory, what: str) -> None:
+def test_hostile_a28_regions_may_touch_and_not_overlap(talk: Talk, memory: RingMemory, what: str) -> None:
     other = "user_addr" if what == "guest_addr" else "guest_addr"
     start = getattr(memory.region(), what) + memory.size
     apart = {other: 1 << 40}
@@ -675,7 +673,7 @@ def test_hostile_a28_regions_may_touch_and_not_overlap(talk: Talk, memory: Guest
     assert talk[0].tell(Request.SET_MEM_TABLE, MemoryTable(tuple(touching)), [memory.fd] * 2) == 0
 
 
-def test_hostile_a29_a_region_ends_with_its_file_at_the_latest(talk: Talk, memory: GuestMemory) -> None:
+def test_hostile_a29_a_region_ends_with_its_file_at_the_latest(talk: Talk, memory: RingMemory) -> None:
     half = memory.size // 2
     assert table_refused(talk, "mem_size", [region(memory, size=memory.size + 1)], [memory.fd])
     assert table_refused(talk, "mem_size", [region(memory, offset=half, size=half + 0x1000)], [memory.fd])
@@ -684,16 +682,15 @@ def test_hostile_a29_a_region_ends_with_its_file_at_the_latest(talk: Talk, memor
 
 
 @pytest.mark.parametrize("offset", [1, 0x800, 0xFFF])
-def test_hostile_a29_an_offset_within_a_page_is_refused(talk: Talk, memory: GuestMemory, offset: int) -> None:
+def test_hostile_a29_an_offset_within_a_page_is_refused(talk: Talk, memory: RingMemory, offset: int) -> None:
     assert table_refused(talk, "mem_size", [region(memory, offset=offset, size=0x1000)], [memory.fd])
 
 
 def test_13_memory_with_holes_is_named_once_where_it_would_be_lent(
-    backend: Backend, talk: Talk, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+    backend: Backend, talk: Talk, memory: RingMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     frontend, _ = talk
-    with caplog.at_level("INFO"), GuestMemory(user_addr=1 << 40, guest_addr=1 << 40) as other:
-        os.posix_fallocate(other.fd, 0, os.fstat(other.fd).st_size)
+    with caplog.at_level("INFO"), RingMemory(user_addr=1 << 40, guest_addr=1 << 40, prealloc=True) as other:
         assert frontend.set_memory(memory) == 0
         assert "prealloc" not in caplog.text
         backend.bridge.zerocopy = "on"
@@ -705,16 +702,16 @@ def test_13_memory_with_holes_is_named_once_where_it_would_be_lent(
 
 
 @pytest.mark.parametrize("kind", odd_descriptors())
-def test_hostile_a30_only_files_on_tmpfs_or_hugetlbfs_are_memory(talk: Talk, memory: GuestMemory, kind: str) -> None:
+def test_hostile_a30_only_files_on_tmpfs_or_hugetlbfs_are_memory(talk: Talk, memory: RingMemory, kind: str) -> None:
     with odd_descriptor(kind) as fd:
         assert table_refused(talk, "mem_fd", [memory.region()], [fd])
 
 
-def test_hostile_a30_an_eventfd_is_no_memory(talk: Talk, memory: GuestMemory) -> None:
+def test_hostile_a30_an_eventfd_is_no_memory(talk: Talk, memory: RingMemory) -> None:
     assert table_refused(talk, "mem_fd", [memory.region()], [talk[0].event()])
 
 
-def test_hostile_a30_memory_opened_read_only_is_refused(talk: Talk, memory: GuestMemory) -> None:
+def test_hostile_a30_memory_opened_read_only_is_refused(talk: Talk, memory: RingMemory) -> None:
     fd = os.open(f"/proc/self/fd/{memory.fd}", os.O_RDONLY)
     try:
         assert table_refused(talk, "mem_fd", [memory.region()], [fd])
@@ -722,7 +719,7 @@ def test_hostile_a30_memory_opened_read_only_is_refused(talk: Talk, memory: Gues
         os.close(fd)
 
 
-def test_hostile_a30_a_file_on_a_disk_is_refused(talk: Talk, memory: GuestMemory) -> None:
+def test_hostile_a30_a_file_on_a_disk_is_refused(talk: Talk, memory: RingMemory) -> None:
     with on_disk(memory.size) as fd:
         assert table_refused(talk, "mem_fd", [memory.region()], [fd])
 
@@ -735,7 +732,7 @@ def on_disk(size: int) -> Iterator[int]:
 
 
 def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(
-    backend: Backend, running: Talk, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+    backend: Backend, running: Talk, memory: RingMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An NVDIMM on a disk, say, in one table with the guest's memory, and plugged later."""
     frontend, guest = running
@@ -758,7 +755,7 @@ def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(
 
 
 def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(
-    make_backend: MakeBackend, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+    make_backend: MakeBackend, memory: RingMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """QEMU has its rings ready and adds no region, if the guest's memory is not shared."""
     backend = make_backend()
@@ -780,7 +777,7 @@ def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(
         backend.control.run(guest.ended.wait())
 
 
-def test_a_ring_in_a_region_that_was_left_out_waits(backend: Backend, talk: Talk, memory: GuestMemory) -> None:
+def test_a_ring_in_a_region_that_was_left_out_waits(backend: Backend, talk: Talk, memory: RingMemory) -> None:
     frontend, _ = talk
     with on_disk(memory.size) as fd:
         foreign = region(memory, guest_addr=1 << 40)
@@ -796,7 +793,7 @@ def test_a_ring_in_a_region_that_was_left_out_waits(backend: Backend, talk: Talk
 @needs.fuse
 @pytest.mark.parametrize("as_memory", [True, False], ids=["memory", "event"])
 def test_hostile_a30_a_file_of_a_server_that_does_not_answer_is_refused_without_asking_it(
-    talk: Talk, memory: GuestMemory, tmp_path: Path, as_memory: bool
+    talk: Talk, memory: RingMemory, tmp_path: Path, as_memory: bool
 ) -> None:
     with silent_file(tmp_path, memory.size) as fd:
         if as_memory:
@@ -807,10 +804,10 @@ def test_hostile_a30_a_file_of_a_server_that_does_not_answer_is_refused_without_
 
 
 def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(
-    backend: Backend, talk: Talk, memory: GuestMemory
+    backend: Backend, talk: Talk, memory: RingMemory
 ) -> None:
     frontend, guest = talk
-    with GuestMemory(seal=False) as open_memory:
+    with RingMemory(seal=False) as open_memory:
         assert frontend.set_memory(memory) == 0
         assert guest.counters.unsealed_regions == 0
         assert frontend.set_memory(open_memory) == 0
@@ -821,7 +818,7 @@ def test_hostile_a30_memory_that_the_frontend_can_shrink_is_served_and_counted(
 
 
 def test_hostile_a31_rings_run_on_while_the_memory_table_is_replaced(
-    backend: Backend, running: Talk, memory: GuestMemory
+    backend: Backend, running: Talk, memory: RingMemory
 ) -> None:
     frontend, _ = running
     for _ in range(200):
@@ -831,12 +828,12 @@ def test_hostile_a31_rings_run_on_while_the_memory_table_is_replaced(
 
 
 def test_hostile_a31_a_ring_waits_while_its_memory_is_away_and_goes_on_when_it_is_back(
-    backend: Backend, talk: Talk, memory: GuestMemory
+    backend: Backend, talk: Talk, memory: RingMemory
 ) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
     frontend.start_ring(0, memory, base=9)
-    with GuestMemory(guest_addr=1 << 30, user_addr=1 << 40) as other:
+    with RingMemory(guest_addr=1 << 30, user_addr=1 << 40) as other:
         assert frontend.add_memory(other) == 0
         assert frontend.remove_memory(memory) == 0
         assert not backend.started(0)
@@ -863,7 +860,7 @@ def test_hostile_a32_more_memory_than_we_serve_is_refused(talk: Talk) -> None:
 
 
 def test_13_a_frontend_promises_no_more_memory_than_its_guest_may_have(
-    backend: Backend, talk: Talk, memory: GuestMemory, caplog: pytest.LogCaptureFixture
+    backend: Backend, talk: Talk, memory: RingMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     frontend, _ = talk
     backend.device.max_memory = 0x3000
@@ -909,7 +906,7 @@ def test_13_a_small_region_in_a_huge_page_counts_as_that(backend: Backend, talk:
             os.close(fd)
 
 
-def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk: Talk, memory: GuestMemory) -> None:
+def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk: Talk, memory: RingMemory) -> None:
     def slot(index: int) -> SingleRegion:
         return SingleRegion(MemoryRegion(index << 20, 0x1000, index << 20, index * 0x1000))
 
@@ -918,7 +915,7 @@ def test_all_memory_slots_can_be_used_and_one_more_is_refused(talk: Talk, memory
     assert refused(talk, "mem_limit", Request.ADD_MEM_REG, slot(MAX_REGIONS), [memory.fd])
 
 
-def test_a_region_is_removed_by_addresses_and_size_whatever_its_offset(talk: Talk, memory: GuestMemory) -> None:
+def test_a_region_is_removed_by_addresses_and_size_whatever_its_offset(talk: Talk, memory: RingMemory) -> None:
     frontend, _ = talk
     assert frontend.add_memory(memory) == 0
     assert refused(talk, "mem", Request.REM_MEM_REG, SingleRegion(region(memory, size=0x1000)))
@@ -927,7 +924,7 @@ def test_a_region_is_removed_by_addresses_and_size_whatever_its_offset(talk: Tal
     assert refused(talk, "mem", Request.REM_MEM_REG, SingleRegion(memory.region()))
 
 
-def test_every_pair_may_add_and_remove_the_same_region_once(make_backend: MakeBackend, memory: GuestMemory) -> None:
+def test_every_pair_may_add_and_remove_the_same_region_once(make_backend: MakeBackend, memory: RingMemory) -> None:
     backend = make_backend(pairs=2)
     talk = backend.connect()
     frontend, _ = talk
@@ -943,7 +940,7 @@ def test_every_pair_may_add_and_remove_the_same_region_once(make_backend: MakeBa
     assert refused(talk, "mem", Request.REM_MEM_REG, SingleRegion(memory.region()))
 
 
-def test_a_refused_table_leaves_the_old_one_in_use(backend: Backend, running: Talk, memory: GuestMemory) -> None:
+def test_a_refused_table_leaves_the_old_one_in_use(backend: Backend, running: Talk, memory: RingMemory) -> None:
     other = region(memory, guest_addr=1 << 40, user_addr=1 << 41, size=2 * memory.size)
     assert table_refused(running, "mem_size", [memory.region(), other], [memory.fd, memory.fd])
     assert backend.started(0)
@@ -1064,7 +1061,7 @@ def test_hostile_a42_a_status_wider_than_eight_bits_is_refused(talk: Talk, statu
 
 
 def test_status_zero_stops_the_rings_and_the_frontend_may_still_ask_for_the_bases(
-    backend: Backend, talk: Talk, memory: GuestMemory
+    backend: Backend, talk: Talk, memory: RingMemory
 ) -> None:
     frontend, _ = talk
     assert frontend.set_memory(memory) == 0
@@ -1077,7 +1074,7 @@ def test_status_zero_stops_the_rings_and_the_frontend_may_still_ask_for_the_base
 
 
 def test_hostile_a42_a_device_reset_stops_the_rings_and_keeps_the_memory(
-    backend: Backend, running: Talk, memory: GuestMemory
+    backend: Backend, running: Talk, memory: RingMemory
 ) -> None:
     frontend, _ = running
     assert frontend.tell(Request.RESET_DEVICE) == 0
@@ -1098,7 +1095,7 @@ def test_a_reset_owner_disables_the_rings_and_no_more(backend: Backend, running:
 # ---- order ----
 
 
-def scripted(request: int, memory: GuestMemory, event: int, channel: int) -> tuple[Payload | bytes, list[int]]:
+def scripted(request: int, memory: RingMemory, event: int, channel: int) -> tuple[Payload | bytes, list[int]]:
     """A payload and descriptors that would serve this request in a well-ordered life."""
     match request:
         case Request.SET_FEATURES:
@@ -1133,7 +1130,7 @@ def scripted(request: int, memory: GuestMemory, event: int, channel: int) -> tup
 
 @pytest.mark.parametrize("request_", Request, ids=lambda request: request.name)
 def test_hostile_a11_every_request_may_come_first_and_twice(
-    backend: Backend, memory: GuestMemory, request_: Request
+    backend: Backend, memory: RingMemory, request_: Request
 ) -> None:
     one, two = socket.socketpair()
     with one, two:
@@ -1166,7 +1163,7 @@ class Peer:
     """The frontend's belongings, for messages that go straight into a session."""
 
     def __init__(self) -> None:
-        self.memory = GuestMemory()
+        self.memory = RingMemory()
         self.event = os.eventfd(0)
         self.sockets = socket.socketpair()
 
@@ -1231,7 +1228,7 @@ def test_hostile_a11_no_order_of_requests_breaks_a_session_or_leaks_a_descriptor
 CUT_OFF = """
 import os
 from tests.rig.backend import Backend, ControlThread
-from tests.rig.frontend import GuestMemory
+from tests.rig.frontend import RingMemory
 from xdpnet.core import Bridge
 
 control = ControlThread()
@@ -1240,7 +1237,7 @@ control.call(bridge.start)
 backend = Backend(control, bridge, pairs=1, mtu=None)
 frontend, guest = backend.connect()
 frontend.negotiate()
-with GuestMemory(seal=False) as memory:
+with RingMemory(seal=False) as memory:
     frontend.set_memory(memory)
     kick, _ = frontend.start_ring(1, memory)
     os.ftruncate(memory.fd, 0)
@@ -1252,7 +1249,7 @@ with GuestMemory(seal=False) as memory:
             break
     print(state.broken)
     frontend.stop_ring(1)
-    with GuestMemory() as other:
+    with RingMemory() as other:
         frontend.set_memory(other)
         frontend.start_ring(1, other)
         print("serves again", backend.started(1))

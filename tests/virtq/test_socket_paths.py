@@ -18,7 +18,7 @@ import pytest
 from tests.rig import needs
 from tests.rig.backend import Backend, MakeBackend
 from tests.rig.clock import Clock
-from tests.rig.frontend import Frontend, GuestMemory
+from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.waiting import PATIENCE_S, eventually, until_equal
 from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
@@ -173,7 +173,7 @@ def test_nothing_but_the_socket_is_ever_in_the_directory(backend: Backend, path:
 
 def test_a_second_frontend_is_turned_away_and_the_first_not_disturbed(backend: Backend, path: str) -> None:
     guest = backend.open(path)
-    with Frontend.connect(path) as first, GuestMemory() as memory:
+    with Frontend.connect(path) as first, RingMemory() as memory:
         first.negotiate()
         assert first.set_memory(memory) == 0
         first.start_ring(0, memory)
@@ -227,7 +227,7 @@ def test_a_frontend_that_wants_more_queues_is_told_of_once(
         until_equal(lambda: guest.counters.disconnects, count)
         assert caplog.text.count("leaves as soon as it hears of 1 queue pairs: it wants more") == (count > 1)
     # One that stays is as welcome as ever.
-    with meet(path) as frontend, GuestMemory() as memory:
+    with meet(path) as frontend, RingMemory() as memory:
         frontend.negotiate()
         frontend.ask_u64(Request.GET_QUEUE_NUM)
         assert frontend.set_memory(memory) == 0
@@ -452,7 +452,7 @@ def test_a_frontend_that_handed_over_memory_makes_room_for_nobody(
 ) -> None:
     monkeypatch.setattr(server, "HANDSHAKE_S", 0.0)
     backend.open(path)
-    with Frontend.connect(path) as first, GuestMemory() as memory:
+    with Frontend.connect(path) as first, RingMemory() as memory:
         first.negotiate()
         assert first.set_memory(memory) == 0
         with Frontend.connect(path) as second:
