@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.core.test_offload import SENDS, TAKES, data
 from tests.rig.driver import Driver, ledger
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.rig.netns import needs_root, veth
+from tests.rig.offloads import SENDS, TAKES, data
 from tests.rig.rings import EVENT_IDX, MIB, MODERN, VERSION_1, Span
 from tests.rig.segments import TSO4, Segment
 from tests.rig.waiting import eventually

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.core.test_offload import SENDS, asks, data
 from tests.rig import needs
 from tests.rig.driver import APART, CRUMBLED, TOGETHER, Layout, ledger
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, frame, mac
 from tests.rig.netns import Wire, command, needs_root, packet_socket, veth
+from tests.rig.offloads import SENDS, asks, data
 from tests.rig.rings import MODERN
 from tests.rig.segments import TCP, TSO4, UDP, Segment, wire
 from xdpnet import core

@@ -4,7 +4,6 @@ The frames that come out are compared with those of rig/segments.py, byte for by
 of hostile inputs.
 """
 
-import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +14,22 @@ from hypothesis import strategies as st
 
 from tests.rig.driver import TOGETHER, Driver, Layout, ledger
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac
+from tests.rig.offloads import (
+    CSUM,
+    GUEST,
+    GUEST_CSUM,
+    HOST,
+    SENDS,
+    TAKES,
+    TCP4,
+    TCP6,
+    UDP4,
+    UDP6,
+    asks,
+    data,
+    kind_of,
+    summed,
+)
 from tests.rig.rings import MODERN, RING_PACKED, VERSION_1, Span
 from tests.rig.segments import (
     ACK,
@@ -32,51 +47,16 @@ from tests.rig.segments import (
     URG,
     USO,
     Segment,
-    checksum,
     wire,
 )
 from xdpnet import core
-from xdpnet.virtq.features import VirtioFeature, mask
 
 pytest_plugins = ["tests.rig.guest_fixtures"]
 pytestmark = [pytest.mark.core, both_layouts]
 
-V = VirtioFeature
-CSUM, GUEST_CSUM = mask(V.VIRTIO_NET_F_CSUM), mask(V.VIRTIO_NET_F_GUEST_CSUM)
-HOST = {
-    TSO4: mask(V.VIRTIO_NET_F_HOST_TSO4),
-    TSO6: mask(V.VIRTIO_NET_F_HOST_TSO6),
-    ECN: mask(V.VIRTIO_NET_F_HOST_ECN),
-    UFO: mask(V.VIRTIO_NET_F_HOST_UFO),
-    USO: mask(V.VIRTIO_NET_F_HOST_USO),
-}
-GUEST = {
-    TSO4: mask(V.VIRTIO_NET_F_GUEST_TSO4),
-    TSO6: mask(V.VIRTIO_NET_F_GUEST_TSO6),
-    ECN: mask(V.VIRTIO_NET_F_GUEST_ECN),
-    UFO: mask(V.VIRTIO_NET_F_GUEST_UFO),
-    USO: mask(V.VIRTIO_NET_F_GUEST_USO4, V.VIRTIO_NET_F_GUEST_USO6),
-}
-SENDS = CSUM | sum(HOST.values())
-TAKES = GUEST_CSUM | sum(GUEST.values())
-
 Link = Callable[..., Pair]
 
 
-def data(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def kind_of(segment: Segment) -> int:
-    if segment.protocol == UDP:
-        return USO
-    return TSO4 if segment.version == 4 else TSO6
-
-
-TCP4 = Segment(payload=data(3000))
-TCP6 = replace(TCP4, version=6)
-UDP4 = replace(TCP4, protocol=UDP)
-UDP6 = replace(TCP4, version=6, protocol=UDP)
 each_kind = pytest.mark.parametrize("whole", [TCP4, TCP6, UDP4, UDP6], ids=["tso4", "tso6", "uso4", "uso6"])
 
 
@@ -236,15 +216,6 @@ def test_c5_hdr_len_is_ignored(link: Link, hdr_len: int, takes: int) -> None:
     if takes:
         assert packets[0].header[2:4] == struct.pack("<H", TCP4.headers)
     still_works(a, b)
-
-
-def asks(start: int, offset: int) -> bytes:
-    return struct.pack("<BBHHHHH", 1, 0, 0, 0, start, offset, 0)
-
-
-def summed(sent: bytes, start: int, offset: int) -> bytes:
-    at = start + offset
-    return sent[:at] + struct.pack(">H", checksum(sent[start:])) + sent[at + 2 :]
 
 
 @pytest.mark.parametrize("size", [60, 255, 256])

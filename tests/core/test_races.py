@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.test_offload import SENDS, data
 from tests.native import MAX_VALUES, compile_program, rewriting
 from tests.rig.driver import Driver, ledger
 from tests.rig.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only, split_only
+from tests.rig.offloads import SENDS, data
 from tests.rig.rings import AVAIL, HOLE, INDIRECT, MODERN, NEXT, USED, WRAP, WRITE, PackedRing, Ring, SplitRing
 from tests.rig.scene import END, Scene, own_flags
 from tests.rig.segments import TSO4, Segment

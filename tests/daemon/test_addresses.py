@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import daemon, guest
+from tests.rig.daemon import daemon, guest
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, MULTICAST, frame, mac
 from tests.rig.netns import needs_root, veth

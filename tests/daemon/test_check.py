@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import daemon, guest
 from tests.rig import needs
+from tests.rig.daemon import daemon, guest
 from tests.rig.netns import Veth, command, needs_root, veth
 from tests.rig.refuse import IO_SETUP
 from tests.rig.waiting import until

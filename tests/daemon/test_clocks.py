@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import daemon, guest
+from tests.rig.daemon import daemon, guest
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.netns import needs_root
 from tests.rig.remote import RemoteGuest

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import daemon, guest
 from tests.rig import dpdk
+from tests.rig.daemon import daemon, guest
 from tests.rig.guests import BROADCAST, mac
 from tests.rig.netns import Veth, needs_root, veth
 from tests.rig.remote import RemoteGuest

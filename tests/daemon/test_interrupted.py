@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import Daemon, daemon, guest
 from tests.rig import frontend, needs
+from tests.rig.daemon import Daemon, daemon, guest
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.netns import Veth, needs_root, veth
 from tests.rig.remote import RefusedError, RemoteGuest

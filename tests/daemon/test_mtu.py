@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import daemon, guest
+from tests.rig.daemon import daemon, guest
 from tests.rig.netns import command, needs_root, veth
 from tests.rig.remote import RemoteGuest
 from xdpnet import core

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import Daemon, daemon, guest
+from tests.rig.daemon import Daemon, daemon, guest
 from tests.rig.driver import Layout
 from tests.rig.frontend import Frontend
 from tests.rig.guests import BROADCAST, frame, mac

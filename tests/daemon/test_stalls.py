@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import Daemon, daemon, guest
 from tests.rig import needs
 from tests.rig.clock import Clock
+from tests.rig.daemon import Daemon, daemon, guest
 from tests.rig.driver import Driver
 from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import Daemon, daemon, guest
+from tests.rig.daemon import Daemon, daemon, guest
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.netns import needs_root
 from tests.rig.remote import RemoteGuest

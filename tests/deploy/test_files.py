@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_process import daemon, guest
 from tests.rig import needs
+from tests.rig.daemon import daemon, guest
 from xdpnet.demo import initramfs, process
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

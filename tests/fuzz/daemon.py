@@ -17,7 +17,7 @@ import atheris
 with atheris.instrument_imports(include=["tests.fuzz.programs"]):
     from tests.fuzz.programs import PATIENCE_S, Input, fuzz, play, settled
     from tests.rig.frontend import Frontend, RingMemory
-from tests.daemon.test_process import daemon
+from tests.rig.daemon import daemon
 from tests.rig.waiting import until
 
 CHECK_EVERY = 16

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.metrics.test_snapshot import exposition
-from tests.rig.snapshots import guest_port, netdev_port, ring, snapshot, traffic
+from tests.rig.snapshots import exposition, guest_port, netdev_port, ring, snapshot, traffic
 from xdpnet import core, counters
 from xdpnet.counters import EVERY, Metric, Traffic, VhostUser, Work, XdpStatistics, declared
 from xdpnet.metrics.snapshot import Port, Queue

@@ -17,27 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from tests.rig.clock import Clock
-from tests.rig.snapshots import guest_port, netdev_port, ring, snapshot, traffic, worker
+from tests.rig.snapshots import exposition, guest_port, netdev_port, ring, snapshot, traffic, worker
 from tests.rig.waiting import PATIENCE_S
 from xdpnet import core
 from xdpnet.core import MAX_PORTS
 from xdpnet.counters import XdpStatistics, declared
 from xdpnet.errors import SetupError
 from xdpnet.metrics import table, take
-from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.endpoint import CONNECTIONS, DEADLINE_S, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
 from xdpnet.metrics.snapshot import Port, Queue, Snapshot, total
-
-
-def exposition(shown: Snapshot) -> str:
-    collector = SnapshotCollector()
-    collector.snapshot = shown
-    return generate_latest(registry(collector)).decode()
 
 
 def page(now: Snapshot, before: Snapshot | None = None, width: int = 100) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.netdev.test_zerocopy import Held
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
-from tests.rig.netns import Veth, needs_root, veth
+from tests.rig.netns import Held, Veth, needs_root, veth
 from tests.rig.rings import MIB, Span
 from tests.rig.waiting import eventually
 from xdpnet import core

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.test_offload import SENDS, TCP4, asks, data, kind_of
 from tests.rig.driver import APART, TOGETHER, Driver, Layout, ledger
 from tests.rig.guests import frame, mac
 from tests.rig.netns import Veth, needs_root, veth
+from tests.rig.offloads import SENDS, TCP4, asks, data, kind_of
 from tests.rig.rings import MODERN, Buffer, Span
 from tests.rig.segments import ECN, PSH, TSO4, TSO6, UDP, USO, Segment, wire
 from xdpnet import core

@@ -10,11 +10,11 @@ from contextlib import closing
 
 import pytest
 
-from tests.core.test_offload import GUEST_CSUM, TAKES, data
 from tests.rig.driver import Driver
 from tests.rig.driver import Packet as Received
 from tests.rig.guests import frame, mac
 from tests.rig.netns import Veth, Wire, needs_root, veth
+from tests.rig.offloads import GUEST_CSUM, TAKES, data
 from tests.rig.rings import MIB, MODERN, Span
 from tests.rig.segments import TCP, TSO4, TSO6, UDP, USO, Segment
 from xdpnet import core

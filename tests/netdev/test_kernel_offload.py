@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.test_coalesce import ALL, any_burst, by_flow, key_of
-from tests.core.test_offload import SENDS, TCP4, UDP6, data, kind_of, large_frames, through
+from tests.core.test_offload import large_frames, through
 from tests.native.offload import BURST, Offload
 from tests.rig.driver import Driver
 from tests.rig.guests import Pair, mac
 from tests.rig.netns import Veth, command, needs_root, veth
+from tests.rig.offloads import SENDS, TCP4, UDP6, data, kind_of
 from tests.rig.rings import MODERN
 from tests.rig.segments import ACK, ECE, PSH, TCP, UDP, UFO, USO, Segment
 from tests.rig.waiting import PATIENCE_S

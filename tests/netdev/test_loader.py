@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rig.descriptors import open_files
 from tests.rig.netns import needs_root
 from xdpnet.bpf import loader
 from xdpnet.bpf.headers import Headers, find_headers
@@ -131,14 +132,6 @@ def test_a_missing_bcc_names_the_distributions_package(monkeypatch: pytest.Monke
     with pytest.raises(SetupError, match="missing") as failure:
         loader.check_bcc()
     assert "python3-bpfcc" in failure.value.remedy
-
-
-def open_files() -> set[str]:
-    return {f"{fd}:{os.readlink(f'/proc/self/fd/{fd}')}" for fd in os.listdir("/proc/self/fd") if _is_open(fd)}
-
-
-def _is_open(fd: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
 @needs_root

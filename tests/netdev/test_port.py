@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.netdev.test_loader import open_files
 from tests.rig import clsact
+from tests.rig.descriptors import open_files
 from tests.rig.driver import Driver
 from tests.rig.guests import rarp
 from tests.rig.netns import Veth, Wire, add_veth, command, namespace, needs_root, remove, veth

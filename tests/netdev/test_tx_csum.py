@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.core.test_offload import SENDS, asks, summed
 from tests.netdev.test_xsk import drops
 from tests.rig import needs
 from tests.rig.driver import LAYOUTS, TOGETHER, Driver, Layout
 from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rig.netns import Veth, Wire, command, needs_root, veth
+from tests.rig.offloads import SENDS, asks, data, summed
 from tests.rig.rings import MODERN, Buffer
 from tests.rig.segments import ACK, SYN, TSO4, TSO6, UDP, USO, Segment
 from tests.rig.waiting import PATIENCE_S, eventually
@@ -33,10 +33,6 @@ FAR, GUEST = mac(99), mac(1)
 LONGEST = 1518
 LEFT_FROM = 512  # shorter frames cost no less when they are left
 FRAMES = 256
-
-
-def data(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 from tests.rig import dpdk
 from tests.rig.driver import APART, CRUMBLED, LAYOUTS, TOGETHER, Driver, Layout
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
-from tests.rig.netns import Veth, command, needs_root, veth
+from tests.rig.netns import Held, Veth, command, needs_root, veth
 from tests.rig.rings import (
     INDIRECT,
     INDIRECT_DESC,
@@ -132,25 +132,6 @@ def wired(bridge: core.Bridge, pair: Veth, policy: core.ZeroCopy = "on", queues:
     made.port.set_mac(FAR, False)
     made.renew()
     return made
-
-
-class Held:
-    """The far end forwards to a link that lets next to nothing through, until release()."""
-
-    def __init__(self, pair: Veth) -> None:
-        self._run = pair.namespace.run
-        self._run("ip", "link", "add", "hold0", "type", "veth", "peer", "name", "hold1")
-        self._run("ip", "link", "add", "hold", "type", "bridge")
-        for name in "eth0", "hold0":
-            self._run("ip", "link", "set", name, "master", "hold")
-        for name in "hold0", "hold1", "hold":
-            self._run("ip", "link", "set", name, "up")
-        # The burst lets one frame of full size through.
-        shape = ("tbf", "rate", "8bit", "burst", "1600", "limit", "10mb")
-        self._run("tc", "qdisc", "replace", "dev", "hold0", "root", *shape)
-
-    def release(self) -> None:
-        self._run("tc", "qdisc", "del", "dev", "hold0", "root")
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ A plugin: test modules name it in pytest_plugins, and define `bridge` to say wha
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.rig.descriptors import open_files
 from tests.rig.driver import Driver
 from tests.rig.guests import MakeBridge, MakeGuest, Pair, mac
 from tests.rig.rings import MODERN, RING_PACKED
@@ -26,7 +26,7 @@ def held_time() -> Iterator[None]:
 @pytest.fixture
 def make_bridge() -> Iterator[MakeBridge]:
     """Makes bridges with running workers; no file descriptor is left of them."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_files()
     with contextlib.ExitStack() as stack:
 
         def make(**options: int) -> core.Bridge:
@@ -35,7 +35,7 @@ def make_bridge() -> Iterator[MakeBridge]:
             return made
 
         yield make
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_files().keys() <= before.keys()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

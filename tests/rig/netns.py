@@ -139,6 +139,25 @@ class Wire:
         return seen
 
 
+class Held:
+    """The far end forwards to a link that lets next to nothing through, until release()."""
+
+    def __init__(self, pair: Veth) -> None:
+        self._run = pair.namespace.run
+        self._run("ip", "link", "add", "hold0", "type", "veth", "peer", "name", "hold1")
+        self._run("ip", "link", "add", "hold", "type", "bridge")
+        for name in "eth0", "hold0":
+            self._run("ip", "link", "set", name, "master", "hold")
+        for name in "hold0", "hold1", "hold":
+            self._run("ip", "link", "set", name, "up")
+        # The burst lets one frame of full size through.
+        shape = ("tbf", "rate", "8bit", "burst", "1600", "limit", "10mb")
+        self._run("tc", "qdisc", "replace", "dev", "hold0", "root", *shape)
+
+    def release(self) -> None:
+        self._run("tc", "qdisc", "del", "dev", "hold0", "root")
+
+
 def packet_socket(ifname: str) -> socket.socket:
     """Every frame that an interface of this namespace receives."""
     raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)

@@ -19,6 +19,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Self
 
+from tests.rig.descriptors import open_files
 from tests.rig.driver import QueuePair, ledger
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.rings import MIB, MODERN, GuestMemory, Span
@@ -129,13 +130,8 @@ def open_queue(bridge: core.Bridge, wire: core.Netdev, ifname: str) -> None:
 
 def left() -> tuple[list[str], list[str]]:
     """Descriptors, and mappings of guests' memory and of sockets."""
-    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if is_open(fd)]
     maps = re.findall(r"(?:/memfd:|anon_inode|socket:).*", Path("/proc/self/maps").read_text())
-    return sorted(links), sorted(maps)
-
-
-def is_open(fd: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{fd}")
+    return sorted(open_files().values()), sorted(maps)
 
 
 @contextmanager

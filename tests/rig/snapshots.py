@@ -1,10 +1,13 @@
-"""Snapshots made by hand: a guest and an interface whose books balance."""
+"""Snapshots made by hand, a guest and an interface whose books balance; and what is shown of them."""
 
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
 
+from prometheus_client import generate_latest
+
 from xdpnet.counters import Traffic, XdpStatistics
+from xdpnet.metrics.collector import SnapshotCollector, registry
 from xdpnet.metrics.snapshot import (
     Address,
     Guest,
@@ -61,3 +64,10 @@ def snapshot(*ports: Port, tid: int = 1, **fields: Any) -> Snapshot:
     addresses = (Address("52:54:00:00:00:01", -1, "web", True, 0), Address("52:54:00:00:00:09", 0, "web", False, 3))
     whole = Snapshot("1.2.3", 1000.0, 3725.0, total(made), made, (worker(tid),), addresses)
     return replace(whole, **fields)
+
+
+def exposition(shown: Snapshot) -> str:
+    """As Prometheus is told it."""
+    collector = SnapshotCollector()
+    collector.snapshot = shown
+    return generate_latest(registry(collector)).decode()

@@ -1,12 +1,11 @@
 """A backend in the test's process, and whether it has closed what it opened."""
 
-import contextlib
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.rig.descriptors import open_files
 from tests.rig.waiting import until_equal
 
 if TYPE_CHECKING:
@@ -14,20 +13,12 @@ if TYPE_CHECKING:
     from xdpnet.core import Bridge
 
 
-def _open_fds() -> dict[str, str]:
-    links = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
-            links[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return links
-
-
 @pytest.fixture
 def fds_unchanged() -> Iterator[None]:
     """Every descriptor that the test, or what it tests, has opened is closed, if need be by another thread."""
-    before = _open_fds()
+    before = open_files()
     yield
-    until_equal(_open_fds, before)
+    until_equal(open_files, before)
 
 
 # The fixtures below import late: --core has its say first.

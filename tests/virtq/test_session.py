@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from tests.rig import dpdk, needs
 from tests.rig.backend import Backend, MakeBackend
+from tests.rig.descriptors import open_files
 from tests.rig.frontend import ACK_AND_ALL, MODERN, Frontend, RingMemory
 from tests.rig.fuse import silent_file
 from tests.rig.waiting import until_equal
@@ -1191,10 +1192,6 @@ def deliver(
         session.handle(Message(header, body), [Fd(os.dup(fd), session.device.closer) for fd in fds])
 
 
-def open_fds() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
-
-
 requests = st.sampled_from(list(Request))
 words = st.one_of(st.integers(0, 3), st.sampled_from([0xFF, 0x100, 0x10000, 0xFFFFFFFF]))
 payloads = st.one_of(
@@ -1211,7 +1208,7 @@ def test_hostile_a11_no_order_of_requests_breaks_a_session_or_leaks_a_descriptor
     lone_bridge: Bridge, peer: Peer, script: list[tuple[Request, Payload | bytes | None, int]]
 ) -> None:
     port = lone_bridge.add_guest(1)
-    before = open_fds()
+    before = open_files()
     session = Session(GuestDevice(lone_bridge, "guest", port, 1), Counters())
     deliver(session, Request.SET_PROTOCOL_FEATURES, U64(ACK_AND_ALL), [])
     for request, payload, extra in script:
@@ -1222,12 +1219,13 @@ def test_hostile_a11_no_order_of_requests_breaks_a_session_or_leaks_a_descriptor
     session.close()
     assert not any(port.ring_state(ring).started for ring in (0, 1))
     port.remove()
-    until_equal(open_fds, before)
+    until_equal(open_files, before)
 
 
 CUT_OFF = """
 import os
 from tests.rig.backend import Backend, ControlThread
+from tests.rig.descriptors import open_files
 from tests.rig.frontend import RingMemory
 from xdpnet.core import Bridge
 
