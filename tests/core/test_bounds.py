@@ -21,11 +21,6 @@ BURST = 64
 ROOM = (Span(0x4000_0000, 32 * MIB, 0x7F12_0000_0000, 0x1000),)
 
 
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
 def write_table(guest: Driver, sizes: list[int], flags: int, odd: int = 0, content: bytes = b"") -> int:
     """An indirect table of buffers of these sizes, in one stretch of memory that holds `content`; its address."""
     memory = guest.memory

@@ -14,11 +14,6 @@ pytestmark = pytest.mark.core
 ZERO = bytes(6)
 
 
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
 def three(bridge: core.Bridge, guests: MakeGuest) -> list[Driver]:
     made = [guests(bridge) for _ in range(3)]
     for driver in made:

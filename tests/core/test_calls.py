@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.rig.driver import Driver
-from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac
+from tests.rig.guests import BROADCAST, MakeGuest, Pair, both_layouts, frame, mac
 from tests.rig.rings import EVENT_IDX, VERSION_1
 from tests.rig.waiting import PATIENCE_S, eventually
 from xdpnet import core
@@ -26,11 +26,6 @@ pytestmark = [pytest.mark.core, both_layouts]
 
 FULL = 2**64 - 2  # one more, and a write waits
 BATCH = 32  # eventfds that are signalled by one system call
-
-
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
 
 
 @contextlib.contextmanager

@@ -23,11 +23,6 @@ MAX_GROUP_FRAME = 65535 + 14 + 8 + 64 - 4  # GROUP_FRAME less a tag
 UNTOLD = bytes(10)  # a virtio_net_hdr that asks for nothing (PACKET_VNET_HDR)
 
 
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
 # ---- bridges ----
 
 

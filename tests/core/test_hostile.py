@@ -50,11 +50,6 @@ BURST = 64  # frames that are taken from a ring in one turn
 
 
 @pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
-@pytest.fixture
 def make_scene(bridge: core.Bridge, guests: MakeGuest) -> Iterator[MakeScene]:
     """Makes a scene, and sees to it afterwards that nothing of what the guest did has left a trace."""
     made: list[Scene] = []

@@ -22,11 +22,6 @@ pytestmark = [pytest.mark.core, both_layouts]
 
 
 @pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
-@pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     with GuestMemory() as made:
         yield made

@@ -17,11 +17,6 @@ pytestmark = [pytest.mark.core, both_layouts]
 each_kind = pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX], ids=["flags", "event index"])
 
 
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
 def asleep(driver: Driver) -> bool:
     """The worker waits for a kick at the very next chain."""
     return driver.pair.tx.waits()

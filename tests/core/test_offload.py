@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.rig.driver import TOGETHER, Driver, Layout, ledger
-from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac
+from tests.rig.guests import BROADCAST, MakeGuest, Pair, both_layouts, frame, mac
 from tests.rig.offloads import (
     CSUM,
     GUEST,
@@ -58,11 +58,6 @@ Link = Callable[..., Pair]
 
 
 each_kind = pytest.mark.parametrize("whole", [TCP4, TCP6, UDP4, UDP6], ids=["tso4", "tso6", "uso4", "uso6"])
-
-
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
 
 
 @pytest.fixture

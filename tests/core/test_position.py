@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.rig.driver import Driver, Layout
-from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only
+from tests.rig.guests import BROADCAST, MakeGuest, both_layouts, frame, mac, packed_only
 from tests.rig.rings import (
     AVAIL,
     EVENT_IDX,
@@ -30,11 +30,6 @@ pytestmark = [pytest.mark.core, packed_only]
 
 SIZES = [1, 2, 3, 5, 8, 16]
 each_order = pytest.mark.parametrize("order", [0, IN_ORDER], ids=["any order", "in order"])
-
-
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
 
 
 def drawn(dice: random.Random, most: int) -> Layout:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.native import MAX_VALUES, compile_program, rewriting
 from tests.rig.driver import Driver, ledger
-from tests.rig.guests import MakeBridge, MakeGuest, both_layouts, frame, mac, packed_only, split_only
+from tests.rig.guests import MakeGuest, both_layouts, frame, mac, packed_only, split_only
 from tests.rig.offloads import SENDS, data
 from tests.rig.rings import AVAIL, HOLE, INDIRECT, MODERN, NEXT, USED, WRAP, WRITE, PackedRing, Ring, SplitRing
 from tests.rig.scene import END, Scene, own_flags
@@ -30,11 +30,6 @@ pytestmark = [pytest.mark.core, both_layouts]
 NUM = 16
 BAD_ADDRS = [HOLE, END - 8, 0, 2**64 - 8]
 Words = dict[int, list[int]]
-
-
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from tests.rig.driver import LAYOUTS, TOGETHER, Driver, Layout
-from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, Pair, both_layouts, frame, mac, packed_only, split_only
+from tests.rig.guests import BROADCAST, MakeGuest, Pair, both_layouts, frame, mac, packed_only, split_only
 from tests.rig.rings import (
     BORDER,
     EVENT_IDX,
@@ -36,11 +36,6 @@ HEADERS = {
 }
 each_header = pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
 each_event = pytest.mark.parametrize("event", [0, EVENT_IDX], ids=["flags", "event index"])
-
-
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
 
 
 # ---- layouts ----

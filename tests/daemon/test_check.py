@@ -7,14 +7,13 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.rig import needs
 from tests.rig.daemon import daemon, guest
-from tests.rig.netns import Veth, command, needs_root, veth
+from tests.rig.netns import Veth, command, needs_root
 from tests.rig.refuse import IO_SETUP
 from tests.rig.waiting import until
 from xdpnet import check, config, core, descriptors
@@ -131,21 +130,15 @@ def test_a_missing_interface_is_one_line_with_those_that_exist() -> None:
     assert "lo" in lines[0].remedy
 
 
-@pytest.fixture
-def pair() -> Iterator[Veth]:
-    with veth() as made:
-        yield made
-
-
-def interface(pair: Veth) -> dict[str, Check]:
-    lines = by_name(run_checks([pair.ifname]))
-    return {name.removeprefix(pair.ifname).strip(): line for name, line in lines.items()}
+def interface(wire: Veth) -> dict[str, Check]:
+    lines = by_name(run_checks([wire.ifname]))
+    return {name.removeprefix(wire.ifname).strip(): line for name, line in lines.items()}
 
 
 @needs_root
 @pytest.mark.net
-def test_an_interface_that_is_ready(pair: Veth) -> None:
-    lines = interface(pair)
+def test_an_interface_that_is_ready(wire: Veth) -> None:
+    lines = interface(wire)
     assert (lines["state"].ok, lines["queues"].ok, lines["native XDP"].ok) == (True, True, True)
     assert "MTU 1500" in lines["state"].detail
     assert lines["queues"].detail == "1 receive queue"
@@ -153,89 +146,89 @@ def test_an_interface_that_is_ready(pair: Veth) -> None:
 
 @needs_root
 @pytest.mark.net
-def test_an_interface_that_is_down(pair: Veth) -> None:
-    command("ip", "link", "set", pair.ifname, "down")
-    state = interface(pair)["state"]
+def test_an_interface_that_is_down(wire: Veth) -> None:
+    command("ip", "link", "set", wire.ifname, "down")
+    state = interface(wire)["state"]
     assert not state.ok
-    assert state.remedy == f"ip link set dev {pair.ifname} up"
+    assert state.remedy == f"ip link set dev {wire.ifname} up"
 
 
 @needs_root
 @pytest.mark.net
-def test_an_mtu_of_large_frames_is_for_kernels_that_have_them(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
-    command("ip", "link", "set", pair.ifname, "mtu", "9000")
-    lines = interface(pair)
+def test_an_mtu_of_large_frames_is_for_kernels_that_have_them(wire: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+    command("ip", "link", "set", wire.ifname, "mtu", "9000")
+    lines = interface(wire)
     assert (lines["state"].ok, lines["native XDP"].ok) == (True, True)
     monkeypatch.setattr(fitness, "FRAGS_KERNEL", (999, 0))
-    state = interface(pair)["state"]
+    state = interface(wire)["state"]
     assert not state.ok
     assert f"mtu {fitness.PLAIN_MTU}" in state.remedy
-    command("ip", "link", "set", pair.ifname, "mtu", str(fitness.PLAIN_MTU))
-    assert interface(pair)["state"].ok
+    command("ip", "link", "set", wire.ifname, "mtu", str(fitness.PLAIN_MTU))
+    assert interface(wire)["state"].ok
 
 
 @needs_root
 @pytest.mark.net
-def test_an_mtu_beyond_the_limit(pair: Veth) -> None:
-    command("ip", "link", "set", pair.ifname, "mtu", str(fitness.MAX_MTU + 1))
-    assert not interface(pair)["state"].ok
+def test_an_mtu_beyond_the_limit(wire: Veth) -> None:
+    command("ip", "link", "set", wire.ifname, "mtu", str(fitness.MAX_MTU + 1))
+    assert not interface(wire)["state"].ok
 
 
 @needs_root
 @pytest.mark.net
-def test_vlan_tags_beside_the_frame_are_advice_that_names_the_peer(pair: Veth) -> None:
-    offloads = interface(pair)["offloads"]
+def test_vlan_tags_beside_the_frame_are_advice_that_names_the_peer(wire: Veth) -> None:
+    offloads = interface(wire)["offloads"]
     assert (offloads.ok, offloads.required) == (False, False)
     assert "ethtool -K PEER txvlan off" in offloads.remedy
-    command("ip", "-n", pair.namespace.name, "link", "set", pair.peer, "netns", str(os.getpid()), "name", PEER)
-    assert f"ethtool -K {PEER} txvlan off" in interface(pair)["offloads"].remedy
+    command("ip", "-n", wire.namespace.name, "link", "set", wire.peer, "netns", str(os.getpid()), "name", PEER)
+    assert f"ethtool -K {PEER} txvlan off" in interface(wire)["offloads"].remedy
     command("ethtool", "-K", PEER, "txvlan", "off")
-    assert "offloads" not in interface(pair)
+    assert "offloads" not in interface(wire)
 
 
 @needs_root
 @pytest.mark.net
-def test_vlan_tags_that_hardware_takes_out_are_no_trouble(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vlan_tags_that_hardware_takes_out_are_no_trouble(wire: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "STRIPPED_BY_PEER", frozenset())
-    lines = interface(pair)
+    lines = interface(wire)
     assert lines["VLAN tags"].ok
     assert "offloads" not in lines
-    assert fitness.stripping(pair.ifname) == list(fitness.VLAN_STRIPPING)
+    assert fitness.stripping(wire.ifname) == list(fitness.VLAN_STRIPPING)
     for feature in fitness.VLAN_STRIPPING:
-        command("ethtool", "-K", pair.ifname, feature, "off")
-    assert "VLAN tags" not in interface(pair)
+        command("ethtool", "-K", wire.ifname, feature, "off")
+    assert "VLAN tags" not in interface(wire)
 
 
 @needs_root
 @pytest.mark.net
-def test_vlan_tags_that_hardware_always_takes_out_are_an_obstacle(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vlan_tags_that_hardware_always_takes_out_are_an_obstacle(wire: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "STRIPPED_BY_PEER", frozenset())
     monkeypatch.setattr(check, "fixed_features", lambda _: frozenset(fitness.VLAN_STRIPPING))
-    lines = interface(pair)
+    lines = interface(wire)
     assert "VLAN tags" not in lines
     assert "rx-vlan-hw-parse off" in lines["offloads"].remedy
 
 
 @needs_root
 @pytest.mark.net
-def test_the_interface_of_a_running_daemon_is_in_good_hands(pair: Veth, tmp_path: Path) -> None:
-    with daemon(tmp_path, "--guest", guest(tmp_path), "--netdev", pair.ifname) as running:
+def test_the_interface_of_a_running_daemon_is_in_good_hands(wire: Veth, tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path), "--netdev", wire.ifname) as running:
         running.ready()
-        lines = interface(pair)
+        lines = interface(wire)
         assert [line for line in lines.values() if line.required and not line.ok] == []
         assert f"in the hands of xdpnet, process {running.process.pid} (" in lines["state"].detail
 
 
 @needs_root
 @pytest.mark.net
-def test_an_interface_in_other_hands_is_named_with_what_frees_it(pair: Veth, tmp_path: Path) -> None:
+def test_an_interface_in_other_hands_is_named_with_what_frees_it(wire: Veth, tmp_path: Path) -> None:
     program = loader.load(1, 1)
-    link = core.bpf_xdp_link(program.prog_fd, socket.if_nametoindex(pair.ifname), XDP_FLAGS["native"])
-    state = interface(pair)["state"]
+    link = core.bpf_xdp_link(program.prog_fd, socket.if_nametoindex(wire.ifname), XDP_FLAGS["native"])
+    state = interface(wire)["state"]
     assert not state.ok
     assert state.remedy.startswith(f"end process {os.getpid()} (")
     os.close(link)
-    until(lambda: interface(pair)["state"].ok)
+    until(lambda: interface(wire)["state"].ok)
     program.close()
 
 
@@ -243,26 +236,26 @@ def test_an_interface_in_other_hands_is_named_with_what_frees_it(pair: Veth, tmp
 @needs.program("clang", "clang")
 @pytest.mark.net
 @pytest.mark.parametrize("mode", ["xdp", "xdpgeneric"])
-def test_a_program_that_ip_attached_goes_by_the_command_that_is_proposed(pair: Veth, tmp_path: Path, mode: str) -> None:
+def test_a_program_that_ip_attached_goes_by_the_command_that_is_proposed(wire: Veth, tmp_path: Path, mode: str) -> None:
     source = tmp_path / "pass.c"
     source.write_text('__attribute__((section("xdp"), used)) int pass(void *ctx) { return 2; }')
     subprocess.run(["clang", "-O2", "-target", "bpf", "-c", source, "-o", tmp_path / "pass.o"], check=True)
-    command("ip", "link", "set", "dev", pair.ifname, mode, "obj", str(tmp_path / "pass.o"), "sec", "xdp")
-    state = interface(pair)["state"]
+    command("ip", "link", "set", "dev", wire.ifname, mode, "obj", str(tmp_path / "pass.o"), "sec", "xdp")
+    state = interface(wire)["state"]
     assert not state.ok
     found = re.search(r"ip link set dev \S+ \S+ off", state.remedy)
     assert found is not None
     command(*found[0].split())
-    assert interface(pair)["state"].ok
+    assert interface(wire)["state"].ok
 
 
 @needs_root
 @pytest.mark.net
-def test_a_bridge_has_the_advice_that_run_gives(pair: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bridge_has_the_advice_that_run_gives(wire: Veth, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = f"xdpn{os.getpid()}br"
     command("ip", "link", "add", bridge, "up", "type", "bridge")
     try:
-        command("ip", "link", "set", pair.ifname, "master", bridge)
+        command("ip", "link", "set", wire.ifname, "master", bridge)
         lines = by_name(run_checks([bridge]))
         assert lines[f"{bridge} state"].ok
         if lines[f"{bridge} native XDP"].ok:

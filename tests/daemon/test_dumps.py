@@ -10,7 +10,7 @@ import pytest
 from tests.rig import dpdk
 from tests.rig.daemon import daemon, guest
 from tests.rig.guests import BROADCAST, mac
-from tests.rig.netns import Veth, needs_root, veth
+from tests.rig.netns import Veth, needs_root
 from tests.rig.remote import RemoteGuest
 from tests.rig.rings import MODERN, Span
 from tests.rig.waiting import until
@@ -21,12 +21,6 @@ UNIT = Path("deploy/xdpnet.service")
 HUGE = 2 << 20
 HUGE_SPAN = (Span(0x4000_0000, 4 * HUGE, 0x7F12_0000_0000, 0),)
 MFD_HUGETLB = 4
-
-
-@pytest.fixture
-def wire() -> Iterator[Veth]:
-    with veth() as made:
-        yield made
 
 
 def dumped(pid: int) -> Iterator[tuple[str, bytes]]:

@@ -521,12 +521,6 @@ def test_the_daemon_is_small(tmp_path: Path) -> None:
 # ---- interfaces ----
 
 
-@pytest.fixture
-def wire() -> Iterator[Veth]:
-    with veth() as made:
-        yield made
-
-
 @needs_root
 @pytest.mark.net
 def test_an_interface_is_attached_shown_and_released(tmp_path: Path, wire: Veth) -> None:

@@ -45,11 +45,6 @@ class Watched:
         return {worker: stall.where.removeprefix("at ") for worker, stall in self.watch.stalls.items()}
 
 
-@pytest.fixture
-def bridge(make_bridge: MakeBridge) -> core.Bridge:
-    return make_bridge()
-
-
 @contextlib.contextmanager
 def stuck(bridge: core.Bridge, driver: Driver) -> Iterator[None]:
     """Its next frame lies in memory that does not answer; the worker is there."""

@@ -4,9 +4,7 @@ By a balloon that is told to grow and to shrink again, and by free page reportin
 """
 
 import contextlib
-import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import needs
+from tests.rig.qmp import Qmp
 from tests.rig.waiting import until
 from xdpnet.demo import await_listener, initramfs, process, topology
 from xdpnet.demo.backend import Backend, balanced
@@ -38,31 +37,6 @@ with socket.create_server(("", {PORT})) as server:
     connection, _ = server.accept()
     print(hashlib.file_digest(connection.makefile("rb"), "md5").hexdigest())
 """
-
-
-class Qmp:
-    """QEMU's monitor; no events are looked at."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
-        self._lines = self._socket.makefile("r")
-        self._lines.readline()
-        self("qmp_capabilities")
-
-    def __call__(self, command: str, **arguments: object) -> object:
-        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
-        for line in self._lines:
-            answer = json.loads(line)
-            if "error" in answer:
-                raise RuntimeError(f"{command}: {answer['error']}")
-            if "return" in answer:
-                return answer["return"]
-        raise RuntimeError(f"{command}: no answer")
-
-    def close(self) -> None:
-        self._lines.close()
-        self._socket.close()
 
 
 @dataclass
@@ -154,14 +128,14 @@ def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
 def test_a_guest_whose_balloon_grows_and_shrinks_goes_on_sending_and_no_byte_is_another(stage: Stage) -> None:
     stage.upload(4)
     assert stage.wire.tx.in_place > 1000
-    with closing(Qmp(stage.directory / "qmp")) as qmp:
+    with Qmp(stage.directory / "qmp") as qmp:
         for _ in range(2):
             stage.shrink()
-            qmp("balloon", value=SMALL_MIB * MIB)
+            qmp.run("balloon", value=SMALL_MIB * MIB)
             until(lambda: actual(qmp) == SMALL_MIB * MIB)
             assert stage.memory < (SMALL_MIB + 1) * MIB
             stage.use_up(but_mib=14)
-            qmp("balloon", value=MEMORY_MIB * MIB)
+            qmp.run("balloon", value=MEMORY_MIB * MIB)
             until(lambda: actual(qmp) == MEMORY_MIB * MIB)
             stage.upload(24)
             stage.guest.check("rm /tmp/used")
@@ -177,6 +151,4 @@ def test_a_guest_that_reports_free_pages_goes_on_sending_and_no_byte_is_another(
 
 
 def actual(qmp: Qmp) -> int:
-    answer = qmp("query-balloon")
-    assert isinstance(answer, dict)
-    return int(answer["actual"])
+    return int(qmp.run("query-balloon")["actual"])

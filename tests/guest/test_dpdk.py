@@ -47,12 +47,6 @@ def virtio_user(path: Path, mac: str = MAC, number: int = 0, options: Mapping[st
     return f"net_virtio_user{number},path={path},mac={mac}{more}"
 
 
-@pytest.fixture
-def net() -> Iterator[topology.Topology]:
-    with topology.topology() as made:
-        yield made
-
-
 @pytest.mark.parametrize("frontend_listens", [False, True], ids=["backend listens", "frontend listens"])
 @pytest.mark.parametrize("options", [{}, {"mrg_rxbuf": 0}, {"in_order": 0}, {"packed_vq": 1}], ids=str)
 def test_every_frame_that_dpdk_sends_is_counted_on_its_way_to_the_wire(

@@ -51,12 +51,6 @@ def lost(backend: Backend) -> dict[str, int]:
 
 
 @pytest.fixture
-def net() -> Iterator[topology.Topology]:
-    with topology.topology() as made:
-        yield made
-
-
-@pytest.fixture
 def linux(net: topology.Topology, tmp_path: Path) -> Iterator[tuple[Backend, Guest]]:
     """A Linux guest with the old card."""
     kernel = initramfs.find_kernel()

@@ -38,11 +38,18 @@ from tests.rig.waiting import PATIENCE_S, until
 from xdpnet.core import TX, Bridge
 from xdpnet.counters import Traffic
 from xdpnet.demo import initramfs, iperf, process, topology
-from xdpnet.demo.backend import Backend, balanced
+from xdpnet.demo.backend import Backend
 from xdpnet.demo.guest import Card, Guest, best_accelerator
 from xdpnet.virtq.features import OFFERED, VirtioFeature, mask
 
-pytestmark = [pytest.mark.net, pytest.mark.guest, needs.root, needs.newer_guest, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.net,
+    pytest.mark.guest,
+    pytest.mark.usefixtures("books_balance"),
+    needs.root,
+    needs.newer_guest,
+    pytest.mark.timeout(300),
+]
 
 UDP_SEGMENT = 103
 PORT = 7000
@@ -187,13 +194,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, control: ControlThread, brid
         one.check("ip address add 10.79.0.10/24 dev eth1 && ip address add fd79::10/64 dev eth1")
         yield Stage(net, backend, ends, directory, driver, control)
         assert backend.stop() == 0, process.tail(backend.log)
-
-
-@pytest.fixture(autouse=True)
-def books_balance(stage: Stage) -> Iterator[None]:
-    yield
-    snapshot = stage.backend.settled()
-    assert balanced(snapshot), snapshot.totals
 
 
 def payload(size: int, number: int = 0) -> bytes:

@@ -68,12 +68,6 @@ def bridge() -> Iterator[core.Bridge]:
 
 
 @pytest.fixture
-def pair() -> Iterator[Veth]:
-    with veth() as made:
-        yield made
-
-
-@pytest.fixture
 def opened(bridge: core.Bridge, pair: Veth) -> Iterator[Netdev]:
     made = Netdev(bridge, pair.ifname)
     made.open()

@@ -101,12 +101,6 @@ each_kind = pytest.mark.parametrize("whole", KINDS.values(), ids=KINDS.keys())
 
 
 @pytest.fixture
-def pair() -> Iterator[Veth]:
-    with veth() as made:
-        yield made
-
-
-@pytest.fixture
 def lane(bridge: core.Bridge, guests: MakeGuest, pair: Veth) -> Iterator[Lane]:
     with pair.wire() as far:
         yield Lane(bridge, guests(bridge, features=MODERN | SENDS), pair, far)

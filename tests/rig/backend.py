@@ -40,9 +40,11 @@ class ControlThread:
     def bridge(self, make: Callable[[], Bridge] = lambda: Bridge(workers=1)) -> Iterator[Bridge]:
         """A running bridge of this thread's."""
         made = self.call(make)
-        self.call(made.start)
-        yield made
-        self.call(made.close)
+        try:
+            self.call(made.start)
+            yield made
+        finally:
+            self.call(made.close)
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -1,6 +1,6 @@
 """Fixtures for tests of the C core: bridges with running workers, and guests on them.
 
-A plugin: test modules name it in pytest_plugins, and define `bridge` to say what bridge they want.
+A plugin: test modules name it in pytest_plugins; those that want another bridge define `bridge`.
 """
 
 import contextlib
@@ -36,6 +36,11 @@ def make_bridge() -> Iterator[MakeBridge]:
 
         yield make
     assert open_files().keys() <= before.keys()
+
+
+@pytest.fixture
+def bridge(make_bridge: MakeBridge) -> core.Bridge:
+    return make_bridge()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
