@@ -12,7 +12,7 @@ from tests.rig.dpdk import Pmd
 from tests.rig.waiting import until
 from xdpnet.demo import topology
 from xdpnet.demo.backend import Backend, balanced
-from xdpnet.metrics.snapshot import Queue
+from xdpnet.metrics.snapshot import Queue, Snapshot
 
 pytestmark = [pytest.mark.net, pytest.mark.dpdk, needs.root, needs.testpmd]
 
@@ -23,6 +23,16 @@ HUGE_MIB = 640  # of two clients
 def wire(daemon: Backend) -> Queue:
     (queue,) = (port.queues[0] for port in daemon.snapshot().ports if port.netdev)
     return queue
+
+
+def told(books: Snapshot) -> dict[str, dict[str, int]]:
+    """What every port has in each direction, but for zeroes."""
+    return {
+        f"{port.name} {way}": {"packets": traffic.packets, "copies": traffic.copies}
+        | {reason: n for reason, n in traffic.drops.items() if n}
+        for port in books.ports
+        for way, traffic in (("rx", port.queues[0].rx), ("tx", port.queues[0].tx))
+    }
 
 
 def client(number: int, directory: Path, huge: Path, options: str, peer: str) -> Pmd:
@@ -40,6 +50,9 @@ def send(sender: Pmd, daemon: Backend, number: int) -> None:
     sender.command("start")
     until(lambda: daemon.port(port).queues[0].tx.packets > before + 10_000)
     sender.command("stop")
+    # What is still in the ring when a client ends is `disabled`.
+    sent = sender.stats().tx_packets
+    until(lambda: daemon.port(port).queues[0].tx.packets == sent)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +91,7 @@ def test_guests_that_come_and_go_are_sent_in_place_and_no_frame_is_unaccounted_f
             queue = wire(daemon)
             assert queue.tx.packets + sum(queue.tx.drops.values()) == sum(
                 port.queues[0].tx.packets for port in books.ports if port.guest
-            )
+            ), told(books)
             assert queue.tx.in_place > before
         until(lambda: wire(daemon).xsk.umem == 16 << 20)  # type: ignore[union-attr]
         assert daemon.stop() == 0
