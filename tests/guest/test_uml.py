@@ -36,10 +36,11 @@ class Stage:
     net: topology.Topology
     backend: Backend
     guest: uml.UserModeGuest
+    initrd: Path
     directory: Path
 
-    def features(self) -> set[str]:
-        guest = self.backend.port("uml").guest
+    def features(self, name: str = "uml") -> set[str]:
+        guest = self.backend.port(name).guest
         assert guest is not None
         return set(guest.features)
 
@@ -50,13 +51,14 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with ExitStack() as stack:
         net = stack.enter_context(topology.topology())
         path = directory / "uml.socket"
-        backend = Backend(net.host, directory, ["--netdev", topology.HOST_IF, "--guest", f"uml,socket={path}"]).start()
+        guests = ["--guest", f"uml,socket={path}", "--guest", f"pairs,socket={directory / 'pairs.socket'},queues=2"]
+        backend = Backend(net.host, directory, ["--netdev", topology.HOST_IF, *guests]).start()
         stack.callback(backend.stop)
         initrd = uml.build(directory)
         guest = uml.UserModeGuest(directory, uml.kernel(), initrd, [Card(path, "")], memory_mib=128, name="xdpn-uml")
         stack.enter_context(closing(guest.start()))
         guest.configure(ADDRESS, topology.PREFIX)
-        yield Stage(net, backend, guest, directory)
+        yield Stage(net, backend, guest, initrd, directory)
         assert backend.stop() == 0, process.tail(backend.log)
 
 
@@ -87,3 +89,16 @@ def test_its_driver_is_unbound_and_bound_again(stage: Stage) -> None:
         stage.net.far.run("ip", "neigh", "flush", "dev", topology.FAR_IF)
         until(lambda: " 0% packet loss" in stage.guest.check(f"ping -c 2 {topology.FAR_ADDRESS}; true"))
         assert " 0% packet loss" in stage.net.ping(ADDRESS, 2)
+
+
+def test_a_guest_of_more_pairs_than_it_has_is_told_of_and_works_when_it_is_started_again(stage: Stage) -> None:
+    """It asks what is offered before it says that it has one pair; its driver wants a control queue for more."""
+    card = Card(stage.directory / "pairs.socket", "")
+    guest = uml.UserModeGuest(stage.directory, uml.kernel(), stage.initrd, [card], memory_mib=128, name="xdpn-pairs")
+    with closing(guest.start()):
+        assert "not VIRTIO_NET_F_CTRL_VQ" in guest.check("dmesg")
+    until(lambda: "set queues=1" in stage.backend.log.read_text())
+    with closing(guest.start()):
+        guest.configure(topology.GUEST_ADDRESSES[1], topology.PREFIX)
+        assert " 0% packet loss" in guest.check(f"ping -c 2 {topology.FAR_ADDRESS}")
+        assert "VIRTIO_NET_F_MQ" not in stage.features("pairs")

@@ -111,6 +111,25 @@ def test_what_is_offered_is_what_is_answered(backend: Backend) -> None:
         assert frontend.ask_u64(Request.GET_FEATURES) == offered & ~(0 if rarp else announce)
 
 
+MQ = mask(VirtioFeature.VIRTIO_NET_F_MQ)
+ONE_PAIR = ACK_AND_ALL & ~mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ)
+
+
+def test_multiqueue_is_offered_until_a_frontend_says_that_it_has_one_pair(make_backend, caplog):
+    """DPDK's virtio-user and user-mode Linux ask once, and say which of the two they are only then."""
+    backend = make_backend(pairs=2)
+    for before, protocol, after in (MQ, ONE_PAIR, 0), (0, ACK_AND_ALL, MQ), (MQ, ACK_AND_ALL, MQ), (MQ, ONE_PAIR, 0):
+        frontend, _ = backend.connect()
+        assert frontend.ask_u64(Request.GET_FEATURES) & MQ == before
+        frontend.send(Request.SET_PROTOCOL_FEATURES, U64(protocol))
+        assert frontend.ask_u64(Request.GET_FEATURES) & MQ == after
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            assert frontend.tell(Request.SET_FEATURES, U64(MODERN | MQ)) == 0
+        assert ("set queues=1" in caplog.text) is not bool(after)
+        frontend.socket.close()
+
+
 CLOUD_HYPERVISOR = mask(
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK,

@@ -52,6 +52,7 @@ class GuestDevice:
         self.max_memory = max_memory  # bytes of all regions together
         self.poll = poll  # rings without a kick descriptor are served, which keeps a worker awake
         self.offered = features.offered(pairs, mtu, guest_offloads)
+        self.multiqueue = True  # of the last frontend: DPDK's asks what is offered once, and says what it has then only
         self.features = 0  # as negotiated, VHOST_USER_F_PROTOCOL_FEATURES included
         self.guest_mtu: int | None = None  # what the frontend announced with NET_SET_MTU
         self.rings = [Virtqueue(index) for index in range(2 * pairs)]

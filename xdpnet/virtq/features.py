@@ -110,8 +110,9 @@ def _mtu_known(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
 # GUEST_ANNOUNCE costs us nothing: where it is negotiated, QEMU asks the guest to announce itself (configuration space
 # and control queue), in all its VLANs and with its IP addresses, and sends us no SEND_RARP (hw/virtio/vhost-user.c,
 # vhost_user_migration_done); not offered, QEMU takes the bit away from the guest. RARP is for the other guests.
-# To a guest without a control queue a frontend must not pass it on, as with MQ: Linux refuses such a card. User-mode
-# Linux and cloud-hypervisor do; so it is for frontends that have asked for RARP before, as QEMU does.
+# Linux refuses a card with what takes a control queue and without one (drivers/net/virtio_net.c, virtnet_validate), and
+# user-mode Linux and cloud-hypervisor pass on what they know. So GUEST_ANNOUNCE is for frontends that have asked for
+# RARP before, as QEMU does, and MQ for those that have several pairs: for_frontend().
 # RING_RESET is not offered, though rings stop and start one by one: QEMU would let the guest reset a ring and tell no
 # vhost-user backend of it (hw/net/virtio-net.c, virtio_net_queue_reset); the ring would be polled in memory given back.
 OFFERED: dict[VirtioFeature, Condition] = {
@@ -182,6 +183,7 @@ def mask(*bits: int) -> int:
 VERSION_1 = mask(VirtioFeature.VIRTIO_F_VERSION_1)
 PROTOCOL_FEATURES = mask(VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 RING_PACKED = mask(VirtioFeature.VIRTIO_F_RING_PACKED)
+MULTIQUEUE = mask(VirtioFeature.VIRTIO_NET_F_MQ)
 # What a guest takes from us undone. By its control queue it may go back on that (CTRL_GUEST_OFFLOADS), as Linux does
 # for a native XDP program; but QEMU keeps the control queue and tells no vhost-user backend.
 GUEST_OFFLOADS = mask(
@@ -216,9 +218,10 @@ def offered(pairs: int, mtu: int | None, guest_offloads: bool = True) -> int:
     return bits if guest_offloads else bits & ~GUEST_OFFLOADS
 
 
-def for_frontend(bits: int, rarp: bool) -> int:
-    """Those of the offered ones that a frontend is told of, which has negotiated RARP or has not (yet)."""
-    return bits if rarp else bits & ~mask(VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE)
+def for_frontend(bits: int, rarp: bool, multiqueue: bool) -> int:
+    """Those of the offered ones that a frontend is told of: has it negotiated RARP (by now), has it several pairs?"""
+    lacking = ((VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE, rarp), (VirtioFeature.VIRTIO_NET_F_MQ, multiqueue))
+    return bits & ~mask(*(feature for feature, wanted in lacking if not wanted))
 
 
 def offered_protocol() -> int:

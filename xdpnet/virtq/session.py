@@ -135,10 +135,15 @@ class Session:
     # ---- features ----
 
     def get_features(self, _: Nothing) -> Payload:
-        return U64(features.for_frontend(self.device.offered, self._rarp))
+        return U64(features.for_frontend(self.device.offered, self._rarp, self.device.multiqueue))
 
     def set_features(self, bits: U64) -> None:
         self.device.set_features(bits.value)
+        if bits.value & features.MULTIQUEUE and not self.device.multiqueue:
+            self.device.log.warning(
+                "its frontend has one queue pair, and its card VIRTIO_NET_F_MQ without a control queue, which Linux "
+                "refuses; start the guest again, for now we know, or set queues=1"
+            )
 
     def get_protocol_features(self, _: Nothing) -> Payload:
         return U64(features.offered_protocol())
@@ -148,6 +153,7 @@ class Session:
             names = ", ".join(features.names(unknown, ProtocolFeature))
             raise ProtocolError("features", f"protocol features not offered: {names}")
         self.protocol_features = bits.value
+        self.device.multiqueue = self._has(ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ)
 
     def get_queue_num(self, _: Nothing) -> Payload:
         """Of pairs for QEMU, as DPDK's backend has it, and of virtqueues for others, as rust-vmm's have.
