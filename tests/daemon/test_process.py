@@ -26,11 +26,12 @@ from tests.rig.guests import frame
 from tests.rig.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.rig.refuse import USERFAULTFD
 from tests.rig.remote import RemoteGuest
-from tests.rig.traced import stopped
+from tests.rig.traced import WALL, stopped
 from tests.rig.waiting import PATIENCE_S
 from xdpnet.closer import MAX_PENDING
 from xdpnet.control.orders import OTHERS
 from xdpnet.control.server import CLIENTS
+from xdpnet.daemon import END_S
 from xdpnet.metrics.endpoint import CONNECTIONS
 from xdpnet.virtq.message import Request
 
@@ -209,6 +210,41 @@ def test_the_service_manager_hears_that_it_starts_anew(tmp_path: Path) -> None:
             assert manager.recv(100) == b"STOPPING=1"
 
 
+@needs_root
+@pytest.mark.net
+def test_what_starts_anew_leaves_nothing_of_what_it_was_and_goes_on(tmp_path: Path, wire: Veth) -> None:
+    """With everything that there is to start and to end, and past the time that an end may take."""
+    more = f"metrics = '127.0.0.1:0'\nspin_us = {{spin}}\n{{before}}[[netdev]]\ninterface = '{wire.ifname}'\n"
+    starts = 5
+
+    def threads() -> int:
+        return len(os.listdir(f"/proc/{running.process.pid}/task"))
+
+    with configured(tmp_path, {"WATCHDOG_USEC": "10000000"}) as (running, file):
+        before = file.read_text()
+        for count in range(starts):
+            file.write_text(more.format(spin=count, before=before))
+            running.process.send_signal(signal.SIGHUP)
+            running.until(lambda count=count: running.log.count("ready: ") == count + 2, "ready again")
+            if count == 0:
+                descriptors, most = descriptors_of(running), threads() + starts - 2  # some come and go
+        running.until(lambda: descriptors_of(running) == descriptors and threads() <= most, "nothing else is left")
+        running.until(lambda: running.snapshot().uptime_s > END_S, "time goes by")
+        assert running.end() == 0
+
+
+@needs_root
+def test_an_end_that_hangs_is_cut_and_says_where(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path)) as running:
+        tid = running.ready().snapshot().workers[0].tid
+        with stopped(tid):
+            running.process.terminate()
+            running.until(lambda: "Timeout (0:00:0" in running.log, "told")
+            os.waitpid(tid, WALL)  # a process has not ended while somebody may still look at one of its threads
+        assert running.process.wait(timeout=PATIENCE_S) == 1
+        assert "bridge.py" in running.log
+
+
 def test_a_later_step_that_fails_undoes_the_earlier_ones(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -355,6 +391,17 @@ def test_a_guest_whose_memory_is_taken_away_loses_its_connection_and_no_other_do
         assert "guest web: its memory was taken away; ending the connection" in running.log
         with Frontend.connect(str(tmp_path / "web.sock")) as again:
             again.negotiate()
+        assert running.end() == 0
+
+
+def test_36_a_guest_behind_whose_card_others_live_is_told_of_while_it_runs(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--guest", guest(tmp_path, more=f",mac={MAC}")) as running:
+        running.ready()
+        with RemoteGuest(tmp_path / "web.sock") as web:
+            web.start()
+            web.pair.send(frame(b"\xff" * 6, bytes.fromhex("52540000000a")))
+            told = "guest web: frames from 52:54:00:00:00:0a are dropped (spoof): it is not its mac; if it is a bridge"
+            running.until(lambda: told in running.log, "told")
         assert running.end() == 0
 
 
@@ -610,6 +657,32 @@ def test_the_guests_addresses_are_steered(tmp_path: Path, wire: Veth) -> None:
         totals = running.snapshot().totals
         assert totals.frames_in == 10
         assert totals.drops == 10  # no driver is there to take them
+        assert running.end() == 0
+
+
+@needs_root
+@pytest.mark.net
+def test_an_address_that_ages_when_its_guest_has_gone_is_the_hosts_again(tmp_path: Path, wire: Veth) -> None:
+    """Nothing tells of that but time."""
+    words = ("--guest", guest(tmp_path), "--netdev", wire.ifname, "--ageing-s", "1")
+    with daemon(tmp_path, *words) as running, wire.wire() as far:
+        running.ready()
+        with RemoteGuest(tmp_path / "web.sock") as web:
+            web.start()
+            web.pair.send(frame(b"\xff" * 6, bytes.fromhex(MAC.replace(":", ""))))
+            assert far.receive()
+
+        def verdict(name: str) -> int:
+            netdev = running.port(wire.ifname).netdev
+            assert netdev is not None
+            return netdev.verdicts[name]
+
+        def goes_to(name: str) -> bool:
+            before = verdict(name)
+            far.send(frame(bytes.fromhex(MAC.replace(":", "")), wire.peer_mac))
+            return verdict(name) > before
+
+        running.until(lambda: goes_to("host"), "the host's")
         assert running.end() == 0
 
 
