@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -1414,7 +1416,7 @@ def test_a_device_without_a_mac_address_is_refused(pair: Veth) -> None:
         fitness.check_link(link)
 
 
-@pytest.mark.parametrize("mode", ["bridge", "private", "vepa"])
+@pytest.mark.parametrize("mode", ["bridge", "private", "vepa", "source"])
 @pytest.mark.parametrize("kind", ["macvlan", "macvtap"])
 def test_a_child_that_gets_no_frames_of_guests_is_refused_with_what_works(
     bridge: core.Bridge, pair: Veth, kind: str, mode: str
@@ -1423,6 +1425,69 @@ def test_a_child_that_gets_no_frames_of_guests_is_refused_with_what_works(
         Netdev(bridge, name).open()
     assert "passthru" in failure.value.remedy
     assert pair.ifname in failure.value.remedy
+
+
+def like(pair: Veth, **changes: Any) -> Link:
+    """Of a kind that this kernel may not have."""
+    return dataclasses.replace(require_link(pair.ifname), **changes)
+
+
+@pytest.mark.parametrize("kind", ["ipvlan", "ipvtap"])
+def test_35_a_child_that_has_its_parents_address_is_refused_with_what_works(pair: Veth, kind: str) -> None:
+    with pytest.raises(SetupError, match=f"an {kind} has one address with") as failure:
+        fitness.check_link(like(pair, kind=kind, peer="eth7"))
+    assert "passthru" in failure.value.remedy
+    assert "eth7" in failure.value.remedy
+
+
+@pytest.mark.parametrize("kind", fitness.UNFIT)
+def test_35_what_has_no_other_end_is_refused(pair: Veth, kind: str) -> None:
+    with pytest.raises(SetupError, match=re.escape(fitness.UNFIT[kind])):
+        fitness.check_link(like(pair, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["lo", "ifb", "tun"])
+def test_35_real_ones_without_frames_of_guests_are_refused(bridge: core.Bridge, kind: str) -> None:
+    name = "lo" if kind == "lo" else f"xdpn{os.getpid()}v993"
+    try:
+        if kind == "ifb":
+            command("ip", "link", "add", name, "type", kind)
+        elif kind == "tun":
+            command("ip", "tuntap", "add", name, "mode", kind)
+        with pytest.raises(SetupError, match=r"its frames come from|were redirected|not an Ethernet"):
+            Netdev(bridge, name).open()
+    finally:
+        if kind != "lo":
+            remove(name)
+
+
+def test_35_what_leads_to_a_switch_is_refused_and_what_is_in_the_air_is_told_of(
+    pair: Veth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = require_link(pair.ifname)
+    monkeypatch.setattr(fitness, "SYSFS", tmp_path)
+    assert not any("wireless" in line for line in fitness.advise(link, "native", []))
+    (tmp_path / pair.ifname / "phy80211").mkdir(parents=True)
+    assert any("a wireless station has its own address alone" in line for line in fitness.advise(link, "native", []))
+    fitness.check_link(link)
+    (tmp_path / pair.ifname / "dsa").mkdir()
+    with pytest.raises(SetupError, match="tags of the switch"):
+        fitness.check_link(link)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("bond", True), ("team", True), ("bridge", False)])
+def test_35_a_port_of_a_bond_is_told_of_and_one_of_a_bridge_is_not(
+    pair: Veth, monkeypatch: pytest.MonkeyPatch, kind: str, told: bool
+) -> None:
+    name = f"xdpn{os.getpid()}v993"
+    command("ip", "link", "add", name, "type", "bridge")
+    try:
+        command("ip", "link", "set", pair.ifname, "master", name)
+        monkeypatch.setattr(fitness, "find_link", lambda index: dataclasses.replace(find_link(index), kind=kind))
+        advice = fitness.advise(require_link(pair.ifname), "native", [])
+        assert any(f"a port of {kind} {name}" in line and f"take {name}" in line for line in advice) is told
+    finally:
+        remove(name)
 
 
 @pytest.mark.parametrize("kind", ["macvlan", "macvtap"])

@@ -6,10 +6,11 @@ Nothing here changes an interface.
 import errno
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from xdpnet import core
 from xdpnet.errors import SetupError
-from xdpnet.netdev.link import Link, features, kernel_version
+from xdpnet.netdev.link import Link, features, find_link, kernel_version
 
 ETH_OVERHEAD = 14 + 4  # header and one VLAN tag, neither counted in the MTU
 PLAIN_MTU = core.MAX_PLAIN_FRAME - ETH_OVERHEAD  # above, frames are in several buffers (c/xdpnet.h)
@@ -23,7 +24,19 @@ STRIPPED_BY_PEER = frozenset({"veth"})
 UNFIT = {
     "loopback": "its frames come from this host and go to it (a veth pair does that for guests)",
     "ifb": "it sends frames on only that were redirected to it, and has none for guests",
+    "dummy": "it has no other end: what is sent there is gone",
+    "vrf": "it is a table of routes, and its frames are those of the interfaces in it",
 }
+# Of what children of an interface get; a macvlan or macvtap of mode passthru gets all.
+CHILDREN = {
+    "bridge": "for its own address alone",
+    "private": "for its own address alone",
+    "vepa": "for its own address alone",
+    "source": "from the addresses on its list alone",
+}
+SHARING = frozenset({"ipvlan", "ipvtap"})  # one address with the interface below: frames are told apart by IP
+AGGREGATES = frozenset({"bond", "team"})
+SYSFS = Path("/sys/class/net")
 # By these the peer of a veth hands over packets in tunnels uncut. Native mode has the kernel cut them.
 TUNNEL_SEGMENTATION = (
     *("tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation", "tx-gre-segmentation", "tx-gre-csum-segmentation"),
@@ -65,10 +78,20 @@ def check_link(link: Link) -> None:
         raise SetupError(f"interface {link.name}: not an Ethernet device", "choose one with a MAC address")
     if link.kind in UNFIT:
         raise SetupError(f"interface {link.name}: {UNFIT[link.kind]}", "choose another")
-    if link.mode in ("bridge", "private", "vepa"):
+    if link.mode in CHILDREN:
         raise SetupError(
-            f"interface {link.name}: a {link.kind} in {link.mode} mode gets frames for its own address alone",
+            f"interface {link.name}: a {link.kind} in {link.mode} mode gets frames {CHILDREN[link.mode]}",
             f"make it with mode passthru, or take the interface that it is on ({link.peer or 'ip -d link'})",
+        )
+    if link.kind in SHARING:
+        raise SetupError(
+            f"interface {link.name}: an {link.kind} has one address with the interface that it is on, and no guest's",
+            f"a macvlan of mode passthru, or take the interface that it is on ({link.peer or 'ip -d link'})",
+        )
+    if (SYSFS / link.name / "dsa").exists():
+        raise SetupError(
+            f"interface {link.name}: its frames have the tags of the switch behind it (DSA)",
+            "take one of the switch's ports, which are interfaces, or their bridge",
         )
     if link.xdp_id:
         raise occupied(link)
@@ -87,6 +110,17 @@ def advise(link: Link, mode: str, strips: Collection[str], tells: bool = True) -
     strips: of VLAN_STRIPPING, what stays on; tells: in generic mode it is known which frames are several in one.
     """
     name, advice = link.name, []
+    master = find_link(link.master) if link.master else None
+    if master and master.kind in AGGREGATES:
+        advice.append(
+            f"interface {name}: it is a port of {master.kind} {master.name}, and guests' frames may come by any other "
+            f"of its ports; take {master.name}"
+        )
+    if (SYSFS / name / "phy80211").exists():
+        advice.append(
+            f"interface {name}: a wireless station has its own address alone in the air, and guests' frames are lost; "
+            f"another interface, unless it is an access point or has 4addr on"
+        )
     if link.kind in STRIPPED_BY_PEER:
         if not link.peer or features(link.peer).get("tx-vlan-hw-insert"):
             advice.append(
