@@ -13,10 +13,12 @@ with atheris.instrument_imports(include=["xdpnet"]):
     from tests.rig.backend import Backend, ControlThread
     from tests.rig.waiting import until
     from xdpnet.core import Bridge
+    from xdpnet.virtq import allowance
     from xdpnet.virtq.message import Request
 
 
 CHECK_EVERY = 8
+AT_ONCE_S, PER_S = 0.001, 10.0  # of a guest's allowance: who overdraws it rests, and for moments
 
 
 class Sessions:
@@ -24,6 +26,7 @@ class Sessions:
         self.control = ControlThread()
         self.bridge = self.control.call(lambda: Bridge(workers=1))
         self.control.call(self.bridge.start)
+        allowance.AT_ONCE_S, allowance.PER_S = AT_ONCE_S, PER_S
         self.victim = Backend(self.control, self.bridge, 2, 1500)
         self.neighbour = Backend(self.control, self.bridge, 1, None)
         self.good, _ = self.neighbour.connect()
