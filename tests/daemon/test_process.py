@@ -27,7 +27,7 @@ from tests.rig.netns import Veth, add_veth, command, needs_root, remove, veth
 from tests.rig.refuse import USERFAULTFD
 from tests.rig.remote import RemoteGuest
 from tests.rig.traced import WALL, stopped
-from tests.rig.waiting import PATIENCE_S
+from tests.rig.waiting import PATIENCE_S, until_equal
 from xdpnet.closer import MAX_PENDING
 from xdpnet.control.orders import OTHERS
 from xdpnet.control.server import CLIENTS
@@ -225,7 +225,7 @@ def test_what_starts_anew_leaves_nothing_of_what_it_was_and_goes_on(tmp_path: Pa
         for count in range(starts):
             file.write_text(more.format(spin=count, before=before))
             running.process.send_signal(signal.SIGHUP)
-            running.until(lambda count=count: running.log.count("ready: ") == count + 2, "ready again")
+            until_equal(lambda: running.log.count("ready: "), count + 2)
             if count == 0:
                 descriptors, most = descriptors_of(running), threads() + starts - 2  # some come and go
         running.until(lambda: descriptors_of(running) == descriptors and threads() <= most, "nothing else is left")

@@ -1483,7 +1483,7 @@ def test_35_a_port_of_a_bond_is_told_of_and_one_of_a_bridge_is_not(
     command("ip", "link", "add", name, "type", "bridge")
     try:
         command("ip", "link", "set", pair.ifname, "master", name)
-        monkeypatch.setattr(fitness, "find_link", lambda index: dataclasses.replace(find_link(index), kind=kind))
+        monkeypatch.setattr(fitness, "find_link", lambda index: dataclasses.replace(require_link(index), kind=kind))
         advice = fitness.advise(require_link(pair.ifname), "native", [])
         assert any(f"a port of {kind} {name}" in line and f"take {name}" in line for line in advice) is told
     finally:

@@ -191,8 +191,8 @@ def test_one_pair_is_offered_without_multiqueue() -> None:
 
 def test_a_frontend_without_a_control_queue_is_offered_nothing_that_takes_one() -> None:
     """As Linux has it (virtnet_validate): the whole card is refused for any of them."""
-    kinds = ("CTRL_GUEST_OFFLOADS", "CTRL_RX", "CTRL_VLAN", "CTRL_RX_EXTRA", "GUEST_ANNOUNCE", "MQ", "CTRL_MAC_ADDR")
-    kinds += ("NOTF_COAL", "HASH_REPORT", "RSS")
+    kinds = ["CTRL_GUEST_OFFLOADS", "CTRL_RX", "CTRL_VLAN", "CTRL_RX_EXTRA", "GUEST_ANNOUNCE", "MQ", "CTRL_MAC_ADDR"]
+    kinds += ["NOTF_COAL", "HASH_REPORT", "RSS"]
     vq_notf_coal = 52
     bits = features.mask(vq_notf_coal, *(VirtioFeature[f"VIRTIO_NET_F_{kind}"] for kind in kinds))
     assert not features.for_frontend(features.offered(16, 1500), rarp=False, multiqueue=False) & bits

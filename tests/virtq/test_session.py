@@ -115,7 +115,9 @@ MQ = mask(VirtioFeature.VIRTIO_NET_F_MQ)
 ONE_PAIR = ACK_AND_ALL & ~mask(ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ)
 
 
-def test_multiqueue_is_offered_until_a_frontend_says_that_it_has_one_pair(make_backend, caplog):
+def test_multiqueue_is_offered_until_a_frontend_says_that_it_has_one_pair(
+    make_backend: MakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
     """DPDK's virtio-user and user-mode Linux ask once, and say which of the two they are only then."""
     backend = make_backend(pairs=2)
     for before, protocol, after in (MQ, ONE_PAIR, 0), (0, ACK_AND_ALL, MQ), (MQ, ACK_AND_ALL, MQ), (MQ, ONE_PAIR, 0):
