@@ -46,6 +46,7 @@ enum xn_drop {
 	XN_DROP_RUNT,	   /* a frame shorter than an Ethernet header */
 	XN_DROP_OVERSIZE,  /* a frame longer than 64 KiB, or than the interface carries */
 	XN_DROP_PIECES,	   /* a chain of more pieces than the core gathers */
+	XN_DROP_LEFT_OUT,  /* a chain in memory that is left out; to receive, as many as a frame may try */
 	XN_DROP_GSO_TYPE,  /* a virtio_net_hdr that asks for a segmentation that was not negotiated, or is none */
 	XN_DROP_GSO_SIZE,  /* for segments that are too small, or too many */
 	XN_DROP_GSO_CSUM,  /* for segments, and not for their checksums */
@@ -135,6 +136,12 @@ struct xn_region {
 	struct xn_staged staged; /* taken over whatever becomes of the region; base 0: nothing is */
 	int32_t fd;
 	uint32_t filled; /* every page that is staged is there: it may be lent */
+	/*
+	 * The guest has it, and it is not to be mapped: no ring starts in it, and chains that have some of it are handed
+	 * back. Of its file nothing is looked at.
+	 */
+	uint32_t left_out;
+	uint32_t pad;
 };
 
 struct xn_ring_config {
@@ -171,6 +178,7 @@ struct xn_queue_stats {
 	uint64_t breaks;	 /* times this ring broke */
 	uint64_t unlearned;	 /* times a source address was not learned, for want of room in the port's share */
 	uint64_t waited;	 /* guest rx: frames that found no buffer and waited for one */
+	uint64_t left_out;	 /* guest rx: chains handed back because some of them is in memory that is left out */
 };
 
 /* State of a guest's ring; indices as they stand in the ring, zero unless started. */

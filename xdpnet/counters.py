@@ -150,6 +150,9 @@ class Traffic:
         "Times that a source address was not learned: the guest has taught as many as it may.", of="rings")]
     waited: Annotated[int, _queue(
         "waited", "frames", "Frames that found no receive buffer and waited for one.", of="rings")]
+    left_out: Annotated[int, _queue(
+        "left_out", "buffers",
+        "Receive buffers handed back unused, for they lie in memory of the guest that is left out.", of="rings")]
 
 
 RING_INDEX = _ring(

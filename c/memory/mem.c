@@ -197,12 +197,12 @@ static bool overlap(u64 a, u64 a_size, u64 b, u64 b_size)
 
 static int check_region(const struct mem *m, const struct xn_region *region)
 {
-	if (m->n == XN_MAX_REGIONS)
+	if (m->all == XN_MAX_REGIONS)
 		return -ENOSPC;
 	if (!region->size || region->guest_addr + region->size < region->guest_addr ||
 	    region->user_addr + region->size < region->user_addr)
 		return -EINVAL;
-	for (u32 i = 0; i < m->n; i++)
+	for (u32 i = 0; i < m->all; i++)
 		if (overlap(region->guest_addr, region->size, m->regions[i].guest_addr, m->regions[i].size) ||
 		    overlap(region->user_addr, region->size, m->regions[i].user_addr, m->regions[i].size))
 			return -EEXIST;
@@ -217,34 +217,36 @@ void mem_drop_staged(const struct xn_region *region)
 
 int mem_add(struct mem *m, const struct xn_region *region, struct mem_alarms *alarms, struct arena *arena)
 {
-	struct region *r = &m->regions[m->n];
+	struct region added = {.guest_addr = region->guest_addr, .size = region->size, .user_addr = region->user_addr};
 	int error = check_region(m, region);
 
-	if (error < 0) {
+	if (error < 0 || region->left_out)
 		mem_drop_staged(region);
-		return error;
-	}
-	error = mapping_new(&r->mapping, region, &r->host, alarms, arena);
-
+	else
+		error = mapping_new(&added.mapping, region, &added.host, alarms, arena);
 	if (error < 0)
 		return error;
-	r->guest_addr = region->guest_addr;
-	r->size = region->size;
-	r->user_addr = region->user_addr;
-	m->n++;
+	struct region *at = &m->regions[added.mapping ? m->n++ : m->all];
+
+	memmove(at + 1, at, (size_t)(&m->regions[m->all] - at) * sizeof(*at));
+	*at = added;
+	m->all++;
 	return 0;
 }
 
 int mem_remove(struct mem *m, const struct xn_region *region)
 {
-	for (u32 i = 0; i < m->n; i++) {
+	for (u32 i = 0; i < m->all; i++) {
 		struct region *r = &m->regions[i];
 
 		if (r->guest_addr != region->guest_addr || r->size != region->size || r->user_addr != region->user_addr)
 			continue;
-		mapping_put(r->mapping);
-		memmove(r, r + 1, (m->n - i - 1) * sizeof(*r));
-		m->n--;
+		if (r->mapping) {
+			mapping_put(r->mapping);
+			m->n--;
+		}
+		memmove(r, r + 1, (m->all - i - 1) * sizeof(*r));
+		m->all--;
 		return 0;
 	}
 	return -ENOENT;
@@ -307,21 +309,29 @@ bool mem_is_huge(const struct mem *m)
 	return m;
 }
 
-bool mem_read(const struct mem *m, u64 addr, void *buf, u32 len)
+bool mem_read(const struct mem *m, u64 *addr, void *buf, u32 len)
 {
 	u32 hint = 0;
 	u8 *to = buf;
 
 	while (len) {
 		u64 n = len;
-		const u8 *from = mem_at(m, &hint, addr, &n);
+		const u8 *from = mem_at(m, &hint, *addr, &n);
 
 		if (!from)
 			return false;
 		g_copy_from(to, from, n);
 		to += n;
-		addr += n;
+		*addr += n;
 		len -= (u32)n;
 	}
 	return true;
+}
+
+bool mem_is_left_out(const struct mem *m, u64 addr)
+{
+	for (u32 i = m->n; i < m->all; i++)
+		if (addr - m->regions[i].guest_addr < m->regions[i].size)
+			return true;
+	return false;
 }

@@ -3,7 +3,8 @@
  *
  * A table is immutable once built; changes build a new one and swap it while the workers are parked. Guest bytes change
  * at any moment, so they are read through the g_ accessors, once, into locals. A range is translated whole, or piece by
- * piece at the borders of regions; nothing else in the core makes a pointer from a guest's number.
+ * piece at the borders of regions; nothing else in the core makes a pointer from a guest's number. What is known of a region
+ * that is left out is where it lies.
  *
  * The file behind a region can be truncated under us: a SIGBUS handler then maps zeroes over the region and raises the
  * guest's alarm, upon which the worker breaks the port's rings. Of memory that may be lent another one tells of pages that
@@ -19,11 +20,12 @@ struct region {
 	u64 size;
 	u64 user_addr;
 	u8 *host;
-	struct mapping *mapping;
+	struct mapping *mapping; /* NULL: it is left out */
 };
 
 struct mem {
-	u32 n;
+	u32 n;	 /* regions that are mapped ... */
+	u32 all; /* ... and, behind them, that are left out */
 	struct region regions[XN_MAX_REGIONS];
 };
 
@@ -49,8 +51,10 @@ void *mem_user(const struct mem *m, u64 user_addr, u64 len);
 /* The first UMEM that has all of it; UINT64_MAX: none will. */
 u64 mem_umem(const struct mem *m);
 bool mem_is_huge(const struct mem *m);
-/* Copies [addr, addr + len) into buf across regions; false if any of it is outside. */
-bool mem_read(const struct mem *m, u64 addr, void *buf, u32 len);
+/* Copies [*addr, *addr + len) into buf across regions; false if any of it is outside: *addr is the first that is. */
+bool mem_read(const struct mem *m, u64 *addr, void *buf, u32 len);
+/* Whether what is at this address, which is not mapped, lies in a region that is left out. */
+bool mem_is_left_out(const struct mem *m, u64 addr);
 
 /* Host address of guest physical `addr`, *len cut to what is contiguous there; NULL if outside. `hint`: last region hit. */
 static inline u8 *mem_at(const struct mem *m, u32 *hint, u64 addr, u64 *len)

@@ -41,7 +41,8 @@ int xn_guest_stages(struct xn_bridge *b, uint32_t port, const struct xn_region *
 
 	if (!g)
 		return -ENOENT;
-	return a && !staging_extent(region, &e) && arena_wants(a, e.huge) && arena_is_whole(region->fd);
+	return a && !region->left_out && !staging_extent(region, &e) && arena_wants(a, e.huge) &&
+	       arena_is_whole(region->fd);
 }
 
 int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_region *regions, uint32_t n)

@@ -115,10 +115,21 @@ static bool has_room(const struct scratch *s)
 
 enum placing { PLACED, PLACE_LATER, PLACE_NEVER, PLACE_WAIT };
 
+/* Chains that this frame was to have go back with nothing in them, in order; nothing is placed before it. */
+static void hand_back(const struct worker *w, struct virtqueue *q, struct pushing *push, const struct place *p,
+		      struct cursor after, bool packed)
+{
+	for (u32 i = 0; i < p->chains_n; i++)
+		vring_push(q, push, w->chains[p->chain + i].chain, 0, packed);
+	q->next = after;
+	count(&q->stats.chains, p->chains_n);
+}
+
 /*
  * Takes chains for one frame. PLACE_LATER: commit what is placed and come again. PLACE_NEVER: the frame is dropped for
  * *why; its chains stay in the ring, unless one of them is unfit for any frame like it. PLACE_WAIT: there are too few of
- * them, until the guest puts more where q->wanted stands.
+ * them, until the guest puts more where q->wanted stands. Of chains in memory that is left out it hands back as many as it
+ * takes to find others.
  */
 static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pushing *push, const struct view *v,
 			       struct scratch *s, struct place *p, enum xn_drop *why, u32 *steps, bool packed)
@@ -126,6 +137,7 @@ static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pus
 	u64 need = (u64)q->hdr_len + v->len, have = 0;
 	const struct scratch start = *s;
 	struct cursor at = q->next;
+	enum xn_drop unfit = XN_DROP_TOO_SMALL;
 
 	*p = (struct place){.view = v, .pieces = &w->to_pieces[s->pieces], .chain = s->chains};
 	do {
@@ -134,7 +146,7 @@ static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pus
 
 		if (unlikely(!has_room(s) || *steps > POLL_STEPS)) {
 			*s = start;
-			*why = XN_DROP_TOO_SMALL;
+			*why = unfit;
 			return start.chains ? PLACE_LATER : PLACE_NEVER;
 		}
 		if (unlikely(!vring_peek(q, at, packed))) {
@@ -165,12 +177,15 @@ static enum placing try_chains(struct worker *w, struct virtqueue *q, struct pus
 			*why = n == -EMSGSIZE ? XN_DROP_PIECES : XN_DROP_TOO_SMALL;
 			if (start.chains)
 				return PLACE_LATER;
-			/* Nothing is before it: hand all of it back with nothing in it, or no frame would ever pass. */
-			for (u32 i = 0; i < p->chains_n; i++)
-				vring_push(q, push, w->chains[i].chain, 0, packed);
-			q->next = at;
-			count(&q->stats.chains, p->chains_n);
-			return PLACE_NEVER;
+			/* Or no frame would ever pass. */
+			hand_back(w, q, push, p, at, packed);
+			if (n != -EFAULT)
+				return PLACE_NEVER;
+			count(&q->stats.left_out, 1);
+			unfit = XN_DROP_LEFT_OUT;
+			p->chains_n = 0;
+			have = 0;
+			continue;
 		}
 		s->pieces += (u32)n;
 		have += capacity;

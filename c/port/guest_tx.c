@@ -141,9 +141,9 @@ static always_inline u32 fetch(struct worker *w, struct virtqueue *q, struct tak
 		taken[n].after = at;
 		if (unlikely(pieces == -EIO))
 			break;
-		if (unlikely(pieces == -EMSGSIZE)) {
+		if (unlikely(pieces < 0)) {
 			v->len = 0;
-			view_drop(v, XN_DROP_PIECES);
+			view_drop(v, pieces == -EFAULT ? XN_DROP_LEFT_OUT : XN_DROP_PIECES);
 			continue;
 		}
 		v->n = (u32)pieces;

@@ -21,18 +21,19 @@ static int walk_indirect(struct virtqueue *q, const struct vring_packed_desc *at
 		return -EIO;
 	for (u32 i = 0; i < in.entries; i++) {
 		struct vring_packed_desc d;
+		int r;
 
 		if (unlikely(i >= VRING_MAX_DESCS))
 			return -EMSGSIZE;
-		if (unlikely(vring_read_indirect(q, &in, i, &d, steps)))
-			return -EIO;
+		r = vring_read_indirect(q, &in, i, &d, steps);
+		if (unlikely(r))
+			return r;
 		if (unlikely(d.flags & VRING_DESC_F_INDIRECT))
 			return vring_fail(q, XN_BROKEN_INDIRECT);
 		/* Not asked of a table to transmit: DPDK's driver leaves WRITE in its entries (virtio_init_vring). */
 		if (unlikely(writable && !(d.flags & VRING_DESC_F_WRITE)))
 			return vring_fail(q, XN_BROKEN_DIRECTION);
-		int r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
-
+		r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
 		if (unlikely(r < 0))
 			return r;
 		n += (u32)r;
@@ -44,7 +45,7 @@ static int walk_indirect(struct virtqueue *q, const struct vring_packed_desc *at
 int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
 		chain_t *chain, u32 *steps)
 {
-	bool too_many = false;
+	int unfit = 0;
 	u32 n = 0;
 
 	*total = 0;
@@ -66,15 +67,16 @@ int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct pie
 			if (unlikely(!(d.flags & VRING_DESC_F_WRITE) == writable))
 				return vring_fail(q, XN_BROKEN_DIRECTION);
 			/* The way to the end of the chain is walked in any case: that is where the next one starts. */
-			too_many |= descs > VRING_MAX_DESCS;
-			if (likely(!too_many))
+			if (unlikely(descs > VRING_MAX_DESCS))
+				unfit = -EMSGSIZE;
+			if (likely(!unfit))
 				r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
 			*total += d.len;
 		}
 		if (unlikely(r == -EIO))
 			return r;
-		if (unlikely(r == -EMSGSIZE))
-			too_many = true;
+		if (unlikely(r < 0))
+			unfit = r;
 		else
 			n += (u32)r;
 		if (!(d.flags & VRING_DESC_F_NEXT)) {
@@ -82,7 +84,7 @@ int packed_walk(struct virtqueue *q, struct cursor at, bool writable, struct pie
 			if (unlikely(d.id >= q->num))
 				return vring_fail(q, XN_BROKEN_ID);
 			*chain = chain_of(d.id, (u16)descs);
-			return too_many ? -EMSGSIZE : (int)n;
+			return unfit ? unfit : (int)n;
 		}
 		if (unlikely(descs >= q->num))
 			return vring_fail(q, XN_BROKEN_LOOP);

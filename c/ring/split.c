@@ -12,19 +12,20 @@ static int walk_indirect(struct virtqueue *q, const struct vring_desc *at, bool 
 		return -EIO;
 	for (u32 taken = 0;; taken++) {
 		struct vring_desc d;
+		int r;
 
 		if (unlikely(taken >= in.entries))
 			return vring_fail(q, XN_BROKEN_LOOP);
 		if (unlikely(++*descs > VRING_MAX_DESCS))
 			return -EMSGSIZE;
-		if (unlikely(vring_read_indirect(q, &in, i, &d, steps)))
-			return -EIO;
+		r = vring_read_indirect(q, &in, i, &d, steps);
+		if (unlikely(r))
+			return r;
 		if (unlikely(d.flags & VRING_DESC_F_INDIRECT))
 			return vring_fail(q, XN_BROKEN_INDIRECT);
 		if (unlikely(!(d.flags & VRING_DESC_F_WRITE) == writable))
 			return vring_fail(q, XN_BROKEN_DIRECTION);
-		int r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
-
+		r = vring_add_pieces(q, d.addr, d.len, out + n, room - n, steps);
 		if (unlikely(r < 0))
 			return r;
 		n += (u32)r;

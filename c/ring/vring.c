@@ -21,6 +21,13 @@ int vring_fail(struct virtqueue *q, enum xn_broken why)
 	return -EIO;
 }
 
+/* What is known and not mapped is no fault of the guest's; what lies in no region breaks the ring. */
+static int find_no_memory(struct virtqueue *q, u64 addr, u32 *steps)
+{
+	*steps += 1 + q->mem->all / 8;
+	return mem_is_left_out(q->mem, addr) ? -EFAULT : vring_fail(q, XN_BROKEN_ADDR);
+}
+
 int vring_open_indirect(struct virtqueue *q, u64 addr, u32 len, struct indirect *in)
 {
 	const u32 size = sizeof(struct vring_desc);
@@ -44,8 +51,10 @@ int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, v
 		g_load_desc(desc, in->table + (u64)i * size);
 		return 0;
 	}
+	u64 addr = in->addr + (u64)i * size;
+
 	*steps += STEPS_UNALIGNED;
-	return mem_read(q->mem, in->addr + (u64)i * size, desc, size) ? 0 : vring_fail(q, XN_BROKEN_ADDR);
+	return mem_read(q->mem, &addr, desc, size) ? 0 : find_no_memory(q, addr, steps);
 }
 
 int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room, u32 *steps)
@@ -58,7 +67,7 @@ int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, 
 		u8 *ptr = mem_at(q->mem, &q->hint, addr, &part);
 
 		if (unlikely(!ptr))
-			return vring_fail(q, XN_BROKEN_ADDR);
+			return find_no_memory(q, addr, steps);
 		/* It had to be looked for. */
 		if (hint != q->hint)
 			*steps += 1 + q->mem->n / 8;

@@ -140,7 +140,9 @@ bool vring_notify(struct virtqueue *q, struct cursor until, struct caller *calle
 
 /*
  * Takes the pieces of a chain: at most `room`, their bytes added up in *total. Returns how many; -EMSGSIZE if there are
- * more, or too many descriptors; -EIO if the chain broke the ring. *chain is what push needs. Adds to *steps what it took.
+ * more, or too many descriptors; -EFAULT if it is found to have some of its bytes, or its table, in memory that is left out:
+ * then it is to be handed back as it is; -EIO if the chain broke the ring. *chain is what push needs. Adds to *steps what it
+ * took.
  */
 int split_walk(struct virtqueue *q, struct cursor at, bool writable, struct piece *out, u32 room, u64 *total,
 	       chain_t *chain, u32 *steps);
@@ -160,7 +162,7 @@ struct indirect {
 
 /* 0, or -EIO: a table of no, partial or too many descriptors broke the ring. */
 int vring_open_indirect(struct virtqueue *q, u64 addr, u32 len, struct indirect *in);
-/* A snapshot of descriptor i, 16 bytes; 0, or -EIO: it is outside of guest memory. */
+/* A snapshot of descriptor i, 16 bytes; 0, -EFAULT: in memory that is left out, or -EIO: outside of guest memory. */
 int vring_read_indirect(struct virtqueue *q, const struct indirect *in, u32 i, void *desc, u32 *steps);
 /* For both: translates one descriptor's range; a range that crosses regions gives a piece for each. */
 int vring_add_pieces(struct virtqueue *q, u64 addr, u32 len, struct piece *out, u32 room, u32 *steps);

@@ -199,7 +199,10 @@ static void add_region(struct guest_of *g, u64 addr, u32 from, u32 to)
 	g->regions_n++;
 }
 
-/* The same memory in other tables: in one, in several that are neighbours or not, at odd places, at the top of all addresses. */
+/*
+ * The same memory in other tables: in one, in several that are neighbours or not, at odd places, at the top of all addresses,
+ * or with a part of it left out.
+ */
 static void lay_out(struct guest_of *g, u8 kind)
 {
 	const u64 base = 0x100000;
@@ -230,6 +233,13 @@ static void lay_out(struct guest_of *g, u8 kind)
 		break;
 	case 6:
 		add_region(g, -(u64)MEMORY - 4096, 0, MEMORY);
+		break;
+	case 7:
+		add_region(g, base + 0x48000, 0x48000, 0x50000);
+		g->regions[0].left_out = true;
+		g->regions[0].fd = -1;
+		add_region(g, base, 0, 0x48000);
+		add_region(g, base + 0x50000, 0x50000, MEMORY);
 		break;
 	default:
 		add_region(g, base, 0, MEMORY);
@@ -554,12 +564,13 @@ static u32 cut(const struct guest_of *g, const struct shape *s, u32 offset, u32 
  * What no device may take: a descriptor of the other direction, a chain of which a part is not available, an id or a next
  * that is none.
  */
-static bool breaks(const struct ring *r, const struct wrong *wrong, u32 n, bool writable, bool table)
+static bool breaks(const struct guest_of *g, const struct ring *r, const struct wrong *wrong, u32 n, bool writable,
+		   bool table)
 {
 	const u32 at = n ? wrong->at % n : 0;
 
-	/* Of more pieces than are gathered, the rest is not looked at. */
-	if (n > 256)
+	/* Of more pieces than are gathered, or behind one that is left out, the rest is not looked at. */
+	if (n > 256 || g->regions[0].left_out)
 		return false;
 	switch (wrong->kind) {
 	case 6:
@@ -589,13 +600,13 @@ static u32 post_chain(struct guest_of *g, struct ring *r, const struct shape *s,
 		struct segment one = {
 			put_table(g, segments, n, writable, r->is_packed, s->odd, in_ring ? &none : wrong), 16 * n};
 
-		bool is_wrong = !in_ring && breaks(r, wrong, n, writable, true);
+		bool is_wrong = !in_ring && breaks(g, r, wrong, n, writable, true);
 
 		while (done < count && post(g, r, &one, 1, writable, true, in_ring && !done ? wrong : &none, is_wrong))
 			done++;
 		return done;
 	}
-	bool is_wrong = breaks(r, wrong, n, writable, false);
+	bool is_wrong = breaks(g, r, wrong, n, writable, false);
 
 	while (done < count && post(g, r, segments, n, writable, false, done == count / 2 ? wrong : &none,
 				    done == count / 2 && is_wrong))

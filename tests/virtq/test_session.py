@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -764,10 +765,12 @@ def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(
             regions, fds = table
             assert frontend.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(regions)), fds) == 0
             assert backend.started(0)
-        assert "region 0x10000000000+0x200000: not a file on tmpfs or hugetlbfs: left out" in caplog.text
+        left_out = "region 0x10000000000+0x200000: not a file on tmpfs or hugetlbfs: left out"
+        assert caplog.text.count(left_out) == 1
         assert frontend.tell(Request.REM_MEM_REG, SingleRegion(foreign)) == 0
         assert refused(running, "mem", Request.REM_MEM_REG, SingleRegion(foreign))
         assert frontend.tell(Request.ADD_MEM_REG, SingleRegion(foreign), [fd]) == 0
+        assert caplog.text.count(left_out) == 2
         assert refused(running, "mem", Request.ADD_MEM_REG, SingleRegion(foreign), [fd])  # it is there
         assert frontend.tell(Request.REM_MEM_REG, SingleRegion(foreign)) == 0
     assert guest.counters.errors["mem_fd"] == 0
@@ -799,7 +802,9 @@ def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(
         backend.control.run(guest.ended.wait())
 
 
-def test_a_ring_in_a_region_that_was_left_out_waits(backend: Backend, talk: Talk, memory: RingMemory) -> None:
+def test_a_ring_in_a_region_that_was_left_out_is_refused_with_the_reason(
+    backend: Backend, talk: Talk, memory: RingMemory, caplog: pytest.LogCaptureFixture
+) -> None:
     frontend, _ = talk
     with on_disk(memory.size) as fd:
         foreign = region(memory, guest_addr=1 << 40)
@@ -809,7 +814,31 @@ def test_a_ring_in_a_region_that_was_left_out_waits(backend: Backend, talk: Talk
         assert frontend.tell(Request.SET_VRING_NUM, VringState(0, 256)) == 0
         assert frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(0, 256)) == 0
         assert refused(talk, "ring_addr", Request.SET_VRING_KICK, VringFile(0, nofd=False), [frontend.event()])
+        assert "ring 0: its desc is in region 0x10000000000+0x200000, which is left out: not a file on" in caplog.text
+        assert "use memory-backend-memfd" in caplog.text
         assert frontend.set_memory(memory) == 0
+
+
+@pytest.mark.parametrize("as_table", [True, False], ids=["in a table", "added"])
+def test_a_frame_in_a_region_that_was_left_out_is_dropped_and_its_ring_goes_on(
+    backend: Backend, running: Talk, memory: RingMemory, as_table: bool
+) -> None:
+    frontend, _ = running
+    foreign = region(memory, guest_addr=1 << 40, user_addr=1 << 44)
+    with on_disk(memory.size) as fd:
+        if as_table:
+            table = MemoryTable((memory.region(), foreign))
+            assert frontend.tell(Request.SET_MEM_TABLE, table, [memory.fd, fd]) == 0
+        else:
+            assert frontend.tell(Request.ADD_MEM_REG, SingleRegion(foreign), [fd]) == 0
+    frontend.stop_ring(1)
+    addr = memory.ring_addr(1, 256)
+    kick, _ = frontend.start_ring(1, memory)
+    struct.pack_into("<QIHH", memory.map, addr.desc - memory.user_addr, foreign.guest_addr, 100, 0, 0)
+    struct.pack_into("<HH", memory.map, addr.avail - memory.user_addr + 2, 1, 0)
+    os.eventfd_write(kick, 1)
+    until_equal(lambda: backend.control.call(lambda: backend.port.queue_stats(0, TX)).drops["left_out"], 1)
+    assert backend.control.call(lambda: backend.port.ring_state(1)).broken == ""
 
 
 @needs.fuse

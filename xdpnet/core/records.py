@@ -9,13 +9,17 @@ from xdpnet.counters import Work, XdpStatistics
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A region of guest memory: addresses and sizes in bytes; the file descriptor stays the caller's."""
+    """A region of guest memory: addresses and sizes in bytes; the file descriptor stays the caller's.
+
+    left_out: it is known, so that what lies there is handed back, and is not mapped; its descriptor is not looked at.
+    """
 
     guest_addr: int
     size: int
     user_addr: int
     offset: int
     fd: int
+    left_out: bool = False
 
 
 class Staged:
@@ -150,6 +154,7 @@ def region_fields(region: Region, staged: Staged | None) -> dict[str, Any]:
         "user_addr": region.user_addr,
         "offset": region.offset,
         "fd": region.fd,
+        "left_out": region.left_out,
     }
     if staged is not None:
         fields |= {"filled": staged.filled, "staged": staged.take()}

@@ -10,6 +10,7 @@ import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from xdpnet import limits
 from xdpnet.closer import Closer
@@ -19,7 +20,7 @@ from xdpnet.virtq import features
 from xdpnet.virtq.allowance import Allowance
 from xdpnet.virtq.fd import Fd, number_of
 from xdpnet.virtq.filling import MemoryChange
-from xdpnet.virtq.memory import File, check_file, check_table, check_total, is_whole
+from xdpnet.virtq.memory import REMEDY, File, check_file, check_ring, check_table, check_total, is_whole
 from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
 from xdpnet.virtq.virtqueue import Virtqueue
 
@@ -128,25 +129,27 @@ class GuestDevice:
         """SET_MEM_TABLE."""
         check_table(regions)
         files: dict[MemoryRegion, File] = {}
-        foreign: list[ProtocolError] = []
+        foreign: dict[MemoryRegion, ProtocolError] = {}
         for region, fd in zip(regions, fds, strict=True):
             try:
                 files[region] = check_file(region, fd)
             except ProtocolError as error:
                 if error.reason != "mem_fd":
                     raise
-                foreign.append(error)
+                foreign[region] = error
         if not files:
-            raise foreign[0]
+            raise next(iter(foreign.values()))
         check_total(files.values(), self.max_memory)
         table = [_core_region(region, file.fd) for region, file in files.items()]
+        table += [_core_region(region, None, left_out=True) for region in foreign]
 
         def apply(staged: dict[Region, Staged]) -> int:
             with _refusing("mem", "map the memory table"):
                 self.port.set_memory(table, staged)
+            for region in foreign.keys() - set(self._left_out()):
+                self._say_left_out(foreign[region])
             self.memory = list(regions)
             self._keep_files(files)
-            self._say_left_out(foreign)
             self._say_sparse([file.fd for file in files.values()])
             self._follow_memory()
             for fd in set(fds) - {file.fd for file in files.values()}:
@@ -168,8 +171,7 @@ class GuestDevice:
         except ProtocolError as error:
             if error.reason != "mem_fd" or not self._files:
                 raise
-            self._say_left_out([error])
-            return MemoryChange([fd], {}, lambda _: self._add_unmapped(region, fd))
+            return MemoryChange([fd], {}, partial(self._add_left_out, region, fd, error))
         check_total([*self._files.values(), file], self.max_memory)
         added = _core_region(region, fd)
 
@@ -188,6 +190,15 @@ class GuestDevice:
         self.memory.append(region)
         fd.close()
         return 0
+
+    def _add_left_out(self, region: MemoryRegion, fd: Fd, error: ProtocolError, _staged: dict[Region, Staged]) -> int:
+        with _refusing("mem", "leave the region out"):
+            self.port.add_region(_core_region(region, None, left_out=True))
+        self._say_left_out(error)
+        return self._add_unmapped(region, fd)
+
+    def _left_out(self) -> list[MemoryRegion]:
+        return [region for region in self.memory if region not in self._files]
 
     def _stage(self, table: Sequence[Region]) -> dict[Region, Staged]:
         """What may be lent of it."""
@@ -208,7 +219,7 @@ class GuestDevice:
         known = next((have for have in self.memory if _identity(have) == _identity(region)), None)
         if known is None:
             raise ProtocolError("mem", f"no region at {region.guest_addr:#x} of {region.size:#x} bytes")
-        if self.memory.count(known) == 1 and known in self._files:
+        if self.memory.count(known) == 1:
             with _refusing("mem", "unmap the region"):
                 self.port.remove_region(_core_region(known, None))
         self.memory.remove(known)
@@ -221,11 +232,9 @@ class GuestDevice:
         for fd in {file.fd for file in old.values()} - {file.fd for file in files.values()}:
             fd.close()
 
-    def _say_left_out(self, errors: Sequence[ProtocolError]) -> None:
-        """Pages of a disk come when they like, and no worker waits for that: such a region is no memory for us. In an
-        NVDIMM no driver has its buffers; in a DIMM it may."""
-        for error in errors:
-            self.log.warning("%s: left out, and buffers there break their ring; use memory-backend-memfd", error)
+    def _say_left_out(self, error: ProtocolError) -> None:
+        """In an NVDIMM no driver has its buffers; in a DIMM it may."""
+        self.log.warning("%s: left out, and frames and buffers there are handed back unused; %s", error, REMEDY)
 
     def _say_sparse(self, fds: Sequence[Fd]) -> None:
         """Once: how often it comes to this is the frontend's choice."""
@@ -325,8 +334,9 @@ class GuestDevice:
 
     def _start_if_complete(self, ring: Virtqueue) -> None:
         config = ring.config()
-        if ring.running or config is None or not self._files:
+        if ring.running or config is None or ring.addr is None or not self._files:
             return
+        check_ring(ring.addr, self._left_out())
         with _refusing("ring_addr", f"start ring {ring.index}"):
             self.port.ring_start(ring.index, config)
         ring.running = True
@@ -380,13 +390,14 @@ def _refusing(reason: Reason, verb: str) -> Iterator[None]:
         raise ProtocolError(reason, f"{verb}: {name}: {error}") from error
 
 
-def _core_region(region: MemoryRegion, fd: Fd | None) -> Region:
+def _core_region(region: MemoryRegion, fd: Fd | None, left_out: bool = False) -> Region:
     return Region(
         guest_addr=region.guest_addr,
         size=region.size,
         user_addr=region.user_addr,
         offset=region.offset,
         fd=number_of(fd),
+        left_out=left_out,
     )
 
 

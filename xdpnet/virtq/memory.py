@@ -2,8 +2,11 @@
 
 A region is accepted only on a file whose faults cannot hang and whose pages we may write: a regular file on tmpfs (so
 every memfd) or hugetlbfs, opened read-write. A frontend that can still shrink the file is accepted and counted; the
-core survives the SIGBUS. Invariant: what these checks pass never overflows 64 bits and never overlaps. No file system
-is asked anything before it is known to be one of the two: a hostile FUSE server would leave even fstat() waiting.
+core survives the SIGBUS. A page of any other file comes when its disk, its server, or who has frozen its file system
+lets it come, and even a store to one that is there may wait for the journal: so would a worker, and all guests that it
+serves, and therefore such a region is left out. Invariant: what these checks pass never overflows 64 bits and never
+overlaps. No file system is asked anything before it is known to be one of the two: a hostile FUSE server would leave
+even fstat() waiting.
 
 Reference: QEMU docs/interop/vhost-user.rst, "Memory access"; F_GET_SEALS in fcntl(2); eventfd(2).
 """
@@ -15,9 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from xdpnet.virtq.fd import Fd
-from xdpnet.virtq.message import MemoryRegion, ProtocolError
+from xdpnet.virtq.message import MemoryRegion, ProtocolError, VringAddr
 
 ADDRESS_SPACE = 1 << 64
+REMEDY = "use memory-backend-memfd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,15 @@ def is_whole(fd: Fd) -> bool:
     """Whether every page of the file is allocated; what is not is never lent to an interface (c/memory/arena.c)."""
     status = os.fstat(fd.fileno())
     return status.st_blocks * 512 >= status.st_size
+
+
+def check_ring(ring: VringAddr, left_out: Iterable[MemoryRegion]) -> None:
+    """No part of a ring begins in a region that was left out: buffers there can be handed back, rings cannot."""
+    for region in left_out:
+        for part in ("desc", "avail", "used"):
+            if 0 <= getattr(ring, part) - region.user_addr < region.size:
+                where = f"{_name(region)}, which is left out: not a file on tmpfs or hugetlbfs"
+                raise ProtocolError("ring_addr", f"ring {ring.index}: its {part} is in {where}; {REMEDY}")
 
 
 def check_eventfd(fd: Fd) -> None:
