@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,11 @@ pytestmark = [
 ]
 
 METRICS_PORT, SERVER_PORT = 9101, 9102
-CONFIG = f"""
+CONFIG = """
 global: {{scrape_interval: 1s}}
 scrape_configs:
   - job_name: xdpnet
-    static_configs: [{{targets: ["127.0.0.1:{METRICS_PORT}"]}}]
+    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
 """
 
 
@@ -64,23 +66,33 @@ def test_the_daemon_says_that_it_is_healthy(net: topology.Topology, daemon: Back
     assert get(net, METRICS_PORT, "/healthz").strip() == "ok"
 
 
+MANY, PAIRS = 127, 8
+
+
+def test_55_as_many_guests_as_there_can_be_are_scraped_whole_and_stats_answers(
+    net: topology.Topology, tmp_path: Path
+) -> None:
+    """Without compression too: then a scrape is of megabytes."""
+    guests = [f"--guest=g{number},socket={tmp_path}/{number},queues={PAIRS}" for number in range(MANY)]
+    daemon = Backend(net.host, tmp_path, [*guests, "--metrics", f"127.0.0.1:{METRICS_PORT + 2}"]).start()
+    try:
+        page = get(net, METRICS_PORT + 2, "/metrics").splitlines()
+        assert sum(line.startswith("xdpnet_queue_packets_total{") for line in page) == MANY * PAIRS * 2
+        table = net.host.run(sys.executable, "-m", "xdpnet", "stats", "--control", str(daemon.control))
+        assert all(f"g{number}" in table for number in range(MANY))
+        with prometheus(net, tmp_path, METRICS_PORT + 2):
+            await_result(net, 'up{job="xdpnet"} == 1')
+            (_, series), *_ = await_result(net, "count(xdpnet_queue_packets_total)")
+            assert int(series) == MANY * PAIRS * 2
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+
+
 def test_prometheus_scrapes_every_queue_and_sees_its_counters(
     net: topology.Topology, daemon: Backend, tmp_path: Path
 ) -> None:
-    config = tmp_path / "prometheus.yml"
-    config.write_text(CONFIG)
-    server = net.host.spawn(
-        [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'xdpn-tsdb'}",
-            f"--web.listen-address=127.0.0.1:{SERVER_PORT}",
-        ],
-        tmp_path / "prometheus.log",
-    )
-    try:
-        await_listener(net.host, SERVER_PORT, patience=30)
-        until(lambda: ready(net))
+    with prometheus(net, tmp_path, METRICS_PORT):
         assert await_result(net, 'up{job="xdpnet"} == 1') == [({"job": "xdpnet"}, "1")]
         series = {
             (labels["port"], labels["queue"], labels["direction"])
@@ -90,6 +102,26 @@ def test_prometheus_scrapes_every_queue_and_sees_its_counters(
         assert series == {(port, str(queue), way) for port, queue in queues for way in ("rx", "tx")}
         net.far.run("busybox", "ping", "-c", "3", topology.HOST_ADDRESS)
         assert await_result(net, "rate(process_cpu_seconds_total[5s]) >= 0")
+
+
+@contextmanager
+def prometheus(net: topology.Topology, directory: Path, metrics_port: int) -> Iterator[None]:
+    """A server that scrapes this port of the host's."""
+    config = directory / "prometheus.yml"
+    config.write_text(CONFIG.format(port=metrics_port))
+    server = net.host.spawn(
+        [
+            "prometheus",
+            f"--config.file={config}",
+            f"--storage.tsdb.path={directory / 'xdpn-tsdb'}",
+            f"--web.listen-address=127.0.0.1:{SERVER_PORT}",
+        ],
+        directory / "prometheus.log",
+    )
+    try:
+        await_listener(net.host, SERVER_PORT, patience=30)
+        until(lambda: ready(net))
+        yield
     finally:
         process.end(server)
 
