@@ -3,21 +3,24 @@
 Nobody may get another datagram than was sent.
 """
 
+import contextlib
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.netdev.test_csum import PARTIAL, TCP, over
 from tests.netdev.test_large_frames import GUEST, TSO, guest_on, jumbo, told
 from tests.rig.guests import MakeBridge, MakeGuest
-from tests.rig.netns import Veth, needs_root
+from tests.rig.netns import Veth, command, needs_root, remove, veth
 from tests.rig.rings import MODERN
 from tests.rig.segments import CWR, ECN, TSO4, TSO6
 from tests.rig.waiting import eventually
 from xdpnet import core
-from xdpnet.netdev.port import Mode
+from xdpnet.netdev.port import Mode, Netdev
 from xdpnet.virtq.features import VirtioFeature, mask
 
 __all__ = ["told"]  # a fixture
@@ -126,6 +129,62 @@ def test_datagrams_sent_in_one_call_arrive_one_by_one(
                 data = packet.frame[42:]
                 got += [data[at : at + joined] for at in range(0, len(data), joined)] if kind else [data]
     assert got == wanted
+
+
+@contextlib.contextmanager
+def above(pair: Veth, kind: str) -> Iterator[str]:
+    """An interface that `auto` leaves to generic mode, with the far end's frames; what the far end sends them by."""
+    name = f"xdpn{os.getpid()}v992"
+    ours = "10.99.0.254"
+    if kind == "vxlan":
+        command("ip", "address", "add", f"{ours}/24", "dev", pair.ifname)
+    words = {
+        "bridge": "type bridge",
+        "macvlan": f"link {pair.ifname} type macvlan mode passthru",
+        "vxlan": f"type vxlan id 7 local {ours} remote {pair.address} dstport 4789",
+    }
+    command("ip", "link", "add", name, *words[kind].split())
+    try:
+        far = pair.peer
+        if kind == "bridge":
+            command("ip", "link", "set", pair.ifname, "master", name)
+        if kind == "vxlan":
+            far = "tunnel"
+            tunnel = f"type vxlan id 7 local {pair.address} remote {ours} dstport 4789"
+            pair.namespace.run("ip", "link", "add", far, *tunnel.split())
+            pair.namespace.run("ip", "address", "add", "10.98.0.1/24", "dev", far)
+            pair.namespace.run("ip", "link", "set", far, "up")
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        command("ip", "link", "set", name, "up")
+        yield name
+    finally:
+        remove(name)
+
+
+@pytest.mark.parametrize("takes", [0, USO], ids=["nothing", "large"])
+@pytest.mark.parametrize("kind", ["bridge", "macvlan", "vxlan"])
+def test_48_datagrams_sent_in_one_call_arrive_one_by_one_where_auto_ends_in_generic_mode(
+    bridge: core.Bridge, guests: MakeGuest, kind: str, takes: int
+) -> None:
+    payload, size = os.urandom(4000), 500
+    wanted = [payload[at : at + size] for at in range(0, len(payload), size)]
+    to, by = ("10.98.0.2", "tunnel") if kind == "vxlan" else ("10.99.0.2", "eth0")
+    with veth() as pair, above(pair, kind) as name, contextlib.closing(Netdev(bridge, name)) as port:
+        port.open()
+        assert port.mode == "generic"
+        port.sync_macs([GUEST])
+        pair.namespace.run("ip", "neigh", "add", to, "lladdr", GUEST.hex(":"), "dev", by)
+        guest = guest_on(bridge, guests, MODERN | takes)
+        send_datagrams(pair, to, payload, size)
+        got: list[bytes] = []
+        large = False
+        while len(got) < len(wanted):
+            for packet in guest.pair.receive(1):
+                joined, data = int.from_bytes(packet.header[4:6], "little"), packet.frame[42:]
+                got += [data[at : at + joined] for at in range(0, len(data), joined)] if joined else [data]
+                large |= joined > 0
+    assert got == wanted
+    assert large is bool(takes)
 
 
 def test_shorter_ones_than_can_be_cut_are_dropped_and_counted(bridge: core.Bridge, guests: MakeGuest) -> None:
