@@ -5,7 +5,7 @@ the kernel says arrived at the far end of the veth pair.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -242,6 +242,37 @@ def test_dpdk_may_come_and_go(net: topology.Topology, tmp_path: Path) -> None:
                 sent = client.stats().tx_packets
                 until_equal(lambda: daemon.port("dpdk").queues[0].tx.packets, before + sent)
                 before += sent
+
+
+@pytest.mark.parametrize("end", [Backend.kill, Backend.stop], ids=["killed", "ended"])
+@pytest.mark.parametrize("options", [{}, {"packed_vq": 1}, {"queues": 2, "in_order": 0}], ids=str)
+def test_39_dpdk_goes_on_behind_the_next_daemon_under_traffic(
+    net: topology.Topology, tmp_path: Path, options: dict[str, int], end: Callable[[Backend], object]
+) -> None:
+    """It listens, so that it is connected to again; both ways."""
+    socket, queues = tmp_path / "guest.socket", options.get("queues", 1)
+    device = virtio_user(socket, server=1, **options)
+    words = [*TX_ONLY, f"--rxq={queues}", f"--txq={queues}"]
+    with (
+        backend(net, tmp_path, f"dpdk,socket={socket},mac={MAC},queues={queues},client=true") as daemon,
+        Pmd("client", tmp_path, [device], words) as client,
+    ):
+        client.await_link()
+        client.command("start")
+        for _ in range(3):
+            until(lambda: sends(daemon, "dpdk", queues))
+            end(daemon)
+            daemon.start()
+        until(lambda: sends(daemon, "dpdk", queues))
+        client.command("stop")
+        client.command("set fwd rxonly")
+        client.command("start")
+        net.far.run(sys.executable, "-m", "tests.blast", topology.FAR_IF, MAC, str(FRAMES))
+        until_equal(lambda: delivered_and_dropped(daemon) >= FRAMES, True)
+        until(lambda: client.stats().rx_packets > 0)
+        client.command("stop")
+        ports = daemon.port("dpdk").queues
+        assert not any(ring.broken for queue in ports for ring in (queue.rx_ring, queue.tx_ring) if ring)
 
 
 def delivered_and_dropped(daemon: Backend) -> int:
