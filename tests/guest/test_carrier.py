@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import needs
+from tests.rig.qmp import Qmp
 from tests.rig.waiting import until
 from xdpnet.demo import initramfs, topology
 from xdpnet.demo.backend import Backend
@@ -25,9 +26,11 @@ def test_the_carrier_is_lost_while_the_daemon_is_away_and_not_while_the_interfac
         arguments = ["--netdev", topology.HOST_IF, "--guest", f"one,socket={tmp_path}/socket,mac={MAC}"]
         backend = Backend(net.host, tmp_path, arguments).start()
         try:
-            with closing(
-                Guest(tmp_path, kernel, initrd, [Card(tmp_path / "socket", MAC)], accel=accel).start()
-            ) as guest:
+            card, monitor = Card(tmp_path / "socket", MAC), ["-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"]
+            with (
+                closing(Guest(tmp_path, kernel, initrd, [card], accel=accel, options=monitor).start()) as guest,
+                Qmp(tmp_path / "qmp") as qmp,
+            ):
                 guest.configure(topology.GUEST_ADDRESSES[0], topology.PREFIX)
                 backend.await_guest("one")
 
@@ -39,6 +42,12 @@ def test_the_carrier_is_lost_while_the_daemon_is_away_and_not_while_the_interfac
                 net.host.run("ip", "link", "set", topology.HOST_IF, "down")
                 until(lambda: f"{topology.HOST_IF}: down" in backend.log.read_text())
                 assert carrier() == ("1", before)
+                # The way that there is.
+                qmp.run("set_link", name="net0", up=False)
+                until(lambda: carrier() == ("0", before + 1))
+                qmp.run("set_link", name="net0", up=True)
+                until(lambda: carrier() == ("1", before + 1))
+                before += 1
                 net.host.run("ip", "link", "set", topology.HOST_IF, "up")
                 backend.stop()
                 until(lambda: carrier() == ("0", before + 1))

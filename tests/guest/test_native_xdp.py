@@ -61,9 +61,9 @@ class Stage:
         return int(values.split()[names.split().index("InCsumErrors")]) + sum(map(int, dropped))
 
     @contextmanager
-    def program(self, name: str) -> Iterator[str]:
+    def program(self, name: str, mode: str = "") -> Iterator[str]:
         """With an XDP program on the card; what its loader says."""
-        self.guest.check(f"xdp_pass {self.interface(name)} >/tmp/said 2>&1 & echo $! >/tmp/loader")
+        self.guest.check(f"xdp_pass {self.interface(name)} {mode} >/tmp/said 2>&1 & echo $! >/tmp/loader")
         until(lambda: self.guest.run("grep -q . /tmp/said")[0] == 0)
         yield self.guest.check("cat /tmp/said")
         self.guest.run("kill $(cat /tmp/loader)")
@@ -129,6 +129,14 @@ def test_a_guest_that_agreed_loses_its_tcp_to_native_xdp_as_the_readme_says(stag
         assert said == "attached\n"
         stage.guest.check(f"transfer with {address(name, 1)} {PORT} {SIZE} 0 1 >/dev/null 2>&1 &")
         until(lambda: stage.refused(name) > before)
+    stage.exchange(name)
+
+
+@pytest.mark.parametrize("name", ["bound", "agreed"])
+def test_generic_xdp_works_whatever_a_guest_has_agreed_to(stage: Stage, name: str) -> None:
+    with stage.program(name, "generic") as said:
+        assert said == "attached\n"
+        stage.exchange(name)
     stage.exchange(name)
 
 

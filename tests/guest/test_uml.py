@@ -102,3 +102,13 @@ def test_a_guest_of_more_pairs_than_it_has_is_told_of_and_works_when_it_is_start
         guest.configure(topology.GUEST_ADDRESSES[1], topology.PREFIX)
         assert " 0% packet loss" in guest.check(f"ping -c 2 {topology.FAR_ADDRESS}")
         assert "VIRTIO_NET_F_MQ" not in stage.features("pairs")
+
+
+def test_it_loses_its_card_with_the_daemon_and_has_one_again_when_it_is_started_again(stage: Stage) -> None:
+    stage.backend.kill()
+    stage.backend.start()
+    until(lambda: "eth0" not in stage.guest.check("ls /sys/class/net"))
+    stage.guest.close()
+    stage.guest.start()
+    stage.guest.configure(ADDRESS, topology.PREFIX)
+    assert " 0% packet loss" in stage.guest.check(f"ping -c 2 {topology.FAR_ADDRESS}")

@@ -1,7 +1,7 @@
 /*
- * Loads an XDP program that passes every frame, and keeps it on an interface in native mode.
+ * Loads an XDP program that passes every frame, and keeps it on an interface in native mode, or in generic.
  *
- *   xdp_pass INTERFACE
+ *   xdp_pass INTERFACE [generic]
  *
  * Says "attached" once it is, or what the kernel said; the program goes with this process (bpf_link).
  */
@@ -36,7 +36,9 @@ int main(int argc, char **argv)
 			       .license = (uintptr_t) "GPL"};
 	union bpf_attr link = {.link_create = {.attach_type = BPF_XDP, .flags = XDP_FLAGS_DRV_MODE}};
 
-	link.link_create.target_ifindex = if_nametoindex(argc == 2 ? argv[1] : "");
+	if (argc > 2)
+		link.link_create.flags = XDP_FLAGS_SKB_MODE;
+	link.link_create.target_ifindex = if_nametoindex(argc > 1 ? argv[1] : "");
 	if (!link.link_create.target_ifindex)
 		return say("interface");
 	link.link_create.prog_fd = (unsigned int)bpf(BPF_PROG_LOAD, &load);
