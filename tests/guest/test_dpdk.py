@@ -251,7 +251,7 @@ def test_39_dpdk_goes_on_behind_the_next_daemon_under_traffic(
 ) -> None:
     """It listens, so that it is connected to again; both ways."""
     socket, queues = tmp_path / "guest.socket", options.get("queues", 1)
-    device = virtio_user(socket, server=1, **options)
+    device = virtio_user(socket, options=options | {"server": 1})
     words = [*TX_ONLY, f"--rxq={queues}", f"--txq={queues}"]
     with (
         backend(net, tmp_path, f"dpdk,socket={socket},mac={MAC},queues={queues},client=true") as daemon,
@@ -267,7 +267,7 @@ def test_39_dpdk_goes_on_behind_the_next_daemon_under_traffic(
         client.command("stop")
         client.command("set fwd rxonly")
         client.command("start")
-        net.far.run(sys.executable, "-m", "tests.blast", topology.FAR_IF, MAC, str(FRAMES))
+        net.far.run(sys.executable, "-m", "tests.rig.blast", topology.FAR_IF, MAC, str(FRAMES))
         until_equal(lambda: delivered_and_dropped(daemon) >= FRAMES, True)
         until(lambda: client.stats().rx_packets > 0)
         client.command("stop")
