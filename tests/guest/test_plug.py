@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,15 @@ class Stage:
         counted = [guest.errors for port in self.backend.snapshot().ports if (guest := port.guest)]
         return {reason: number for errors in counted for reason, number in errors.items() if number}
 
+    def restart(self, end: Callable[[Backend], object], meanwhile: Callable[[], None]) -> None:
+        """The daemon goes, by `end`, and comes back; the guest and its QEMU go on."""
+        end(self.backend)
+        meanwhile()
+        self.backend.start()
+        self.peer.close()
+        self.peer = RemoteGuest(self.directory / "peer.socket", MODERN).start()
+        until(lambda: self.answers("eth0"))
+
     def plug_card(self) -> None:
         path = {"type": "unix", "data": {"path": f"{self.directory}/second.socket"}}
         backend = {"type": "socket", "data": {"addr": path, "server": False, "reconnect-ms": 100}}
@@ -77,8 +86,11 @@ class Stage:
         self.qmp.run("netdev_del", id="second")  # and with it the chardev
 
     def plug_dimm(self, **backend: object) -> None:
+        before = self.guest.check("grep MemTotal /proc/meminfo")
         self.qmp.run("object-add", id="memory-of-dimm", size=128 * MIB, share=True, **backend)
         self.qmp.run("device_add", driver="pc-dimm", id="dimm", memdev="memory-of-dimm")
+        # Asked to let go of it before it has taken it, Linux says nothing and keeps it.
+        until(lambda: self.guest.check("grep MemTotal /proc/meminfo") != before)
 
     def plug_memfd(self) -> None:
         self.plug_dimm(qom_type="memory-backend-memfd")
@@ -109,8 +121,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         guest.check("echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore")
         guest.configure(ADDRESSES["eth0"], 24)
         qmp = stack.enter_context(Qmp(directory / "qmp"))
-        peer = stack.enter_context(RemoteGuest(directory / "peer.socket", MODERN).start())
+        peer = RemoteGuest(directory / "peer.socket", MODERN).start()
         made = Stage(backend, guest, qmp, peer, directory)
+        stack.callback(lambda: made.peer.close())
         until(lambda: made.answers("eth0"))
         yield made
 
@@ -144,4 +157,23 @@ def test_memory_on_a_disk_is_left_out_and_the_cards_go_on(stage: Stage) -> None:
         for interface in ADDRESSES:
             assert stage.answers(interface)
         stage.unplug_card()
+    assert stage.errors() == {}
+
+
+@pytest.mark.parametrize("end", [Backend.kill, Backend.stop])
+def test_memory_that_comes_or_goes_while_the_daemon_is_away_is_known_to_it_when_it_is_back(
+    stage: Stage, end: Callable[[Backend], object]
+) -> None:
+    """Then it is changed once more, by a frontend that takes its backend for one that knows."""
+    stage.restart(end, meanwhile=stage.plug_memfd)
+    stage.plug_card()
+    stage.unplug_dimm()
+    assert stage.answers("eth0")
+    stage.plug_memfd()
+    stage.restart(end, meanwhile=stage.unplug_dimm)
+    until(lambda: stage.answers("eth1"))
+    stage.plug_memfd()
+    stage.unplug_dimm()
+    stage.unplug_card()
+    assert stage.answers("eth0")
     assert stage.errors() == {}
