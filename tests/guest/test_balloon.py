@@ -151,8 +151,8 @@ def test_a_guest_whose_balloon_grows_and_shrinks_goes_on_sending_and_no_byte_is_
 def test_a_guest_that_reports_free_pages_goes_on_sending_and_no_byte_is_another(stage: Stage) -> None:
     stage.upload(4)
     assert stage.wire.tx.in_place > 1000
-    with closing(Qmp(stage.directory / "qmp")) as qmp:
-        qmp("device_add", driver="virtio-balloon-pci", bus="behind", **{"free-page-reporting": True})
+    with Qmp(stage.directory / "qmp") as qmp:
+        qmp.run("device_add", driver="virtio-balloon-pci", bus="behind", free_page_reporting=True)
     until(lambda: stage.memory < MEMORY_MIB // 2 * MIB)
     # Whole blocks are reported: whether a frame ever comes from one is up to Linux, so nothing may be found out.
     stage.use_up(but_mib=40)
@@ -168,7 +168,7 @@ def test_a_guest_whose_memory_is_unplugged_and_plugged_again_goes_on_sending_and
     stage.guest.check("echo online >/sys/devices/system/memory/auto_online_blocks")
     stage.upload(4)
     assert stage.wire.tx.in_place == 0
-    with closing(Qmp(stage.directory / "qmp")) as qmp:
+    with Qmp(stage.directory / "qmp") as qmp:
         plug(qmp, PLUGGED_MIB)
         until(lambda: plugged(qmp) == PLUGGED_MIB * MIB)
         stage.upload(4)
@@ -191,11 +191,11 @@ def test_a_guest_whose_memory_is_unplugged_and_plugged_again_goes_on_sending_and
 
 
 def plug(qmp: Qmp, mib: int) -> None:
-    qmp("qom-set", path="/machine/peripheral/memory0", property="requested-size", value=mib * MIB)
+    qmp.run("qom-set", path="/machine/peripheral/memory0", property="requested-size", value=mib * MIB)
 
 
 def plugged(qmp: Qmp) -> int:
-    answer = qmp("qom-get", path="/machine/peripheral/memory0", property="size")
+    answer = qmp.run("qom-get", path="/machine/peripheral/memory0", property="size")
     assert isinstance(answer, int)
     return answer
 
