@@ -97,7 +97,7 @@ def burst(scene: Scene) -> Callable[[Lab], Values]:
                             sender.sendto(bytes(100), (topology.GUEST_ADDRESSES[0], 9))
 
             before = arrived()
-            call_in(str(net.far.path), send)
+            call_in(net.far.path, send)
             time.sleep(1)
             return {"received": arrived() - before}
 

@@ -90,7 +90,7 @@ def test_datagrams_sent_at_once_to_a_legacy_card_all_arrive(
             for _ in range(800):
                 sender.sendto(bytes(100), (ADDRESS, 9))
 
-    call_in(str(net.far.path), send)
+    call_in(net.far.path, send)
     until(lambda: received(backend).packets >= before.packets + 800)
     assert lost(backend) == {}
     assert received(backend).waited > before.waited
@@ -155,7 +155,7 @@ def site(net: topology.Topology) -> Iterator[list[str]]:
                 dhcp.sendto(dhcp_answer(question), ("255.255.255.255", 68))
 
     Site.asked.clear()
-    server, dhcp = call_in(str(net.far.path), listen)
+    server, dhcp = call_in(net.far.path, listen)
     with ThreadPoolExecutor(2) as pool, server:
         pool.submit(server.serve_forever)
         pool.submit(answer)

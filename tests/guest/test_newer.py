@@ -121,11 +121,11 @@ class Stage:
 
     def wire(self) -> Wire:
         """Frames at the far end."""
-        return Wire(call_in(str(self.net.far.path), lambda: packet_socket(topology.FAR_IF)))
+        return Wire(call_in(self.net.far.path, lambda: packet_socket(topology.FAR_IF)))
 
     def far_socket(self, version: int) -> socket.socket:
         family = socket.AF_INET if version == 4 else socket.AF_INET6
-        made = call_in(str(self.net.far.path), lambda: socket.socket(family, socket.SOCK_DGRAM))
+        made = call_in(self.net.far.path, lambda: socket.socket(family, socket.SOCK_DGRAM))
         made.setsockopt(socket.SOL_SOCKET, 33, 1 << 23)  # SO_RCVBUFFORCE
         made.settimeout(PATIENCE_S)
         return made

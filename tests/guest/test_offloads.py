@@ -382,7 +382,7 @@ int mark(struct __sk_buff *skb)
 @contextmanager
 def congested(far: topology.Namespace) -> Iterator[None]:
     """The far end marks packets that may be marked, of both directions: who sent them slows down, and says so (CWR)."""
-    there = partial(call_in, str(far.path))
+    there = partial(call_in, far.path)
     with clsact.loaded(MARKER, b"mark") as program:
         there(lambda: clsact.attach(program, topology.FAR_IF, clsact.INGRESS, clsact.EGRESS))
         try:

@@ -202,7 +202,8 @@ def joins() -> Iterator[Kernel]:
     """It holds what it joins beyond the one frame that it is handed at a time, for longer than a test sends."""
     with veth(mtu=9000) as pair:
         pair.namespace.run("ethtool", "-K", pair.peer, "gro", "on", "rx-udp-gro-forwarding", "on")
-        pair.namespace.run("sh", "-c", f"echo 20000000 > /sys/class/net/{pair.peer}/gro_flush_timeout")
+        flush = f"echo 20000000 > /sys/class/net/{pair.peer}/gro_flush_timeout"
+        command("ip", "netns", "exec", pair.namespace.name, "sh", "-c", flush)  # which has a /sys of its own
         with closing(Kernel(pair)) as made:
             yield made
 

@@ -27,10 +27,12 @@ import pyroute2.netns
 import pytest
 
 from tests.rig.waiting import PATIENCE_S
+from xdpnet.demo import topology
 
 T = TypeVar("T")
 
 PREFIX = "xdpn"
+RUN = Path("/run/netns")
 ETH_P_ALL = 3
 PACKET_IGNORE_OUTGOING = 23
 _numbers = itertools.count()
@@ -46,11 +48,11 @@ def command(*words: str) -> str:
     return result.stdout
 
 
-def call_in(namespace: str, function: Callable[[], T]) -> T:
-    """Call it in a thread that is in the namespace, a name or a path; sockets opened there stay there."""
+def call_in(namespace: Path, function: Callable[[], T]) -> T:
+    """Call it in a thread that is in the namespace; sockets opened there stay there."""
 
     def inside() -> T:
-        pyroute2.netns.setns(namespace)
+        pyroute2.netns.setns(str(namespace))
         return function()
 
     with ThreadPoolExecutor(1) as pool:
@@ -58,21 +60,19 @@ def call_in(namespace: str, function: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class Namespace:
-    """A network namespace with a name."""
+class Named(topology.Namespace):
+    """A network namespace that `ip` knows by a name."""
 
-    name: str
-
-    def run(self, *words: str) -> str:
-        return command("ip", "netns", "exec", self.name, *words)
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     def popen(self, *words: str) -> "subprocess.Popen[str]":
         """The caller ends it."""
-        words = ("ip", "netns", "exec", self.name, *words)
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def call(self, function: Callable[[], T]) -> T:
-        return call_in(self.name, function)
+        return call_in(self.path, function)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Veth:
 
     ifname: str
     mac: bytes
-    namespace: Namespace
+    namespace: Named
     peer: str
     peer_mac: bytes
     address: str
@@ -168,9 +168,9 @@ def packet_socket(ifname: str) -> socket.socket:
 
 
 @contextmanager
-def namespace() -> Iterator[Namespace]:
+def namespace() -> Iterator[Named]:
     sweep()
-    made = Namespace(f"{PREFIX}{os.getpid()}n{next(_numbers)}")
+    made = Named(RUN / f"{PREFIX}{os.getpid()}n{next(_numbers)}")
     command("ip", "netns", "add", made.name)
     try:
         made.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
@@ -192,7 +192,7 @@ def veth(queues: int = 1, mtu: int = 1500, address: str = "10.99.0.1") -> Iterat
         yield Veth(ifname, mac_of(ifname), space, "eth0", space.call(functools.partial(mac_of, "eth0")), address)
 
 
-def add_veth(ifname: str, space: Namespace, queues: int = 1, mtu: int = 1500) -> None:
+def add_veth(ifname: str, space: Named, queues: int = 1, mtu: int = 1500) -> None:
     """Also to make one again after it was deleted."""
     sizes = ("numrxqueues", str(queues), "numtxqueues", str(queues), "mtu", str(mtu))
     command("ip", "link", "add", ifname, *sizes, "type", "veth", "peer", "eth0", *sizes, "netns", space.name)

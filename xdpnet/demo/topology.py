@@ -36,13 +36,9 @@ class CommandError(SetupError):
 
 @dataclass(frozen=True)
 class Namespace:
-    """A network namespace without a name, held open by a sleeping process."""
+    """A network namespace, by its file."""
 
-    pid: int
-
-    @property
-    def path(self) -> Path:
-        return Path(f"/proc/{self.pid}/ns/net")
+    path: Path
 
     def command(self, *arguments: str) -> list[str]:
         return ["nsenter", f"--net={self.path}", *arguments]
@@ -75,11 +71,14 @@ class Namespace:
 
 @contextmanager
 def namespace() -> Iterator[Namespace]:
-    """A new network namespace with its loopback up and no IPv6, for as long as the block runs."""
+    """A new network namespace with its loopback up and no IPv6, for as long as the block runs.
+
+    It has no name: a sleeping process holds it open.
+    """
     holder = process.spawn(["unshare", "--net", "sleep", "infinity"], Path(os.devnull))
     try:
         _until_unshared(holder)
-        made = Namespace(holder.pid)
+        made = Namespace(Path(f"/proc/{holder.pid}/ns/net"))
         # Frames that nobody asked for, such as router solicitations, would blur the counts.
         made.run("sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
         made.run("ip", "link", "set", "lo", "up")
@@ -116,7 +115,7 @@ def topology(queues: int = 1, mtu: int = 1500) -> Iterator[Topology]:
     with ExitStack() as stack:
         host, far = stack.enter_context(namespace()), stack.enter_context(namespace())
         shape = ("mtu", str(mtu), "numrxqueues", str(queues), "numtxqueues", str(queues))
-        peer = ("type", "veth", "peer", "name", FAR_IF, "netns", str(far.pid))
+        peer = ("type", "veth", "peer", "name", FAR_IF, "netns", str(far.path))
         host.run("ip", "link", "add", HOST_IF, *shape, *peer, *shape)
         for where, interface, address in ((host, HOST_IF, HOST_ADDRESS), (far, FAR_IF, FAR_ADDRESS)):
             where.run("ip", "address", "add", f"{address}/{PREFIX}", "dev", interface)
