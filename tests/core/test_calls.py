@@ -18,7 +18,7 @@ import pytest
 from tests.rig.driver import Driver
 from tests.rig.guests import BROADCAST, MakeGuest, Pair, both_layouts, frame, mac
 from tests.rig.rings import EVENT_IDX, VERSION_1
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import PATIENCE_S, eventually, until_equal
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]
@@ -205,7 +205,7 @@ def test_an_err_fd_is_raised_once_for_each_time_its_ring_breaks(bridge: core.Bri
     for n in range(1, 4):
         ring.raw((0, 64, 0))
         ring.kick(always=True)
-        assert eventually(lambda n=n: driver.stats(core.TX).breaks == n)  # type: ignore[misc]
+        until_equal(lambda: driver.stats(core.TX).breaks, n)
         assert ring.is_in_error()
         assert value_of(ring.err_fd) == 1
         driver.restart(core.TX)

@@ -39,7 +39,7 @@ from tests.rig.rings import (
     wait_readable,
 )
 from tests.rig.scene import END, Scene, break_it, each_ring, own_flags
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import PATIENCE_S, eventually, until_equal
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]
@@ -961,7 +961,7 @@ def test_b38_a_guest_that_asks_for_an_interrupt_at_every_frame_gets_one_a_burst_
             ring.want_call()
         a.pair.tx.kick(always=True)
         assert a.pair.wait_sent()
-        assert eventually(lambda turn=turn: b.stats(core.RX).packets == 200 * (turn + 1))  # type: ignore[misc]
+        until_equal(lambda: b.stats(core.RX).packets, 200 * (turn + 1))
         got += len(b.pair.packets())
     assert got == 4000
     for driver, direction in (a, core.TX), (b, core.RX):
@@ -1014,7 +1014,7 @@ def test_b42_a_guest_that_never_kicks_is_served_all_the_same(scene: Scene, index
             ring.raw((*good_buffer(scene), WRITE))
             ring.publish()
             scene.use(index)
-            assert eventually(lambda i=i: ring.returned() == i + 1)  # type: ignore[misc]
+            until_equal(ring.returned, i + 1)
     assert scene.bad.stats(index).kicks == 0
     assert scene.bad.drops(index) == {}
 

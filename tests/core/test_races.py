@@ -20,7 +20,7 @@ from tests.rig.offloads import SENDS, data
 from tests.rig.rings import AVAIL, HOLE, INDIRECT, MODERN, NEXT, USED, WRAP, WRITE, PackedRing, Ring, SplitRing
 from tests.rig.scene import END, Scene, own_flags
 from tests.rig.segments import TSO4, Segment
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import PATIENCE_S, eventually, until_equal
 from xdpnet import core
 from xdpnet.counters import Traffic
 
@@ -326,7 +326,7 @@ def test_b21_b22_b23_descriptors_and_tables_that_are_legal_whichever_way_break_n
                     for at in range(ring.parts()[0][0] + 8, ring.parts()[0][0] + 16 * NUM, 16):
                         memory.write(at, words[at][0].to_bytes(8, "little"))
                 scene.bad.port.ring_start(core.TX, ring.config(base & 0xFFFF))
-            assert eventually(lambda n=NUM * turn: scene.bad.stats(core.TX).chains == n)  # type: ignore[misc]
+            until_equal(lambda: scene.bad.stats(core.TX).chains, NUM * turn)
             for packet in sink.pair.packets():
                 size = len(packet.frame)
                 seen[size] = seen.get(size, 0) + 1

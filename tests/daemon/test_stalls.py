@@ -19,7 +19,7 @@ from tests.rig.guests import MakeBridge, MakeGuest, frame, mac
 from tests.rig.rings import VERSION_1, WRITE
 from tests.rig.slow import core_memory, slow, untouched, userfaultfd
 from tests.rig.traced import stopped
-from tests.rig.waiting import eventually
+from tests.rig.waiting import eventually, until_equal
 from xdpnet import core
 from xdpnet.control.watchdog import Watchdog
 from xdpnet.metrics.snapshot import Worker
@@ -131,7 +131,7 @@ def test_a_stall_that_moved_on_and_came_back_is_another(bridge: core.Bridge, gue
     for n in range(1, 4):
         with stuck(bridge, driver):
             assert watched.look(LOOKS + 1) == {0: f"{driver.port}/1"}
-        assert eventually(lambda n=n: driver.stats(core.TX).packets == n)  # type: ignore[misc]
+        until_equal(lambda: driver.stats(core.TX).packets, n)
         driver.pair.reap()
 
 

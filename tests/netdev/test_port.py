@@ -27,7 +27,7 @@ from tests.rig.descriptors import open_files
 from tests.rig.driver import Driver
 from tests.rig.guests import rarp
 from tests.rig.netns import Veth, Wire, add_veth, command, namespace, needs_root, remove, veth
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import PATIENCE_S, eventually, until_equal
 from xdpnet import core
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
@@ -438,9 +438,7 @@ def test_c32_a_flood_of_addresses_from_the_wire_pushes_no_guest_out(
         for number in range(16000):
             wire.send(frame(GUEST, b"\x02\0" + number.to_bytes(4, "big")))
             if number % 64 == 63:  # the socket has 128 frames
-                assert eventually(
-                    lambda sent=number + 1: opened.port.queue_stats(0, core.RX).packets == sent  # type: ignore[misc]
-                )
+                until_equal(lambda: opened.port.queue_stats(0, core.RX).packets, number + 1)
         assert not bridge.events() & core.EVENT_FDB, "no address of a guest has changed"
         entries = bridge.fdb_dump()
         assert sum(entry.port == opened.port and not entry.is_static for entry in entries) == 16000

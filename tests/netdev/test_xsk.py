@@ -1,7 +1,6 @@
 """AF_XDP transmit on a veth pair, without an XDP program: what the guest sends is what the far end sees."""
 
 import socket
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,7 @@ from tests.rig.driver import LAYOUTS, Layout
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.rig.netns import Veth, command, needs_root, remove, veth
 from tests.rig.rings import INDIRECT_DESC, MODERN, VERSION_1
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import eventually, once_free
 from xdpnet import core
 from xdpnet.counters import Traffic
 
@@ -32,24 +31,15 @@ def pair() -> Iterator[Veth]:
         yield made
 
 
-def open_queue(bridge: core.Bridge, port: core.Netdev, queue: int, ifname: str) -> None:
-    """A queue that another socket has just left is busy for a moment."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            port.open_queue(queue, socket.if_nametoindex(ifname), LONGEST)
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
+def open_queue(port: core.Netdev, queue: int, ifname: str) -> None:
+    once_free(lambda: port.open_queue(queue, socket.if_nametoindex(ifname), LONGEST))
 
 
 @pytest.fixture
-def port(bridge: core.Bridge, pair: Veth) -> int:
+def port(bridge: core.Bridge, pair: Veth) -> core.Netdev:
     made = bridge.add_netdev(2)
     made.set_mac(FAR, False)
-    open_queue(bridge, made, 0, pair.ifname)
+    open_queue(made, 0, pair.ifname)
     return made
 
 
@@ -172,7 +162,7 @@ def test_a_queue_is_closed_and_opened_again_while_frames_flow(
         a.pair.tx.kick()
         port.close_queue(0)
         assert a.pair.wait_sent()
-        open_queue(bridge, port, 0, pair.ifname)
+        open_queue(port, 0, pair.ifname)
     assert tx(bridge, port).packets + sum(tx(bridge, port).drops.values()) == 5 * 64
     with pair.wire() as wire:
         a.pair.send(frame(FAR, mac(1), mark=b"on"))
@@ -187,7 +177,7 @@ def test_several_workers_on_several_or_shared_sockets(
     port = bridge.add_netdev(2)
     port.set_mac(FAR, False)
     for queue in range(2):
-        open_queue(bridge, port, queue, pair.ifname)
+        open_queue(port, queue, pair.ifname)
     a = guests(bridge, pairs=workers)
     sent = [frame(FAR, mac(1), mark=bytes([number, i])) for number in range(workers) for i in range(100)]
     with pair.wire() as wire:
@@ -213,7 +203,7 @@ def test_the_limits_of_opening_a_socket(make_bridge: MakeBridge, pair: Veth) -> 
         port.open_queue(0, 999999, LONGEST)
     with pytest.raises(OSError, match="No such file"):
         port.open_queue(2, index, LONGEST)
-    open_queue(bridge, port, 0, pair.ifname)
+    open_queue(port, 0, pair.ifname)
     with pytest.raises(OSError, match="already"):
         port.open_queue(0, index, LONGEST)
     with pytest.raises(OSError, match="No space"):

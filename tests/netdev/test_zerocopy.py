@@ -6,13 +6,13 @@ otherwise. After each test of a bridge its books balance.
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ from tests.rig.rings import (
     SplitRing,
 )
 from tests.rig.segments import TSO4, TSO6, Segment
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import PATIENCE_S, eventually, once_free
 from xdpnet import core
 from xdpnet.counters import Traffic
 from xdpnet.netdev.port import Netdev
@@ -86,16 +86,8 @@ class Wired:
     def renew(self) -> None:
         """As the daemon does when guest memory has changed."""
         self.close()
-        deadline = time.monotonic() + PATIENCE_S
         for queue in range(self.queues):
-            while True:
-                try:
-                    self.open(queue)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.005)
+            once_free(partial(self.open, queue))
 
     def close(self) -> None:
         for queue in range(self.queues):

@@ -6,13 +6,11 @@ A life that leaves something behind, or ends otherwise than well or with an erro
 """
 
 import ctypes
-import errno
 import os
 import re
 import resource
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address
@@ -23,7 +21,7 @@ from tests.rig.descriptors import open_files
 from tests.rig.driver import QueuePair, ledger
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.rings import MIB, MODERN, GuestMemory, Span
-from tests.rig.waiting import PATIENCE_S, eventually
+from tests.rig.waiting import eventually, once_free
 from xdpnet import core
 from xdpnet.errors import SetupError
 
@@ -57,7 +55,7 @@ def live(guests: tuple[Guest, Guest], ifname: str, group_fd: int) -> None:
         for number in range(2):
             ports.append(bridge.add_guest(1))
             ports[-1].set_mac(mac(number), number == 0)
-        open_queue(bridge, wire, ifname)
+        open_queue(wire, ifname)
         wire.set_group_fd(group_fd)
         bridge.start()
         ports[0].set_ips([IPv4Address("10.0.0.1")])
@@ -71,7 +69,7 @@ def live(guests: tuple[Guest, Guest], ifname: str, group_fd: int) -> None:
             port.announce(mac(ports.index(port)))
             guest.pair.fill()
         wire.close_queue(0)
-        open_queue(bridge, wire, ifname)
+        open_queue(wire, ifname)
         one, two = guests
         one.pair.send(frame(mac(1), mac(0), 600))
         one.pair.send(frame(BROADCAST, mac(0), 600))
@@ -115,17 +113,8 @@ def balanced(bridge: core.Bridge, wire: core.Netdev, ports: list[core.Guest]) ->
     return into == out + tx.packets + sum(rx.drops.values()) + sum(tx.drops.values())
 
 
-def open_queue(bridge: core.Bridge, wire: core.Netdev, ifname: str) -> None:
-    """Busy for a moment after another socket has left it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            wire.open_queue(0, socket.if_nametoindex(ifname), 1518, "on")
-            return
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+def open_queue(wire: core.Netdev, ifname: str) -> None:
+    once_free(lambda: wire.open_queue(0, socket.if_nametoindex(ifname), 1518, "on"))
 
 
 def left() -> tuple[list[str], list[str]]:

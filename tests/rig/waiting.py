@@ -1,5 +1,6 @@
 """Waiting for what happens soon, without a sleep that is too short or too long."""
 
+import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -33,3 +34,15 @@ def until_equal(value: Callable[[], T], wanted: T, patience: float = PATIENCE_S)
     while (now := value()) != wanted:
         assert time.monotonic() < deadline, f"{now}, not {wanted}"
         time.sleep(0.005)
+
+
+def once_free(take: Callable[[], T]) -> T:
+    """What comes of it when it is not busy any more, as the queue of a socket that was closed is for a moment."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return take()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
