@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.test_coalesce import ALL, any_burst, by_flow, key_of
-from tests.core.test_offload import large_frames, through
+from tests.core.test_offload import extension, large_frames, through
 from tests.native.offload import BURST, Offload
 from tests.rig.driver import Driver
 from tests.rig.guests import Pair, mac
@@ -35,6 +35,7 @@ SOL_PACKET, PACKET_AUXDATA, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 8, 15
 SO_RCVBUFFORCE = 33
 TAG_VALID, TPID_VALID = 1 << 4, 1 << 6
 PLAIN = bytes(10)
+EXTENSIONS = (0, 43, 44, 60)  # those of IPv6 that the tests make
 IDENT = b"id.."  # in place of what is drawn for the fragments of each datagram of IPv6
 
 
@@ -115,10 +116,15 @@ def guests() -> Iterator[Pair]:
 
 def ones(frame: bytes) -> bytes:
     """A checksum of TCP that comes to zero may be sent as ones: the core does, and of segments the kernel does not."""
-    l3 = len(key_of(frame)[0])
-    six = frame[l3] >> 4 == 6
-    at = l3 + (40 if six else 4 * (frame[l3] & 15)) + 16
-    if frame[l3 + (6 if six else 9)] != TCP or frame[at : at + 2] != b"\0\0":
+    at = len(key_of(frame)[0])
+    if frame[at] >> 4 == 4:
+        protocol, at = frame[at + 9], at + 4 * (frame[at] & 15)
+    else:
+        protocol, at = frame[at + 6], at + 40
+        while protocol in EXTENSIONS:
+            protocol, at = frame[at], at + 8 + 8 * frame[at + 1]
+    at += 16
+    if protocol != TCP or frame[at : at + 2] != b"\0\0":
         return frame
     return frame[:at] + b"\xff\xff" + frame[at + 2 :]
 
@@ -167,6 +173,18 @@ def test_a_frame_of_64_kib_is_cut_as_the_kernel_cuts_it(cuts: Kernel, guests: Pa
     tags = b"\x88\xa8\0\5\x81\0\0\6"
     for whole in replace(TCP4, payload=data(65535 - 40), tags=tags), replace(UDP6, payload=data(65535 - 48), tags=tags):
         same_as_kernel(cuts, guests, [(whole, kind_of(whole), 1448, [])])
+
+
+@pytest.mark.parametrize("extensions", [(), (extension(8),), (extension(16, 60), extension(8, 43))], ids=len)
+def test_a_checksum_that_comes_to_zero_is_the_kernels_or_ones(
+    cuts: Kernel, guests: Pair, extensions: tuple[tuple[int, bytes], ...]
+) -> None:
+    whole = replace(TCP4, version=6, extensions=extensions)
+    at = whole.l4 + whole.csum_offset
+    first = whole.cut(1000)[0].frame()
+    zero = replace(whole, urgent=int.from_bytes(first[at : at + 2], "big"))
+    assert zero.cut(1000)[0].frame()[at : at + 2] in (b"\0\0", b"\xff\xff")
+    same_as_kernel(cuts, guests, [(zero, kind_of(zero), 1000, [])])
 
 
 # ---- joined ----
