@@ -17,7 +17,7 @@ from xdpnet.demo.guest import Card, Guest
 
 UNITS = {"rate": "Gb/s", "retransmits": "segments sent again", "cpu": "% of a core per Gb/s, backend"}
 SECONDS = 4
-DATAGRAMS = 800
+DATAGRAMS, DATAGRAM_BYTES, DISCARD = 800, 100, 9
 MACS = (MAC, PEER_MAC)
 
 # Guests with the backend's process id, if it is a process of its own.
@@ -81,25 +81,41 @@ def between_guests(scene: Scene) -> Callable[[Lab], Values]:
     return measure
 
 
+def arrived(guest: Guest) -> int:
+    """Datagrams so far, to ports where nobody listens."""
+    return int(guest.check("awk '/^Udp:/ && ++n == 2 {print $3}' /proc/net/snmp"))  # NoPorts
+
+
 def burst(scene: Scene) -> Callable[[Lab], Values]:
-    """Datagrams that the far end sends as fast as it can, to a port where nobody listens."""
+    """Datagrams that the far end sends as fast as it can."""
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(DATAGRAMS):
+                with suppress(ConnectionRefusedError):
+                    sender.sendto(bytes(DATAGRAM_BYTES), (topology.GUEST_ADDRESSES[0], DISCARD))
 
     def measure(lab: Lab) -> Values:
         with scene(lab, 1) as (net, (guest,), _):
-
-            def arrived() -> int:
-                return int(guest.check("awk '/^Udp:/ && ++n == 2 {print $3}' /proc/net/snmp"))  # NoPorts
-
-            def send() -> None:
-                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                    for _ in range(DATAGRAMS):
-                        with suppress(ConnectionRefusedError):
-                            sender.sendto(bytes(100), (topology.GUEST_ADDRESSES[0], 9))
-
-            before = arrived()
+            before = arrived(guest)
             call_in(net.far.path, send)
             time.sleep(1)
-            return {"received": arrived() - before}
+            return {"received": arrived(guest) - before}
+
+    return measure
+
+
+def burst_between_guests(scene: Scene) -> Callable[[Lab], Values]:
+    """Datagrams that a guest sends as fast as it can; both have the one CPU."""
+
+    def measure(lab: Lab) -> Values:
+        with scene(lab, 2) as (_, (one, two), _):
+            address = topology.GUEST_ADDRESSES[1]
+            one.check(f"ping -c 1 -W 5 {address}")
+            before = arrived(two)
+            one.check(f"datagrams send ::ffff:{address} {DISCARD} 0 $(yes {DATAGRAM_BYTES} | head -n {DATAGRAMS})")
+            time.sleep(1)
+            return {"received": arrived(two) - before}
 
     return measure
 
@@ -149,5 +165,11 @@ ROWS = [
         f"{DATAGRAMS} datagrams at once to a Linux guest with a ring of 256",
         {"received": "datagrams"},
         {name: burst(SCENES[name]) for name in ("xdpnet", "tap")},
+    ),
+    Row(
+        "burst-guest-to-guest",
+        f"{DATAGRAMS} datagrams at once of a Linux guest to another",
+        {"received": "datagrams"},
+        {name: burst_between_guests(SCENES[name]) for name in ("xdpnet", "tap")},
     ),
 ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.lab import BACKEND_CPU, BACKENDS, CLIENT_CPU, MAC, WARM_UP_S, Contender, Lab, Row, Served, Values
+from tests.native import compile_program
 from tests.rig.waiting import until
 from xdpnet.demo import await_listener, initramfs, process, topology
 from xdpnet.demo.backend import Backend
@@ -47,7 +48,8 @@ def linux_guest(
 ) -> Iterator[Guest]:
     """Up, with an address, and reachable from the far end."""
     kernel = initramfs.find_kernel()
-    initrd = initramfs.build(kernel, lab.directory / "initramfs", (*initramfs.PROGRAMS, "sockperf"))
+    programs = (*initramfs.PROGRAMS, "sockperf", str(compile_program("datagrams", lab.directory)))
+    initrd = initramfs.build(kernel, lab.directory / "initramfs", programs)
     guest = PinnedGuest(lab.directory, kernel, initrd, cards, name=f"xdpn-bench{number}", enter=enter, more=more)
     address = topology.GUEST_ADDRESSES[number]
     with closing(guest.start()):
