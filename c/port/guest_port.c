@@ -1,6 +1,4 @@
-/*
- * A guest port: what its guest has agreed to, and may say.
- */
+/* A guest port's control: it is made and ends, and what its guest has agreed to, and may say. */
 #include <stdlib.h>
 
 #include "frame/vnet.h"
@@ -119,13 +117,11 @@ int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips
 int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan)
 {
 	struct guest *g = guest_at(b, port);
-	u64 value = 0;
+	u64 value = station_of(mac);
 
 	if (!g)
 		return -ENOENT;
-	memcpy(&value, mac, ETH_ALEN);
-	value = le64toh(value);
-	if (mac_is_group(value) || !value || vlan > VLAN_MAX)
+	if (!value || vlan > VLAN_MAX)
 		return -EINVAL;
 	if (g->port.check_source)
 		return -EPERM;

@@ -227,9 +227,9 @@ def test_what_starts_anew_leaves_nothing_of_what_it_was_and_goes_on(tmp_path: Pa
             running.process.send_signal(signal.SIGHUP)
             until_equal(lambda: running.log.count("ready: "), count + 2)
             if count == 0:
-                before_all = descriptors_of(running), threads()
+                once = descriptors_of(running), threads()
         # Some come and go; what each start leaves are more.
-        most = [number + starts - 2 for number in before_all]
+        most = [number + starts - 2 for number in once]
         running.until(lambda: descriptors_of(running) <= most[0] and threads() <= most[1], "nothing else is left")
         running.until(lambda: running.snapshot().uptime_s > END_S, "time goes by")
         assert running.end() == 0
