@@ -20,6 +20,7 @@ import pytest
 
 from tests.rig import frontend, needs
 from tests.rig.daemon import Daemon, daemon, guest
+from tests.rig.descriptors import open_files
 from tests.rig.guests import BROADCAST, frame, mac
 from tests.rig.netns import Veth, needs_root, veth
 from tests.rig.remote import RefusedError, RemoteGuest
@@ -88,7 +89,7 @@ class Scene:
 
     def descriptors(self) -> list[str]:
         """Kinds of them: which sockets the interface has may have changed."""
-        links = (os.readlink(path) for path in Path(f"/proc/{self.pid}/fd").iterdir())
+        links = open_files(self.pid).values()
         return sorted(link.partition(":[")[0] if link.startswith("socket") else link for link in links)
 
     def internal_errors(self) -> int:

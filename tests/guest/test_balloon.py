@@ -4,7 +4,6 @@ By a balloon that is told to grow and to shrink again, by free page reporting, w
 that is unplugged and plugged again (virtio-mem).
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import needs
+from tests.rig.descriptors import open_files
 from tests.rig.qmp import Qmp
 from tests.rig.waiting import until
 from xdpnet.demo import await_listener, initramfs, process, topology
@@ -62,11 +62,9 @@ class Stage:
     @property
     def memory(self) -> int:
         """Bytes that the guest's memory takes of the host, or would if nobody had pinned it."""
-        for fd in Path(f"/proc/{self.guest.pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if "memory-backend-memfd" in os.readlink(fd):
-                    return os.stat(fd).st_blocks * 512
-        raise AssertionError("QEMU has no memory file")
+        pid = self.guest.pid
+        (fd,) = (fd for fd, link in open_files(pid).items() if "memory-backend-memfd" in link)
+        return os.stat(f"/proc/{pid}/fd/{fd}").st_blocks * 512
 
     def use_up(self, but_mib: int) -> None:
         """What the guest has free, but for so much; what it takes from then on is what it had given up."""

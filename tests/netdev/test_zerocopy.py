@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import dpdk
+from tests.rig.descriptors import open_files
 from tests.rig.driver import APART, CRUMBLED, LAYOUTS, TOGETHER, Driver, Layout
 from tests.rig.guests import BROADCAST, MakeBridge, MakeGuest, both_layouts, frame, mac
 from tests.rig.netns import Held, Veth, command, needs_root, veth
@@ -1130,7 +1131,7 @@ def test_sockets_are_renewed_one_after_another_with_memory_that_was_registered_b
     found: list[tuple[int, list[int], int, object]] = []
 
     def sockets() -> int:
-        return sum("socket" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+        return sum("socket" in link for link in open_files().values())
 
     def watched(queue: int, *arguments: object, **options: object) -> None:
         others = [each for each in range(2) if each != queue and netdev.port.xsk_stats(each).open]

@@ -1,13 +1,13 @@
-"""What this process has open."""
+"""What a process has open."""
 
 import contextlib
 import os
 
 
-def open_files() -> dict[str, str]:
+def open_files(pid: int | str = "self") -> dict[str, str]:
     """What each descriptor is of, by its number."""
     links = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
-            links[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as is the descriptor of this very listing
+            links[fd] = os.readlink(f"/proc/{pid}/fd/{fd}")
     return links
