@@ -6,17 +6,13 @@ happens after SIGTERM, the process is gone within END_S.
 """
 
 import asyncio
-import contextlib
 import faulthandler
-import grp
 import logging
 import os
-import pwd
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from xdpnet import cgroup, core, descriptors
@@ -30,28 +26,18 @@ from xdpnet.errors import SetupError, XdpnetError
 from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.mtu import MtuWatch
+from xdpnet.ports import GuestPort, NetdevPort, access_of, spelt
 from xdpnet.reports import Reports
-from xdpnet.sockets import Access, barred_by
 from xdpnet.stalls import StallWatch
 from xdpnet.virtq import features
-from xdpnet.virtq.device import GuestDevice
-from xdpnet.virtq.server import GuestSocket
 
 if TYPE_CHECKING:
     from xdpnet.netdev.port import Netdev
 
 END_S = 2.8  # promised are three seconds; an orderly end takes some tens of milliseconds
 TICK_S = 2.0  # ageing of addresses has seconds as its unit
-REWATCH_S = 5.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GuestPort:
-    config: GuestConfig
-    device: GuestDevice
-    socket: GuestSocket
 
 
 async def run(config: Config, reread: Callable[[], Config]) -> None:
@@ -79,7 +65,7 @@ def vet(config: Config) -> None:
     """What can be told without ending anything; SetupError names what this machine has not."""
     _require_cpus(config.cpus)
     for guest in config.guests:
-        _access(guest)
+        access_of(guest)
     if config.netdevs:
         from xdpnet.netdev import fitness, link
 
@@ -93,8 +79,12 @@ class Daemon:
     def __init__(self, config: Config, orders: Orders | None = None) -> None:
         self.config = config
         self.was_ready = False
-        self.guests: list[GuestPort] = []
-        self.netdevs: dict[str, Netdev] = {}
+        self.guests: dict[str, GuestPort] = {}
+        self.netdevs: dict[str, NetdevPort] = {}
+        # The same, as others look at them.
+        self._names: dict[core.Guest, str] = {}
+        self._checked: set[core.Guest] = set()  # whose source addresses are
+        self._interfaces: dict[str, Netdev] = {}
         self._addresses: AddressBook | None = None
         self._started = time.monotonic()
         self._watchdog: Watchdog | None = None
@@ -111,19 +101,17 @@ class Daemon:
             stack.callback(self.bridge.close)
             self._advise_zerocopy()
 
-            # 3. The interfaces: sockets bound, XDP attached.
+            # 3. The interfaces: sockets bound, XDP attached. A port for each guest.
+            stack.callback(self._close_ports)
             for wanted in self.config.netdevs:
-                self._open_netdev(stack, wanted)
-
-            # 4. A port for each guest.
+                await self._open_netdev(wanted)
             for guest in self.config.guests:
-                self.guests.append(self._add_guest(guest))
-            names = {guest.device.port: guest.config.name for guest in self.guests}
+                self._open_guest(guest)
             if self.config.control:
                 self._addresses = AddressBook(f"{self.config.control}.addresses")
-                self._addresses.restore(self.bridge, {name: port for port, name in names.items()})
+                self._addresses.restore(self.bridge, {name: port for port, name in self._names.items()})
 
-            # 5. The workers.
+            # 4. The workers.
             self.bridge.start()
             stack.callback(self.bridge.stop)
             self._watch_workers = StallWatch(self.bridge, self._describe)
@@ -132,27 +120,28 @@ class Daemon:
             if period_s := systemd.watchdog_s():
                 self._watchdog = Watchdog(period_s, lambda: self._watch_workers.stalls)
 
-            # 6. What the core reports; what becomes of the interfaces.
-            checked = {guest.device.port for guest in self.guests if guest.config.checks_source}
-            self.reports = Reports(self.bridge, names, self.netdevs, self._end_connection, checked)
+            # 5. What the core reports; what becomes of the interfaces.
+            self.reports = Reports(self.bridge, self._names, self._interfaces, self._end_connection, self._checked)
             stack.callback(self.reports.close)
             self.reports.sync_addresses()
-            self._mtus = MtuWatch((guest.device for guest in self.guests), self.netdevs)
-            self._mtus.look()
+            self._mtus = MtuWatch()
+            self._look_at_mtus()
             await stack.enter_async_context(self._tasks())
+            stack.push_async_callback(self._unwatch)
+            for netdev in self.netdevs.values():
+                netdev.watch()
 
-            # 7. The control socket's directory, where guests' sockets may be too.
+            # 6. The control socket's directory, where guests' sockets may be too.
             if self.config.control:
                 stack.enter_context(directory_of(self.config.control))
                 stack.callback(self._keep_addresses, last=True)
 
-            # 8. The guests: from here on frontends are served.
-            for port in self.guests:
-                await port.socket.start()
-                _advise_way(port.config)
-                stack.push_async_callback(port.socket.stop)
+            # 7. The guests: from here on frontends are served.
+            stack.push_async_callback(self._leave)
+            for port in self.guests.values():
+                await port.serve()
 
-            # 9. The control socket and the metrics.
+            # 8. The control socket and the metrics.
             if self.config.control:
                 control = ControlServer(self.config.control, {"stats": lambda: self.snapshot().to_json()})
                 await control.start()
@@ -160,18 +149,19 @@ class Daemon:
             if self.config.metrics:
                 stack.callback(self._open_metrics(self.config.metrics))
 
-            # 10. Ready, until we are told to end.
+            # 9. Ready, until we are told to end.
             systemd.notify("READY=1")
             if self._watchdog:
                 self._watchdog.start()
                 stack.callback(self._watchdog.close)
             log.info(
-                "ready: guests %d, interfaces %d, workers %d", len(names), len(self.netdevs), self.config.worker_count
-            )
+                "ready: guests %d, interfaces %d, workers %d",
+                len(self.guests), len(self.netdevs), self.config.worker_count,
+            )  # fmt: skip
             self.was_ready = True
             await self._orders.given.wait()
 
-            # 11. The end: everything above, backwards.
+            # 10. The end: everything above, backwards.
             systemd.notify(systemd.reloading() if self._orders.following else "STOPPING=1")
             faulthandler.dump_traceback_later(END_S, exit=True)
         faulthandler.cancel_dump_traceback_later()
@@ -180,11 +170,11 @@ class Daemon:
     def snapshot(self) -> Snapshot:
         """What the table, the JSON and the metrics are made of."""
         guests = [
-            take.GuestSource(port.config.name, port.device.port, port.config.queues, _describe(port))
-            for port in self.guests
+            take.GuestSource(name, port.device.port, port.config.queues, _describe(port))
+            for name, port in self.guests.items()
         ]
         return take.take(
-            self.bridge, self.config.worker_count, guests, self.netdevs, self._started, self._watch_workers.stalls
+            self.bridge, self.config.worker_count, guests, self._interfaces, self._started, self._watch_workers.stalls
         )
 
     # ---- the steps ----
@@ -231,32 +221,45 @@ class Daemon:
             needed = queues * config.frames_per_queue * core.FRAME_SIZE >> 20
             raise SetupError(f"bridge: {error.strerror}", f"{needed} MiB are needed for frames") from error
 
-    def _open_netdev(self, stack: AsyncExitStack, wanted: NetdevConfig) -> None:
-        from xdpnet.netdev.port import Netdev
+    # ---- ports, which come and go ----
 
-        netdev = Netdev(self.bridge, wanted.interface, wanted.queues, wanted.mode, wanted.zerocopy)
-        netdev.open()
-        stack.callback(netdev.close)
-        self.netdevs[wanted.interface] = netdev
+    async def _open_netdev(self, wanted: NetdevConfig) -> NetdevPort:
+        port = NetdevPort(self.bridge, wanted)
+        await port.open()
+        self.netdevs[wanted.interface], self._interfaces[wanted.interface] = port, port.netdev
+        return port
 
-    def _add_guest(self, guest: GuestConfig) -> GuestPort:
-        if guest.fd is not None and not _is_socket(guest.fd):
-            raise SetupError(f"guest {guest.name}: descriptor {guest.fd} is not an open socket", "pass one with --fd")
-        port = self.bridge.add_guest(guest.queues, guest.name)
-        if guest.macs:
-            try:
-                port.set_macs(guest.macs, guest.checks_source)
-            except OSError as error:
-                raise SetupError(
-                    f"guest {guest.name}: mac {_macs(guest)}: {error.strerror}",
-                    "choose an address that no interface of this daemon has",
-                ) from error
-        port.set_ips(guest.ips)
-        max_memory = guest.max_memory or self.config.max_memory
-        device = GuestDevice(
-            self.bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory, guest.guest_offloads
-        )
-        return GuestPort(guest, device, GuestSocket(device, guest.socket, guest.client, guest.fd, _access(guest)))
+    def _close_netdev(self, port: NetdevPort) -> None:
+        del self.netdevs[port.config.interface], self._interfaces[port.config.interface]
+        port.close()
+
+    def _open_guest(self, guest: GuestConfig) -> GuestPort:
+        port = GuestPort(self.bridge, guest, self.config.max_memory)
+        port.open()
+        self.guests[guest.name] = port
+        self._names[port.device.port] = guest.name
+        if guest.checks_source:
+            self._checked.add(port.device.port)
+        return port
+
+    def _close_guest(self, port: GuestPort) -> None:
+        del self.guests[port.config.name], self._names[port.device.port]
+        self._checked.discard(port.device.port)
+        port.close()
+
+    async def _leave(self) -> None:
+        for port in reversed(self.guests.values()):
+            await port.leave()
+
+    async def _unwatch(self) -> None:
+        for netdev in self.netdevs.values():
+            await netdev.unwatch()
+
+    def _close_ports(self) -> None:
+        for guest in [*self.guests.values()]:
+            self._close_guest(guest)
+        for netdev in [*self.netdevs.values()]:
+            self._close_netdev(netdev)
 
     def _open_metrics(self, address: tuple[str, int]) -> Callable[[], None]:
         from xdpnet.metrics.endpoint import MetricsEndpoint
@@ -273,7 +276,6 @@ class Daemon:
     @asynccontextmanager
     async def _tasks(self) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_inherited())]
-        tasks += [asyncio.create_task(self._watch(netdev)) for netdev in self.netdevs.values()]
         try:
             yield
         finally:
@@ -291,47 +293,39 @@ class Daemon:
             try:
                 self.reports.sync_addresses()
                 self.reports.say_strays()
-                self._mtus.look()
+                self._look_at_mtus()
                 self._keep_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
                 log.exception("addresses not synchronized")
 
+    def _look_at_mtus(self) -> None:
+        self._mtus.look((guest.device for guest in self.guests.values()), self._interfaces)
+
     def _keep_addresses(self, last: bool = False) -> None:
         if self._addresses:
-            self._addresses.keep(self.bridge, {guest.config.name: guest.device.port for guest in self.guests}, last)
-
-    async def _watch(self, netdev: "Netdev") -> None:
-        from xdpnet.netdev.watch import Watch
-
-        while True:
-            try:
-                await Watch(netdev, self._netdev_changed).run()
-            except Exception:  # whatever an interface does to us, guests and the other interfaces go on
-                log.exception("interface %s: watch failed; again in %g s", netdev.name, REWATCH_S)
-            await asyncio.sleep(REWATCH_S)
-
-    def _netdev_changed(self, netdev: "Netdev") -> None:
-        log.info("interface %s is %s", netdev.name, netdev.state)
+            self._addresses.keep(self.bridge, {name: port.device.port for name, port in self.guests.items()}, last)
 
     async def _watch_inherited(self) -> None:
         """A process that serves inherited connections only has nothing left to do once they are over."""
-        if all(guest.config.fd is not None for guest in self.guests):
-            await asyncio.gather(*(guest.socket.ended.wait() for guest in self.guests))
+        guests = self.guests.values()
+        if all(guest.config.fd is not None for guest in guests):
+            await asyncio.gather(*(guest.socket.ended.wait() for guest in guests))
             log.info("every inherited connection is over: stopping")
             self._orders.end()
 
     def _describe(self, place: core.Place) -> str:
-        for guest in self.guests:
-            if guest.device.port == place.port:
-                return f"guest {guest.config.name}'s {'tx' if place.queue % 2 else 'rx'} ring {place.queue // 2}"
-        for netdev in self.netdevs.values():
+        """For any thread: ports may come and go meanwhile."""
+        for port in [*self.guests.values()]:
+            if port.device.port == place.port:
+                return f"guest {port.config.name}'s {'tx' if place.queue % 2 else 'rx'} ring {place.queue // 2}"
+        for netdev in [*self._interfaces.values()]:
             if netdev.has(place.port):
                 group = place.queue == netdev.room
                 return f"interface {netdev.name}'s {'group socket' if group else f'queue {place.queue}'}"
         return f"port {place.port}"
 
     def _end_connection(self, port: int) -> None:
-        for guest in self.guests:
+        for guest in self.guests.values():
             if guest.device.port == port:
                 guest.socket.disconnect()
 
@@ -342,53 +336,12 @@ def _describe(port: GuestPort) -> Guest:
         socket=config.socket or "",
         client=config.client,
         connected=port.socket.connected,
-        mac=_macs(config),
+        mac=spelt(config.macs),
         mtu=port.device.told_mtu,
         lacks_memory=port.device.lacks_memory,
         features=tuple(features.names(port.device.features)),
         **asdict(port.socket.counters),
     )
-
-
-def _macs(guest: GuestConfig) -> str:
-    """As a flag has them."""
-    return "+".join(mac.hex(":") for mac in guest.macs)
-
-
-def _access(guest: GuestConfig) -> Access:
-    """Who may use the guest's socket; one that has a user is his alone, if nothing else is said."""
-    try:
-        user, group = guest.user, guest.group
-        uid = pwd.getpwnam(user).pw_uid if isinstance(user, str) else -1 if user is None else user
-        gid = grp.getgrnam(group).gr_gid if isinstance(group, str) else -1 if group is None else group
-    except KeyError as error:
-        raise SetupError(f"guest {guest.name}: {error.args[0]}", "name one of this machine, or a number") from error
-    mode = guest.mode if guest.mode is not None else 0o660 if guest.user is None else 0o600
-    return Access(uid, gid, mode)
-
-
-def _advise_way(guest: GuestConfig) -> None:
-    """Whom a socket is given to has to get there."""
-    if guest.socket is None or guest.client:
-        return
-    with contextlib.suppress(OSError):
-        if directory := barred_by(guest.socket, _access(guest)):
-            log.warning(
-                "guest %s: its socket is for %s, who may not pass %s; chmod o+x %s, which shows nobody what is in it "
-                "(RuntimeDirectoryMode=0751 in the unit), or another path",
-                guest.name, " and ".join(f"{key} {value}" for key, value in _named(guest)), directory, directory,
-            )  # fmt: skip
-
-
-def _named(guest: GuestConfig) -> list[tuple[str, str | int]]:
-    return [(key, value) for key, value in (("user", guest.user), ("group", guest.group)) if value is not None]
-
-
-def _is_socket(fd: int) -> bool:
-    try:
-        return stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
-        return False
 
 
 def _require_cpus(cpus: Collection[int]) -> None:

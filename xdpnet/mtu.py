@@ -21,17 +21,16 @@ class Carrier(Protocol):
 class MtuWatch:
     """Compares when it is asked to, and says what it has not said yet."""
 
-    def __init__(self, guests: Iterable[GuestDevice], interfaces: Mapping[str, Carrier]) -> None:
-        self._guests = tuple(guests)
-        self._interfaces = interfaces
+    def __init__(self) -> None:
         self._said: dict[str, tuple[int, str, int]] = {}
 
-    def look(self) -> None:
-        carried = [(netdev.mtu, name) for name, netdev in self._interfaces.items() if netdev.mtu]
+    def look(self, guests: Iterable[GuestDevice], interfaces: Mapping[str, Carrier]) -> None:
+        """At these, which come and go."""
+        carried = [(netdev.mtu, name) for name, netdev in interfaces.items() if netdev.mtu]
         if not carried:
             return
         least, interface = min(carried)
-        for guest in self._guests:
+        for guest in guests:
             told = guest.told_mtu
             if told <= least:
                 if told:  # else its frontend is away, and may come back as it was

@@ -47,10 +47,12 @@ class Reports:
         checked: Container[int] = (),
         spent: Callable[[], float] = time.thread_time,
     ) -> None:
-        """guests: with their names; checked: those whose source addresses are; spent: seconds of processor time."""
+        """guests: with their names; checked: those whose source addresses are; spent: seconds of processor time.
+
+        What is in these is looked up as it is needed: ports come and go.
+        """
         self._bridge = bridge
         self._guests = guests
-        self._names: dict[int, str] = dict(guests.items())
         self._netdevs = netdevs
         self._end_connection = end_connection
         self._loop = asyncio.get_running_loop()
@@ -155,8 +157,9 @@ class Reports:
         broken: dict[int, list[core.BrokenRing]] = {}
         for ring in self._bridge.broken_rings():
             broken.setdefault(ring.port, []).append(ring)
+        names: dict[int, str] = dict(self._guests.items())
         for port, rings in broken.items():
-            name = self._names[port]
+            name = names[port]
             self._say_broken(name, rings)
             if any(ring.reason == "memory" for ring in rings):
                 suffix = self._limit.allow((name, "memory"))

@@ -31,9 +31,10 @@ def test_56_a_guest_with_a_larger_mtu_than_an_interface_is_named_once_with_the_r
     sizes = {"small": 1499, "same": 1500, "large": 1501, "huge": 65535, "own": None}
     guests = [GuestDevice(bridge, name, bridge.add_guest(1), 1, mtu) for name, mtu in sizes.items()]
     wide, narrow = Interface(9000), Interface(1500)
-    watch = MtuWatch(guests, {"eth0": wide, "eth1": narrow})
+    watch = MtuWatch()
+    interfaces = {"eth0": wide, "eth1": narrow}
     for _ in range(3):
-        watch.look()
+        watch.look(guests, interfaces)
     dropped = "and interface eth1 carries 1500: longer frames are dropped there (oversize)"
     assert caplog.messages == [
         f"large: mtu = 1501, {dropped}; ip link set dev eth1 mtu 1501, or mtu = 1500",
@@ -42,11 +43,11 @@ def test_56_a_guest_with_a_larger_mtu_than_an_interface_is_named_once_with_the_r
     caplog.clear()
     # Another MTU is another fault; one that is away has none, and where all is well it may begin anew.
     narrow.mtu = 0
-    watch.look()
+    watch.look(guests, interfaces)
     assert [message.partition(":")[0] for message in caplog.messages] == ["huge"]
     caplog.clear()
     narrow.mtu = 1500
-    watch.look()
+    watch.look(guests, interfaces)
     assert [message.partition(":")[0] for message in caplog.messages] == ["large", "huge"]
 
 
@@ -54,12 +55,12 @@ def test_34_what_a_frontend_has_told_its_guest_is_compared_too(
     bridge: core.Bridge, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = GuestDevice(bridge, "web", bridge.add_guest(1), 1)
-    watch = MtuWatch([device], {"eth1": Interface(1500)})
+    watch, interfaces = MtuWatch(), {"eth1": Interface(1500)}
     device.set_mtu(1500)
-    watch.look()
+    watch.look([device], interfaces)
     assert caplog.messages == []
     device.set_mtu(9000)
-    watch.look()
+    watch.look([device], interfaces)
     assert caplog.messages == [
         (
             "web: its frontend has told it an MTU of 9000 (QEMU: host_mtu), and interface eth1 carries 1500: longer "
@@ -69,14 +70,14 @@ def test_34_what_a_frontend_has_told_its_guest_is_compared_too(
     caplog.clear()
     device.reset()
     assert device.told_mtu == 0
-    watch.look()
+    watch.look([device], interfaces)
     device.set_mtu(9000)
-    watch.look()
+    watch.look([device], interfaces)
     assert caplog.messages == []
 
 
 def test_without_an_interface_any_mtu_will_do(bridge: core.Bridge, caplog: pytest.LogCaptureFixture) -> None:
-    MtuWatch([GuestDevice(bridge, "web", bridge.add_guest(1), 1, 65535)], {}).look()
+    MtuWatch().look([GuestDevice(bridge, "web", bridge.add_guest(1), 1, 65535)], {})
     assert caplog.messages == []
 
 

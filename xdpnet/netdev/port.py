@@ -14,12 +14,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from xdpnet import core
+from xdpnet import core, threads
 from xdpnet.bpf import loader
 from xdpnet.errors import SetupError
 from xdpnet.netdev import fitness, privileged
@@ -114,31 +115,58 @@ class Netdev:
 
     def open(self) -> None:
         """All or nothing; SetupError names what is missing and the remedy."""
-        # 1. The interface and its queues.
-        link = require_link(self.name)
-        self.room = reserve_queues(link, self._wanted_queues)
+        with self._opening(self._load()) as try_attach:
+            while not try_attach():
+                time.sleep(RETRY_S)
+
+    async def join(self) -> None:
+        """As open(), beside others: who wait neither for the compiler nor for what another process has yet to free."""
+        loading = threads.ask(self._load)
+        try:
+            async with asyncio.timeout(loader.TIMEOUT_S + PATIENCE_S):
+                program = await asyncio.shield(asyncio.wrap_future(loading))
+        except (TimeoutError, asyncio.CancelledError):
+            loading.add_done_callback(_discard)
+            raise
+        with self._opening(program) as try_attach:
+            while not try_attach():
+                await asyncio.sleep(RETRY_S)
+
+    def _load(self) -> loader.Program:
+        """For any thread."""
+        return privileged.load(reserve_queues(require_link(self.name), self._wanted_queues), MAX_MACS)
+
+    @contextmanager
+    def _opening(self, program: loader.Program) -> Iterator[Callable[[], bool]]:
+        """For whoever tries to attach until that is done."""
         with ExitStack() as undo:
             undo.callback(self.close)
+            self._program = program
+            # 1. The interface and its queues.
+            link = require_link(self.name)
+            self.room = reserve_queues(link, self._wanted_queues)
             # 2. The port and the program; both outlive the interface.
             self._port = self._bridge.add_netdev(self.room, self.name)
-            self._program = privileged.load(self.room, MAX_MACS)
             self.addresses.open(self.port, self._program)
             # 3. The sockets and the link.
             deadline = time.monotonic() + PATIENCE_S
-            while True:
-                try:
-                    self.attach(require_link(self.name))
-                    break
-                except OSError as error:
-                    raise setup_error(f"interface {self.name}", error) from error
-                except BusyError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(RETRY_S)
+            yield lambda: self._try_attach(deadline)
             undo.pop_all()
         self.state = self.state_of(link)
         for advice in advise(link, self.mode, stripping(link.name), self._tells()):
             log.warning("%s", advice)
+
+    def _try_attach(self, deadline: float) -> bool:
+        """False: others have what it takes, who may just be ending."""
+        try:
+            self.attach(require_link(self.name))
+        except OSError as error:
+            raise setup_error(f"interface {self.name}", error) from error
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         """Idempotent; the port is gone afterwards."""
@@ -440,6 +468,12 @@ class Netdev:
         except OSError as error:
             log.warning("%s: receive filters: %s", self.name, error)  # one may be missing: from the start again
             self.detach()
+
+
+def _discard(loading: Future[loader.Program]) -> None:
+    """What nobody waits for any more."""
+    if not loading.exception():
+        loading.result().close()
 
 
 def possible_cpus() -> int:
