@@ -114,7 +114,7 @@ struct xn_bridge_config {
 	int32_t cpus[XN_MAX_WORKERS]; /* the CPU of each worker; -1: not pinned */
 	uint32_t spin_us;	      /* a source is polled so long after its last frame; 16 times in a conversation */
 	uint32_t ageing_s; /* how long a learned address lives, but for those of guests that are here; 0: for ever */
-	uint32_t netdev_queues;	   /* AF_XDP sockets that may be open at once */
+	uint32_t netdev_queues;	   /* AF_XDP sockets that there are frames for; a port beyond has frames of its own */
 	uint32_t frames_per_queue; /* power of two, XN_MIN_FRAMES .. XN_MAX_FRAMES; half of them for receive */
 	uint32_t max_macs;	   /* addresses that one guest may teach the bridge, 1 .. XN_MAX_MACS */
 	uint32_t zerocopy;	   /* enum xn_zerocopy, the most that any of its netdevs will use */
@@ -274,6 +274,12 @@ xn_bridge_parked_ns(const struct xn_bridge *b); /* that the workers have stood s
 /* Rings that broke since the last call; there is room for all, 2 * XN_MAX_PAIRS of each port. Their number. */
 int xn_bridge_broken(struct xn_bridge *b, struct xn_broken_ring *out);
 int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats *out);
+/* Two values of the configuration, which may change while the workers run. */
+int xn_bridge_tune(struct xn_bridge *b, uint32_t spin_us, uint32_t ageing_s);
+
+enum xn_way { XN_IN, XN_OUT };
+/* Sums of what was counted by queues of ports that were removed: those that frames came into the bridge by, or left it by. */
+void xn_bridge_gone(const struct xn_bridge *b, uint32_t way, struct xn_queue_stats *out);
 
 /* ---- time, for tests ---- */
 
@@ -310,7 +316,7 @@ int xn_port_add_guest(struct xn_bridge *b, uint32_t pairs);   /* port id */
 int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues); /* port id */
 /*
  * The port's own addresses, n times six bytes, in place of those that it had: nobody else may use them, and with
- * check_source it uses no other. -EEXIST: one is another port's; then all is as it was.
+ * check_source it uses no other. None: it has no more of its own. -EEXIST: one is another port's; then all is as it was.
  */
 int xn_port_set_macs(struct xn_bridge *b, uint32_t port, const uint8_t *macs, uint32_t n, int check_source);
 int xn_port_remove(struct xn_bridge *b, uint32_t port);
@@ -410,6 +416,8 @@ int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, ui
  */
 int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t ifindex, uint32_t max_frame,
 			 uint32_t zerocopy, uint32_t flags);
+/* Whether its sockets can have guests' memory at all: not where the port has frames of its own. */
+int xn_netdev_lends(struct xn_bridge *b, uint32_t port);
 /* 1: open sockets have not the guest memory that they would have if opened again, or one had to be closed by the core. */
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy);
 int xn_netdev_close_queue(struct xn_bridge *b, uint32_t port, uint32_t queue);

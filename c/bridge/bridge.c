@@ -109,6 +109,20 @@ uint64_t xn_bridge_parked_ns(const struct xn_bridge *b)
 	return b->workers.parking.total;
 }
 
+int xn_bridge_tune(struct xn_bridge *b, uint32_t spin_us, uint32_t ageing_s)
+{
+	workers_park(&b->workers);
+	workers_set_spin(&b->workers, spin_us);
+	b->fdb->ageing_s = ageing_s;
+	workers_resume(&b->workers);
+	return 0;
+}
+
+void xn_bridge_gone(const struct xn_bridge *b, uint32_t way, struct xn_queue_stats *out)
+{
+	*out = b->gone[way == XN_OUT];
+}
+
 int xn_time_advance(struct xn_bridge *b, uint64_t us)
 {
 	int r = clock_advance(us);
@@ -169,7 +183,7 @@ int xn_port_set_macs(struct xn_bridge *b, uint32_t port, const uint8_t *macs, ui
 
 	if (port >= XN_MAX_PORTS || !b->ports[port])
 		return -ENOENT;
-	if (!n || n > XN_MAX_OWN_MACS)
+	if (n > XN_MAX_OWN_MACS)
 		return -EINVAL;
 	for (u32 i = 0; i < n; i++) {
 		values[i] = station_of(&macs[i * ETH_ALEN]);
@@ -221,6 +235,20 @@ void bridge_settle(struct xn_bridge *b)
 			b->ports[i]->verbs->settle(b->ports[i]);
 }
 
+/* While parked: what the port has counted stays in the bridge's books. */
+static void bequeath(struct xn_bridge *b, const struct port *p)
+{
+	const struct xn_queue_stats *from;
+
+	for (u32 direction = XN_RX; direction <= XN_TX; direction++)
+		for (u32 queue = 0; (from = p->verbs->stats(p, queue, direction)); queue++) {
+			uint64_t *to = (uint64_t *)&b->gone[(direction == XN_TX) == p->wire ? XN_OUT : XN_IN];
+
+			for (u32 i = 0; i < sizeof(*from) / sizeof(*to); i++)
+				to[i] += ((const uint64_t *)from)[i];
+		}
+}
+
 int xn_port_remove(struct xn_bridge *b, uint32_t port)
 {
 	if (port >= XN_MAX_PORTS || !b->ports[port])
@@ -228,6 +256,7 @@ int xn_port_remove(struct xn_bridge *b, uint32_t port)
 	struct port *p = b->ports[port];
 
 	p->verbs->park(p);
+	bequeath(b, p);
 	b->ports[port] = NULL;
 	p->verbs->release(p);
 	fdb_set_here(b->fdb, port, false, monotonic_s());

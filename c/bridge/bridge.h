@@ -22,6 +22,7 @@ struct xn_bridge {
 	u32 steered; /* of them, those that the interfaces know of */
 	bool steers; /* somebody tells them */
 	struct arena arena;
+	struct xn_queue_stats gone[2]; /* of ports that are no more, by enum xn_way */
 	struct events events;
 	struct workers workers;
 };

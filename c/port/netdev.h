@@ -27,6 +27,8 @@ struct netdev {
 	bool group_failed;
 	struct source group;
 	struct netdev_queue *queue;
+	struct arena *arena; /* the bridge's, or, where that had no room left for so many queues, its own */
+	struct arena own;    /* of private frames alone */
 };
 
 /* An AF_XDP socket, and one that gets frames in several descriptors; the AF_PACKET socket. */

@@ -96,6 +96,8 @@ static void release(struct port *p)
 	drop_group(d);
 	for (u32 i = 0; i < d->queues; i++)
 		close_queue(d, &d->queue[i]);
+	if (d->arena == &d->own)
+		arena_release(&d->own);
 	free(d->queue);
 	free(d);
 }
@@ -106,6 +108,18 @@ static const struct port_verbs verbs = {.deliver = netdev_deliver,
 					.end_loans = end_loans,
 					.park = park,
 					.release = release};
+
+/* Whether the bridge's arena has frames for so many queues more than its ports may open. */
+static bool has_room(const struct xn_bridge *b, u32 queues)
+{
+	for (u32 id = 0; id < b->ports_n; id++) {
+		const struct netdev *d = netdev_at(b, id);
+
+		if (d && d->arena == &b->arena)
+			queues += d->queues;
+	}
+	return queues <= b->arena.sets;
+}
 
 int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues)
 {
@@ -125,6 +139,14 @@ int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues)
 	d->queues = queues;
 	d->queue = queue;
 	d->group_fd = -1;
+	d->arena = has_room(b, queues) ? &b->arena : &d->own;
+	int r = d->arena == &d->own ? arena_init(&d->own, queues, b->config.frames_per_queue, XN_ZEROCOPY_OFF) : 0;
+
+	if (r < 0) {
+		free(queue);
+		free(d);
+		return r;
+	}
 	workers_park(&b->workers);
 	int id = bridge_add_port(b, &d->port);
 
@@ -157,11 +179,13 @@ int xn_netdev_remove_mac(struct xn_bridge *b, uint32_t port, const uint8_t mac[6
 
 int xn_netdev_prepare(struct xn_bridge *b, uint32_t port, uint32_t max_frame, uint32_t zerocopy, uint32_t flags)
 {
-	if (!netdev_at(b, port))
+	const struct netdev *d = netdev_at(b, port);
+
+	if (!d)
 		return -ENOENT;
 	if (zerocopy > XN_ZEROCOPY_ON)
 		return -EINVAL;
-	int r = socket_prepare(&b->arena, max_frame, zerocopy, flags);
+	int r = socket_prepare(d->arena, max_frame, zerocopy, flags);
 
 	if (r == -EFAULT)
 		events_tell(&b->events, XN_EVENT_UMEM);
@@ -182,12 +206,12 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 	if (nq->xsk)
 		return -EALREADY;
 	struct umem u;
-	int r = socket_open(&u, &b->arena, max_frame, zerocopy, flags);
+	int r = socket_open(&u, d->arena, max_frame, zerocopy, flags);
 
 	if (!r)
-		r = xsk_open(&x, &b->arena, &u, ifindex, queue, max_frame, zerocopy, flags);
+		r = xsk_open(&x, d->arena, &u, ifindex, queue, max_frame, zerocopy, flags);
 	if (r)
-		socket_give_back(&u, &b->arena, r);
+		socket_give_back(&u, d->arena, r);
 	/* Some guest's memory is not where it was. */
 	if (r == -EFAULT)
 		events_tell(&b->events, XN_EVENT_UMEM);
@@ -218,6 +242,13 @@ int xn_netdev_open_queue(struct xn_bridge *b, uint32_t port, uint32_t queue, uin
 	return r;
 }
 
+int xn_netdev_lends(struct xn_bridge *b, uint32_t port)
+{
+	const struct netdev *d = netdev_at(b, port);
+
+	return d ? d->arena->zerocopy != XN_ZEROCOPY_OFF : -ENOENT;
+}
+
 int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy)
 {
 	const struct netdev *d = netdev_at(b, port);
@@ -229,7 +260,7 @@ int xn_netdev_is_stale(struct xn_bridge *b, uint32_t port, uint32_t zerocopy)
 
 		if (d->queue[i].lost)
 			return 1;
-		if (x && (x->stuck || x->umem != arena_umem(&b->arena, zerocopy != XN_ZEROCOPY_OFF)))
+		if (x && (x->stuck || x->umem != arena_umem(d->arena, zerocopy != XN_ZEROCOPY_OFF)))
 			return 1;
 	}
 	return 0;

@@ -119,6 +119,8 @@ struct workers {
 /* Makes as many as the configuration has; 0. What there is by then workers_release frees. */
 int workers_init(struct workers *all, const struct xn_bridge_config *config);
 void workers_release(struct workers *all);
+/* While they do not run, or are parked. */
+void workers_set_spin(struct workers *all, u32 us);
 /* They run, all or none; and are joined. */
 int workers_start(struct workers *all);
 void workers_stop(struct workers *all);

@@ -114,11 +114,16 @@ static void join(struct worker *w)
 	pthread_join(w->thread, NULL);
 }
 
+void workers_set_spin(struct workers *all, u32 us)
+{
+	all->spin_cycles = us * clock_cycles_per_us();
+}
+
 int workers_init(struct workers *all, const struct xn_bridge_config *config)
 {
 	pthread_mutex_init(&all->parking.mutex, NULL);
 	pthread_cond_init(&all->parking.changed, NULL);
-	all->spin_cycles = config->spin_us * clock_cycles_per_us();
+	workers_set_spin(all, config->spin_us);
 	while (all->n < config->workers) {
 		struct worker *w = new_worker(all, all->n, config->cpus[all->n]);
 

@@ -463,7 +463,7 @@ def test_36_a_port_has_up_to_16_addresses_of_its_own_and_no_more(bridge: core.Br
     assert drivers[1].port.stray() is None
     send(drivers[2], frame(BROADCAST, many[15]))
     assert drivers[2].drops(core.TX) == {"spoof": 1}
-    for wrong in ([*many, mac(17)], [], [mac(1), ZERO], [BROADCAST]):
+    for wrong in ([*many, mac(17)], [mac(1), ZERO], [BROADCAST]):
         with pytest.raises(OSError, match="Invalid argument"):
             drivers[1].port.set_macs(wrong, True)
     # All of them or none.
@@ -724,3 +724,47 @@ def test_only_guests_are_announced(bridge: core.Bridge) -> None:
         core.Guest(bridge, 0).announce(mac(1))
     with pytest.raises(FileNotFoundError):
         core.Guest(bridge, core.MAX_PORTS).announce(mac(1))
+
+
+# ---- ports that come and go ----
+
+
+def test_the_books_balance_when_ports_have_gone_and_no_sum_runs_backwards(bridge: core.Bridge) -> None:
+    drivers = three(bridge, lambda bridge: Driver(bridge).start())
+    send(drivers[0], *[frame(BROADCAST, mac(0))] * 5)
+    send(drivers[1], frame(mac(0), mac(1)), frame(mac(1), mac(1)))
+    assert bridge.gone()[0].packets == bridge.gone()[1].packets == 0
+    for count, driver in enumerate(drivers):
+        before = bridge.gone()
+        sent, received = (driver.port.queue_stats(0, way) for way in (core.TX, core.RX))
+        driver.close()
+        into, out = bridge.gone()
+        assert into.packets == before[0].packets + sent.packets, count
+        assert out.packets == before[1].packets + received.packets
+        assert into.drops["no_port"] == before[0].drops["no_port"] + sent.drops["no_port"]
+    into, out = bridge.gone()
+    assert (into.packets, into.copies) == (7, 5)
+    assert into.packets + into.copies == out.packets + sum(into.drops.values()) + sum(out.drops.values())
+
+
+def test_a_port_without_addresses_of_its_own_is_as_one_that_never_had_any(
+    bridge: core.Bridge, guests: MakeGuest
+) -> None:
+    one, two = guests(bridge), guests(bridge)
+    two.pair.fill()
+    one.port.set_macs([mac(1), mac(2)], True)
+    one.port.set_macs([], False)
+    two.port.set_mac(mac(1), True)
+    send(one, frame(mac(1), mac(1)), frame(mac(1), mac(9)))
+    assert [each[6:12] for each in received(two)] == [mac(9)]
+    assert one.stats(core.TX).drops["spoof"] == 1
+
+
+def test_addresses_age_by_what_was_told_last(held_time: None, make_bridge: MakeBridge, guests: MakeGuest) -> None:
+    bridge = make_bridge(ageing_s=300)
+    port = bridge.add_guest(1)
+    port.remember(mac(1), 0)
+    bridge.time_advance(100 * 1_000_000)
+    assert known(bridge) == {(mac(1), 0, port)}
+    bridge.tune(spin_us=0, ageing_s=99)
+    assert known(bridge) == set()

@@ -38,6 +38,7 @@ OF_RINGS: dict[str, Call] = {
 OF_NETDEVS: dict[str, Call] = {
     "add address": lambda bridge, port, _: core.Netdev(bridge, port).add_mac(mac(1)),
     "remove address": lambda bridge, port, _: core.Netdev(bridge, port).remove_mac(mac(1)),
+    "look whether memory is lent": lambda bridge, port, _: core.Netdev(bridge, port).lends,
     "compare memory": lambda bridge, port, _: core.Netdev(bridge, port).is_stale("off"),
     "set group socket": lambda bridge, port, _: core.Netdev(bridge, port).set_group_fd(-1),
 }

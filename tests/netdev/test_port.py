@@ -121,6 +121,38 @@ def test_a_port_can_be_opened_again_at_once(bridge: core.Bridge, pair: Veth) -> 
         port.close()
 
 
+@pytest.mark.parametrize(("sets", "lends"), [(0, [False, False]), (1, [True, False]), (2, [True, True])])
+def test_a_port_that_the_arena_has_no_room_for_has_frames_of_its_own_and_lends_none(
+    pair: Veth, sets: int, lends: list[bool]
+) -> None:
+    with veth() as second, core.Bridge(netdev_queues=sets, frames_per_queue=256, zerocopy="on") as bridge:
+        bridge.start()
+        for turn in range(2):  # what a port had goes back to whoever is next
+            with contextlib.ExitStack() as stack:
+                ports = [
+                    stack.enter_context(contextlib.closing(Netdev(bridge, each.ifname))) for each in (pair, second)
+                ]
+                for port in ports:
+                    asyncio.run(port.join())
+                assert [port.port.lends for port in ports] == lends, turn
+                wires = [stack.enter_context(each.wire()) for each in (pair, second)]
+                driver = stack.enter_context(contextlib.closing(Driver(bridge)))
+                driver.start()
+                driver.port.set_mac(GUEST, True)
+                driver.pair.fill()
+                for port, wire in zip(ports, wires, strict=True):
+                    port.sync_macs(frozenset({GUEST}))
+                    for _ in range(3 * 256):  # more than there are frames
+                        wire.send(frame(GUEST))
+                        driver.pair.rx.sleep(time.monotonic() + PATIENCE_S)
+                        assert [packet.frame for packet in driver.pair.packets()] == [frame(GUEST)]
+                        driver.pair.fill()
+                driver.pair.send(frame(BROADCAST, GUEST))
+                assert driver.pair.wait_sent()
+                for wire in wires:
+                    assert wire.receive(lambda got: got == frame(BROADCAST, GUEST))
+
+
 def test_generic_mode_on_request(bridge: core.Bridge, pair: Veth) -> None:
     with contextlib.closing(Netdev(bridge, pair.ifname, mode="generic")) as port:
         port.open()

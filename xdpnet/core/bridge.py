@@ -30,7 +30,8 @@ from xdpnet.core.binding import (
     lib,
 )
 from xdpnet.core.ports import Guest, Netdev
-from xdpnet.core.records import BrokenRing, FdbEntry, WorkerStats, place_of
+from xdpnet.core.records import BrokenRing, FdbEntry, WorkerStats, place_of, traffic_of
+from xdpnet.counters import Traffic
 from xdpnet.errors import SetupError
 
 _ENTRY = struct.Struct("=6sHI8x")  # of struct xn_fdb_entry: MAC, VLAN, port
@@ -110,6 +111,19 @@ class Bridge:
         """Stop the workers and release all ports, sockets and memory; idempotent."""
         bridge, self.pointer = self.pointer, ffi.NULL
         lib.xn_bridge_free(bridge)
+
+    def tune(self, spin_us: int, ageing_s: int) -> None:
+        """Two values of __init__() that may change while the workers run."""
+        check(lib.xn_bridge_tune(self.pointer, spin_us, ageing_s), "tune bridge")
+
+    def gone(self) -> tuple[Traffic, Traffic]:
+        """What was counted on ports that were removed: sums of where frames came into the bridge, and left it."""
+        return self._gone(lib.XN_IN), self._gone(lib.XN_OUT)
+
+    def _gone(self, way: int) -> Traffic:
+        out = ffi.new("struct xn_queue_stats *")
+        lib.xn_bridge_gone(self.pointer, way, out)
+        return traffic_of(out)
 
     @property
     def lends(self) -> bool:

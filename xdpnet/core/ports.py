@@ -5,8 +5,8 @@ from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
-from xdpnet.core.binding import BROKEN_NAMES, DROP_NAMES, ZEROCOPY, ZeroCopy, check, ffi, fields_of, lib
-from xdpnet.core.records import Region, RingConfig, RingState, Staged, XskStats, region_fields, region_of
+from xdpnet.core.binding import BROKEN_NAMES, ZEROCOPY, ZeroCopy, check, ffi, fields_of, lib
+from xdpnet.core.records import Region, RingConfig, RingState, Staged, XskStats, region_fields, region_of, traffic_of
 from xdpnet.counters import Traffic
 
 
@@ -47,7 +47,7 @@ class Port(int):
         self.set_macs([mac], check_source)
 
     def set_macs(self, macs: Sequence[bytes], check_source: bool) -> None:
-        """Give the port these addresses, 1 to 16, in place of those that it had; EEXIST if one is another port's."""
+        """Give the port these addresses, at most 16, in place of those that it had; EEXIST if one is another port's."""
         for mac in macs:
             _require_mac(mac)
         what = f"set address {', '.join(mac.hex(':') for mac in macs)} of {self.label}"
@@ -57,8 +57,7 @@ class Port(int):
         """Counters of one queue; direction RX or TX."""
         out = ffi.new("struct xn_queue_stats *")
         self._call(f"read queue {queue} of {self.label}", lib.xn_queue_stats, queue, direction, out)
-        counted = fields_of(out)
-        return Traffic(**counted | {"drops": dict(zip(DROP_NAMES, counted["drops"], strict=True))})
+        return traffic_of(out)
 
     def flush(self) -> None:
         """Forget the addresses that were learned from a port."""
@@ -205,6 +204,11 @@ class Netdev(Port):
         """Register the UMEM that the next sockets will have, before they are needed."""
         what = f"register UMEM of {self.label}"
         self._call(what, lib.xn_netdev_prepare, max_frame, ZEROCOPY[zerocopy], lib.XN_JOINED * joined)
+
+    @property
+    def lends(self) -> bool:
+        """Whether its sockets can have guests' memory: not on a port that came when the arena had no room left."""
+        return bool(self._call(f"look at {self.label}", lib.xn_netdev_lends))
 
     def is_stale(self, zerocopy: ZeroCopy) -> bool:
         """Whether the open sockets would have other guest memory if opened again, or the core had to close one."""

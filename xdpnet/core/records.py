@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from xdpnet.core.binding import check, ffi, lib
-from xdpnet.counters import Work, XdpStatistics
+from xdpnet.core.binding import DROP_NAMES, check, ffi, fields_of, lib
+from xdpnet.counters import Traffic, Work, XdpStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +163,9 @@ def region_fields(region: Region, staged: Staged | None) -> dict[str, Any]:
 
 def place_of(word: int) -> Place:
     return Place(word >> 8, word & 0xFF)
+
+
+def traffic_of(out: Any) -> Traffic:
+    """Of struct xn_queue_stats."""
+    counted = fields_of(out)
+    return Traffic(**counted | {"drops": dict(zip(DROP_NAMES, counted["drops"], strict=True))})

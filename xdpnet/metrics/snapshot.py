@@ -186,17 +186,23 @@ def _adapter() -> TypeAdapter[Snapshot]:
     return TypeAdapter(Snapshot)
 
 
-def total(ports: Iterable[Port]) -> Totals:
-    """The bridge's books: what guests sent and the wire brought, against what was delivered, copied and lost."""
-    frames_in = frames_out = copies = segments = joined = drops = waiting = 0
+def total(ports: Iterable[Port], gone: tuple[Traffic, Traffic] | None = None) -> Totals:
+    """The bridge's books: what guests sent and the wire brought, against what was delivered, copied and lost.
+
+    gone: the same of ports that were removed.
+    """
+    ways = [gone] if gone else []
+    waiting = 0
     for port in ports:
         for queue in port.queues:
-            source, sink = (queue.tx, queue.rx) if port.guest else (queue.rx, queue.tx)
-            frames_in += source.packets
-            frames_out += sink.packets
-            copies += source.copies
-            segments += source.segments
-            joined += source.joined
-            drops += sum(source.drops.values()) + sum(sink.drops.values())
+            ways.append((queue.tx, queue.rx) if port.guest else (queue.rx, queue.tx))
             waiting += queue.rx_ring.waiting if queue.rx_ring else 0
-    return Totals(frames_in, frames_out, copies, segments, joined, drops, waiting)
+    return Totals(
+        frames_in=sum(source.packets for source, _ in ways),
+        frames_out=sum(sink.packets for _, sink in ways),
+        copies=sum(source.copies for source, _ in ways),
+        segments=sum(source.segments for source, _ in ways),
+        joined=sum(source.joined for source, _ in ways),
+        drops=sum(sum(source.drops.values()) + sum(sink.drops.values()) for source, sink in ways),
+        waiting=waiting,
+    )

@@ -83,7 +83,7 @@ def take(
         version=__version__,
         time=now,
         uptime_s=now - started,
-        totals=total(ports),
+        totals=total(ports, bridge.gone()),
         ports=tuple(ports),
         workers=tuple(_worker(bridge, number, stalls.get(number), now) for number in range(workers)),
         addresses=tuple(_address(entry, names) for entry in bridge.fdb_dump(STATIONS)),
