@@ -1,9 +1,9 @@
-"""The command line: run, check, stats, demo.
+"""The command line: run, check, stats, demo; show, apply, guest, netdev of a running daemon.
 
 Flags and file go through the same models (config.py). Called without a command, but with options, it runs: that is
 how "Backend program conventions" of QEMU's docs/interop/vhost-user.rst call a backend, with --socket-path=PATH or
 --fd=FDNUM; --print-capabilities is answered before anything else is looked at.
-Exit status: 0 done, 1 failed, 2 wrong usage.
+Exit status: 0 done, 1 failed, 2 wrong usage or a faulty configuration, of which nothing was tried.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xdpnet import __version__, core, limits
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(error.faults, 2)
     except XdpnetError as error:
-        return _fail([str(error)], 1)
+        return _fail(str(error).splitlines(), 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
         return 1
@@ -71,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="serve guests", description=_run.__doc__))
     _add_check(commands.add_parser("check", help="look at what this machine offers", description=_check.__doc__))
     _add_stats(commands.add_parser("stats", help="show the counters of a running daemon", description=_stats.__doc__))
+    _add_show(commands.add_parser("show", help="print its configuration", description=_show.__doc__))
+    _add_apply(commands.add_parser("apply", help="have it serve another configuration", description=_apply.__doc__))
+    for kind, title in ("guest", "a guest"), ("netdev", "an interface"):
+        _add_change(commands.add_parser(kind, help=f"add, set or remove {title}", description=_change.__doc__), kind)
     demo = commands.add_parser("demo", help="boot a guest and send traffic through it", description=_demo.__doc__)
     demo.add_argument("--seconds", type=int, default=3, metavar="S", help="length of each TCP measurement (3)")
     demo.set_defaults(command=_demo)
@@ -178,11 +183,14 @@ def _set_up_logging(level: int) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("interfaces", nargs="*", metavar="IF", help="interfaces to look at too")
     parser.add_argument("--netdev", action="append", default=[], metavar="IF", help="the same, as run spells it")
+    parser.add_argument("--config", metavar="FILE", help="look at this file instead: whether it can be served here")
     parser.set_defaults(command=_check)
 
 
 def _check(options: argparse.Namespace) -> int:
     """Looks at everything that a start needs, changes nothing, and names the remedy for what is missing."""
+    if options.config:
+        return _check_file(options.config)
     from rich.text import Text
 
     from xdpnet.check import run_checks
@@ -200,6 +208,106 @@ def _check(options: argparse.Namespace) -> int:
     return int(any(check.required and not check.ok for check in checks))
 
 
+def _check_file(path: str) -> int:
+    from xdpnet import config, daemon
+
+    with _of_file(path):
+        if faults := daemon.faults_of(config.parse(config.load_file(path))):
+            raise ConfigError(faults)
+    return 0
+
+
+@contextmanager
+def _of_file(path: str) -> Iterator[None]:
+    """Faults are this file's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(fault if path in fault else f"{path}: {fault}" for fault in error.faults) from error
+
+
+# ---- changes ----
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    _add_control(parser)
+    parser.set_defaults(command=_show)
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Prints the configuration that the running daemon has now, as a file that run and apply take."""
+    from xdpnet.control.client import ask
+
+    print(ask(options.control, "show"), end="")
+    return 0
+
+
+def _add_apply(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="TOML file, as run --config takes it")
+    _add_order(parser)
+    parser.set_defaults(command=_apply)
+
+
+def _apply(options: argparse.Namespace) -> int:
+    """Has the running daemon serve what the file says and nothing else: the difference is made, all or nothing."""
+    from xdpnet import config
+
+    with _of_file(options.file):
+        raw = config.load_file(options.file)
+        config.parse(raw)
+        return _order(options, "apply", config=raw)
+
+
+def _add_change(parser: argparse.ArgumentParser, kind: str) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    name = "NAME" if kind == "guest" else "IF"
+    for action in "add", "set", "remove":
+        one = actions.add_parser(action, help=f"{action} one", description=_change.__doc__)
+        keys = (
+            ""
+            if action == "remove"
+            else f"{',socket=PATH' if (kind, action) == ('guest', 'add') else ''}[,KEY=VALUE...]"
+        )
+        one.add_argument("port", metavar=f"{name}{keys}", help=f"as --{kind} of run has it; KEY= is the default again")
+        _add_order(one)
+        one.set_defaults(command=_change, kind=kind, action=action)
+
+
+def _change(options: argparse.Namespace) -> int:
+    """Changes the running daemon until its file is read again, all or nothing; xdpnet show prints the outcome."""
+    from xdpnet import config
+
+    faults: list[str] = []
+    table = config.parse_flag(options.port, config.IDENTITY[options.kind], faults)
+    if faults:
+        raise ConfigError(faults)
+    return _order(options, "change", kind=options.kind, action=options.action, table=table)
+
+
+def _add_control(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+
+
+def _add_order(parser: argparse.ArgumentParser) -> None:
+    _add_control(parser)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--interrupt", action="store_true", help="also what takes it that a guest's frontend connects anew"
+    )
+
+
+def _order(options: argparse.Namespace, command: str, **more: Any) -> int:
+    from xdpnet.control.client import CHANGED_S, ask
+
+    more |= {"dry": options.dry_run, "interrupt": options.interrupt}
+    done = ask(options.control, command, CHANGED_S, **more)["done"]
+    for line in done:
+        print(line)
+    if not done:
+        print("nothing to change")
+    return 0
+
+
 # ---- stats ----
 
 
@@ -208,7 +316,7 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch", nargs="?", type=_seconds, const=1.0, metavar="S", help="again every S seconds (1), with rates"
     )
-    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    _add_control(parser)
     parser.set_defaults(command=_stats)
 
 

@@ -7,6 +7,7 @@ the machine.
 
 import difflib
 import ipaddress
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ ADDRESS_SPACE = 64 << 40  # of 47 bits, half: a table of memory is mapped before
 NO_ID = (1 << 32) - 1  # of chown(2): leave it as it is
 IFNAME_MAX = 127  # of an alternative name: ALTIFNAMSIZ, less its terminating zero
 CONFIG_BYTES = 1 << 20  # more is not a configuration
+IDENTITY = {"guest": "name", "netdev": "interface"}  # the key of a table that says which one it is
 
 
 def _number(value: object) -> int | None:
@@ -326,7 +328,7 @@ def parse_flag(flag: str, key: str, faults: list[str]) -> Raw:
 def merge(file: Raw, flags: Raw) -> Raw:
     """Flags override the file; a guest or netdev that the file has too is changed, another one is added."""
     merged = {**file, **{key: value for key, value in flags.items() if key not in ("guest", "netdev")}}
-    for key, identity in (("guest", "name"), ("netdev", "interface")):
+    for key, identity in IDENTITY.items():
         if key not in flags:
             continue
         tables = file.get(key, [])
@@ -343,6 +345,81 @@ def merge(file: Raw, flags: Raw) -> Raw:
                 tables[at] = {**tables[at], **table}
         merged[key] = tables
     return merged
+
+
+def to_raw(config: Config) -> Raw:
+    """What parse() makes this configuration of: the keys that were set, spelt as in a file."""
+    return {_alias(config, name): _spelt(name, getattr(config, name)) for name in _set_in(config)}
+
+
+def _set_in(model: BaseModel) -> list[str]:
+    """In the order of the model, which is that of the documents."""
+    return [name for name in type(model).model_fields if name in model.model_fields_set]
+
+
+def _alias(model: BaseModel, name: str) -> str:
+    return type(model).model_fields[name].alias or name
+
+
+def _spelt(name: str, value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return {_alias(value, key): _spelt(key, getattr(value, key)) for key in _set_in(value)}
+    if name == "macs":
+        words = [mac.hex(":") for mac in value]
+        return words[0] if len(words) == 1 else words
+    if name == "metrics" and value is not None:
+        host, port = value
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if name == "mode" and isinstance(value, int):
+        return f"{value:04o}"
+    if name == "control":
+        return value or ""
+    if isinstance(value, tuple):
+        return [_spelt("", each) for each in value]
+    return str(value) if isinstance(value, IPAddress) else value
+
+
+def to_toml(config: Config) -> str:
+    """A file of which parse() makes the same configuration."""
+    raw = {key: value for key, value in to_raw(config).items() if value is not None}
+    lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key not in ("guest", "netdev")]
+    for key in "netdev", "guest":
+        for table in raw.get(key, ()):
+            lines += ["", f"[[{key}]]"] if lines else [f"[[{key}]]"]
+            lines += [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Of what to_raw() has. Strings as JSON has them, of which TOML takes all but surrogates and DEL."""
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(each) for each in value)}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower()  # a number, or a Boolean
+
+
+def with_table(raw: Raw, kind: str, table: Raw, there: bool) -> Raw:
+    """With a port added or, of one that is there, these keys set; without those that are set to nothing."""
+    identity = IDENTITY[kind]
+    known = [each[identity] for each in raw.get(kind, [])]
+    name = table.get(identity)
+    if there and name not in known:
+        raise ConfigError([f"{kind} {_show(name)}: there is none; there are: {', '.join(known) or 'none'}"])
+    if not there and name in known:
+        raise ConfigError([f"{kind} {_show(name)}: is there already; change it with: xdpnet {kind} set"])
+    merged = merge(raw, {kind: [table]})
+    # KEY= takes it away.
+    merged[kind] = [{key: value for key, value in each.items() if value != ""} for each in merged[kind]]
+    return merged
+
+
+def without_table(raw: Raw, kind: str, name: object) -> Raw:
+    identity = IDENTITY[kind]
+    known = [each[identity] for each in raw.get(kind, [])]
+    if name not in known:
+        raise ConfigError([f"{kind} {_show(name)}: there is none; there are: {', '.join(known) or 'none'}"])
+    return {**raw, kind: [each for each in raw[kind] if each[identity] != name]}
 
 
 def parse(raw: Raw, faults: Sequence[str] = ()) -> Config:

@@ -10,16 +10,19 @@ import faulthandler
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from xdpnet import cgroup, core, descriptors
 from xdpnet.addresses import AddressBook
-from xdpnet.config import Config, GuestConfig, NetdevConfig
+from xdpnet.config import Config, GuestConfig, NetdevConfig, to_toml
 from xdpnet.control import systemd
+from xdpnet.control.changes import Changes
 from xdpnet.control.orders import Orders
+from xdpnet.control.plan import AnyStep, BridgeStep, GuestStep, NetdevStep
 from xdpnet.control.server import ControlServer, directory_of
 from xdpnet.control.watchdog import Watchdog
 from xdpnet.errors import SetupError, XdpnetError
@@ -28,10 +31,12 @@ from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.mtu import MtuWatch
 from xdpnet.ports import GuestPort, NetdevPort, access_of, spelt
 from xdpnet.reports import Reports
+from xdpnet.sockets import check_free
 from xdpnet.stalls import StallWatch
 from xdpnet.virtq import features
 
 if TYPE_CHECKING:
+    from xdpnet.metrics.endpoint import MetricsEndpoint
     from xdpnet.netdev.port import Netdev
 
 END_S = 2.8  # promised are three seconds; an orderly end takes some tens of milliseconds
@@ -46,7 +51,7 @@ async def run(config: Config, reread: Callable[[], Config]) -> None:
     before: Config | None = None
     with orders.by_signals():
         while True:
-            orders.serve(config)
+            orders.serve()
             daemon = Daemon(config, orders)
             try:
                 await daemon.run()
@@ -58,19 +63,35 @@ async def run(config: Config, reread: Callable[[], Config]) -> None:
                 orders.following = orders.following or before
             if orders.following is None or orders.ending:
                 return
-            config, before = orders.following, config if daemon.was_ready else None
+            config, before = orders.following, daemon.changes.running if daemon.was_ready else None
 
 
 def vet(config: Config) -> None:
-    """What can be told without ending anything; SetupError names what this machine has not."""
-    _require_cpus(config.cpus)
-    for guest in config.guests:
-        access_of(guest)
-    if config.netdevs:
-        from xdpnet.netdev import fitness, link
+    """What can be told without ending anything; SetupError names all that this machine has not, a line each."""
+    if faults := faults_of(config):
+        raise SetupError("\n".join(faults))
 
-        for wanted in config.netdevs:
-            fitness.reserve_queues(link.require_link(wanted.interface), wanted.queues or 0)
+
+def faults_of(config: Config) -> list[str]:
+    looks: list[Callable[[], object]] = [partial(_require_cpus, config.cpus)]
+    looks += [partial(access_of, guest) for guest in config.guests]
+    looks += [partial(_require_queues, netdev) for netdev in config.netdevs]
+    return [fault for look in looks if (fault := _fault_of(look))]
+
+
+def _fault_of(look: Callable[[], object]) -> str:
+    try:
+        look()
+    except (XdpnetError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _require_queues(wanted: NetdevConfig) -> int:
+    # They bring bcc and pyroute2, which guests among themselves do not need.
+    from xdpnet.netdev import fitness, link
+
+    return fitness.reserve_queues(link.require_link(wanted.interface), wanted.queues or 0)
 
 
 class Daemon:
@@ -89,6 +110,8 @@ class Daemon:
         self._started = time.monotonic()
         self._watchdog: Watchdog | None = None
         self._orders = orders or Orders()
+        self._metrics: MetricsEndpoint | None = None
+        self.changes = Changes(config, self)
 
     async def run(self) -> None:
         async with AsyncExitStack() as stack:
@@ -143,11 +166,12 @@ class Daemon:
 
             # 8. The control socket and the metrics.
             if self.config.control:
-                control = ControlServer(self.config.control, {"stats": lambda: self.snapshot().to_json()})
+                commands = {"stats": lambda: self.snapshot().to_json(), "show": lambda: to_toml(self.changes.running)}
+                control = ControlServer(self.config.control, commands, self._orders.by_socket())
                 await control.start()
                 stack.push_async_callback(control.stop)
-            if self.config.metrics:
-                stack.callback(self._open_metrics(self.config.metrics))
+            stack.callback(self._set_metrics, None)
+            self._set_metrics(self.config.metrics)
 
             # 9. Ready, until we are told to end.
             systemd.notify("READY=1")
@@ -159,10 +183,13 @@ class Daemon:
                 len(self.guests), len(self.netdevs), self.config.worker_count,
             )  # fmt: skip
             self.was_ready = True
+            self._orders.ready(self.changes)
             await self._orders.given.wait()
+            self._orders.not_ready()
 
             # 10. The end: everything above, backwards.
-            systemd.notify(systemd.reloading() if self._orders.following else "STOPPING=1")
+            if not self._orders.following:
+                systemd.notify("STOPPING=1")
             faulthandler.dump_traceback_later(END_S, exit=True)
         faulthandler.cancel_dump_traceback_later()
         log.info("stopped")
@@ -200,12 +227,7 @@ class Daemon:
     def _make_bridge(self) -> core.Bridge:
         config = self.config
         _require_cpus(config.cpus)
-        queues = 0
-        if config.netdevs:
-            # They bring bcc and pyroute2, which guests among themselves do not need.
-            from xdpnet.netdev import fitness, link
-
-            queues = sum(fitness.reserve_queues(link.require_link(w.interface), w.queues or 0) for w in config.netdevs)
+        queues = sum(_require_queues(wanted) for wanted in config.netdevs)
         try:
             return core.Bridge(
                 workers=config.worker_count,
@@ -238,9 +260,14 @@ class Daemon:
         port.open()
         self.guests[guest.name] = port
         self._names[port.device.port] = guest.name
-        if guest.checks_source:
-            self._checked.add(port.device.port)
+        self._note_check(port)
         return port
+
+    def _note_check(self, port: GuestPort) -> None:
+        if port.config.checks_source:
+            self._checked.add(port.device.port)
+        else:
+            self._checked.discard(port.device.port)
 
     def _close_guest(self, port: GuestPort) -> None:
         del self.guests[port.config.name], self._names[port.device.port]
@@ -261,7 +288,14 @@ class Daemon:
         for netdev in [*self.netdevs.values()]:
             self._close_netdev(netdev)
 
-    def _open_metrics(self, address: tuple[str, int]) -> Callable[[], None]:
+    def _set_metrics(self, address: tuple[str, int] | None) -> None:
+        """The new one first: it may be refused."""
+        before = self._metrics
+        self._metrics = self._open_metrics(address) if address else None
+        if before:
+            before.close()
+
+    def _open_metrics(self, address: tuple[str, int]) -> "MetricsEndpoint":
         from xdpnet.metrics.endpoint import MetricsEndpoint
 
         async def current() -> Snapshot:
@@ -269,7 +303,118 @@ class Daemon:
 
         endpoint = MetricsEndpoint(address, current, lambda: self._watch_workers.stalls)
         log.info("metrics: %s", endpoint.url)
-        return endpoint.close
+        return endpoint
+
+    # ---- the steps of a change (control/changes.py) ----
+
+    def faults(self, after: Config, steps: Sequence[AnyStep], interrupt: bool) -> list[str]:
+        found = faults_of(after)
+        for step in steps:
+            if isinstance(step, GuestStep) and step.after:
+                found += self._faults_of_guest(step, step.after, interrupt)
+            elif isinstance(step, NetdevStep) and step.after:
+                found.append(_fault_of(partial(self._require_fit, step.after)))
+        return [fault for fault in dict.fromkeys(found) if fault]
+
+    def _faults_of_guest(self, step: GuestStep, guest: GuestConfig, interrupt: bool) -> Iterator[str]:
+        port = self.guests.get(guest.name)
+        if step.rejoins and port and port.socket.connected and not interrupt:
+            yield (
+                f"guest {guest.name}: {', '.join(step.rejoins)}: its driver has negotiated by what it was told; "
+                "end its frontend before, or let it connect anew: --interrupt"
+            )
+        ours = {each.config.socket for each in self.guests.values() if not each.config.client}
+        if guest.socket is not None and not guest.client and guest.socket not in ours:
+            with suppress(SetupError):  # said already
+                uid = access_of(guest).uid
+                if fault := _fault_of(partial(check_free, guest.socket, uid)):
+                    yield f"guest {guest.name}: {fault}"
+
+    def _require_fit(self, wanted: NetdevConfig) -> None:
+        from xdpnet.netdev import fitness, link
+
+        found = link.find_link(wanted.interface)
+        if found is None:
+            return  # said already
+        ours = any(netdev.ifindex == found.index for netdev in self._interfaces.values())
+        fitness.check_link(replace(found, xdp_id=0) if ours else found)
+
+    async def carry_out(self, step: AnyStep) -> None:
+        if isinstance(step, BridgeStep):
+            if step.after:
+                self._change_bridge(step.after)
+        elif isinstance(step, NetdevStep):
+            await self._change_netdev(step)
+        elif step.before and step.after:
+            await self._change_guest(step, step.after)
+        elif step.after:
+            await self._begin_guest(step.after)
+        elif step.before:
+            await self._end_guest(step.before.name)
+
+    def _change_bridge(self, config: Config) -> None:
+        if config.metrics != self.config.metrics:
+            self._set_metrics(config.metrics)
+        self.bridge.tune(config.spin_us, config.ageing_s)
+        if config.cpus != self.config.cpus:
+            for worker in range(config.worker_count):
+                cpus = {config.cpus[worker]} if config.cpus else os.sched_getaffinity(0)
+                os.sched_setaffinity(self.bridge.worker_stats(worker).tid, cpus)
+        for port in self.guests.values():
+            port.limit_memory(config.max_memory)
+        self.config = config
+
+    async def _begin_guest(self, guest: GuestConfig) -> None:
+        port = self._open_guest(guest)
+        try:
+            await port.serve()
+        except BaseException:
+            self._close_guest(port)
+            raise
+
+    async def _end_guest(self, name: str) -> None:
+        port = self.guests[name]
+        await port.leave()
+        self._close_guest(port)
+
+    async def _change_guest(self, step: GuestStep, guest: GuestConfig) -> None:
+        port = self.guests[guest.name]
+        if not step.rejoins:
+            await port.change(guest)
+            self._note_check(port)
+            return
+        taught = [(mac, vlan) for number, mac, vlan in self.bridge.taught() if number == port.device.port]
+        await self._end_guest(guest.name)
+        try:
+            await self._begin_guest(guest)
+        except (XdpnetError, OSError):
+            await self._begin_guest(port.config)
+            raise
+        finally:
+            for mac, vlan in taught if guest.name in self.guests else ():
+                with suppress(OSError):  # not the guest's to use any more
+                    self.guests[guest.name].device.port.remember(mac, vlan)
+
+    async def _change_netdev(self, step: NetdevStep) -> None:
+        if step.before:
+            port = self.netdevs[step.before.interface]
+            await port.unwatch()
+            self._close_netdev(port)
+        if step.after is None:
+            return
+        try:
+            port = await self._open_netdev(step.after)
+        except (XdpnetError, OSError):
+            if step.before:
+                (await self._open_netdev(step.before)).watch()
+            raise
+        port.watch()
+        self.reports.sync_addresses()
+        if step.after.zerocopy != "off" and not port.netdev.port.lends:
+            log.info(
+                "interface %s: it came after the start, with frames of its own: guests' are copied there, "
+                "until the daemon starts anew", step.after.interface,
+            )  # fmt: skip
 
     # ---- what goes on meanwhile ----
 
@@ -310,6 +455,7 @@ class Daemon:
         guests = self.guests.values()
         if all(guest.config.fd is not None for guest in guests):
             await asyncio.gather(*(guest.socket.ended.wait() for guest in guests))
+        if all(guest.socket.ended.is_set() for guest in guests):  # none has come meanwhile
             log.info("every inherited connection is over: stopping")
             self._orders.end()
 

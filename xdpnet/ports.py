@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from xdpnet import core
 from xdpnet.config import GuestConfig, NetdevConfig
-from xdpnet.errors import SetupError
+from xdpnet.errors import SetupError, SocketPathError
 from xdpnet.sockets import Access, barred_by
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.server import GuestSocket
@@ -55,21 +55,44 @@ class GuestPort:
         with ExitStack() as undo:
             port = self._bridge.add_guest(guest.queues, guest.name)
             undo.callback(port.remove)
-            if guest.macs:
-                try:
-                    port.set_macs(guest.macs, guest.checks_source)
-                except OSError as error:
-                    raise SetupError(
-                        f"guest {guest.name}: mac {spelt(guest.macs)}: {error.strerror}",
-                        "choose an address that no interface of this daemon has",
-                    ) from error
-            port.set_ips(guest.ips)
-            max_memory = guest.max_memory or self._max_memory
             self.device = GuestDevice(
-                self._bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, max_memory, guest.guest_offloads
+                self._bridge, guest.name, port, guest.queues, guest.mtu, guest.poll, guest_offloads=guest.guest_offloads
             )
+            self._give_addresses(guest)
+            self.limit_memory(self._max_memory)
             self.socket = GuestSocket(self.device, guest.socket, guest.client, guest.fd, access)
             self._opened = undo.pop_all()
+
+    def _give_addresses(self, guest: GuestConfig) -> None:
+        port = self.device.port
+        try:
+            port.set_macs(guest.macs, guest.checks_source)
+        except OSError as error:
+            raise SetupError(
+                f"guest {guest.name}: mac {spelt(guest.macs)}: {error.strerror}",
+                "choose an address that no interface of this daemon has",
+            ) from error
+        port.set_ips(guest.ips)
+
+    def limit_memory(self, most: int) -> None:
+        """most: of a guest that has no such of its own. What a frontend has handed over stays."""
+        self._max_memory = most
+        self.device.max_memory = self.config.max_memory or most
+
+    async def change(self, guest: GuestConfig) -> None:
+        """All or nothing: whatever takes no new connection. The one that is there stays, if it may."""
+        before = self.config
+        self._give_addresses(guest)
+        try:
+            if guest.socket is not None and _meets(guest) != _meets(before):
+                await self.socket.move(guest.socket, guest.client, access_of(guest))
+        except (SetupError, SocketPathError):
+            self._give_addresses(before)
+            raise
+        self.config = guest
+        self.device.poll = guest.poll
+        self.limit_memory(self._max_memory)
+        _advise_way(guest)
 
     async def serve(self) -> None:
         """From here on frontends are."""
@@ -132,16 +155,28 @@ def spelt(macs: Iterable[bytes]) -> str:
     return "+".join(mac.hex(":") for mac in macs)
 
 
+def _meets(guest: GuestConfig) -> tuple[object, ...]:
+    """Where, and whom."""
+    return guest.socket, guest.client, guest.user, guest.group, guest.mode
+
+
 def access_of(guest: GuestConfig) -> Access:
     """Who may use the guest's socket; one that has a user is his alone, if nothing else is said."""
+    user, group = guest.user, guest.group
     try:
-        user, group = guest.user, guest.group
         uid = pwd.getpwnam(user).pw_uid if isinstance(user, str) else -1 if user is None else user
+    except KeyError as error:
+        raise _unknown(guest, f'user = "{user}"') from error
+    try:
         gid = grp.getgrnam(group).gr_gid if isinstance(group, str) else -1 if group is None else group
     except KeyError as error:
-        raise SetupError(f"guest {guest.name}: {error.args[0]}", "name one of this machine, or a number") from error
+        raise _unknown(guest, f'group = "{group}"') from error
     mode = guest.mode if guest.mode is not None else 0o660 if guest.user is None else 0o600
     return Access(uid, gid, mode)
+
+
+def _unknown(guest: GuestConfig, what: str) -> SetupError:
+    return SetupError(f"guest {guest.name}: {what}: there is none", "name one of this machine, or a number")
 
 
 def _advise_way(guest: GuestConfig) -> None:

@@ -179,12 +179,27 @@ def _lock_directory(path: str) -> int:
             raise SocketPathError(path, f"lock directory {directory}: {error.strerror}") from error
 
 
+def check_free(path: str, owner: int) -> None:
+    """Refuses what listen_unix() would, as far as it can be told without taking the path."""
+    check_path(path)
+    directory = os.path.dirname(path) or "."
+    if not os.path.isdir(directory):
+        raise SocketPathError(path, f"directory {directory}: {os.strerror(errno.ENOENT)}", "create the directory first")
+    _find_stale(path, owner)
+
+
 def _clear(path: str, owner: int) -> None:
     """Unlinks our own stale socket, or one that we gave to this owner; refuses everything else that is there."""
+    if _find_stale(path, owner):
+        os.unlink(path)
+
+
+def _find_stale(path: str, owner: int) -> bool:
+    """Whether there is such a socket, or nothing at all."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
-        return
+        return False
     except OSError as error:
         raise SocketPathError(path, error.strerror or str(error), _remedy(error)) from error
     if stat.S_ISLNK(found.st_mode):
@@ -195,7 +210,7 @@ def _clear(path: str, owner: int) -> None:
         raise SocketPathError(path, f"belongs to user {found.st_uid}", "name another path, or have its owner remove it")
     if not _is_stale(path):
         raise SocketPathError(path, "another process listens on it", "stop that process, or name another path")
-    os.unlink(path)
+    return True
 
 
 def _is_stale(path: str) -> bool:

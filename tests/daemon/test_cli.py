@@ -112,7 +112,7 @@ def test_a_wrong_configuration_ends_with_2_and_every_fault() -> None:
         (
             ("--guest", "web,socket=/run/x,user=no-such-user"),
             1,
-            "xdpnet: guest web: getpwnam(): name not found: 'no-such-user'; name one of this machine, or a number\n",
+            'xdpnet: guest web: user = "no-such-user": there is none; name one of this machine, or a number\n',
         ),
     ],
 )

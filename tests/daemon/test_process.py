@@ -92,12 +92,26 @@ def test_sighup_has_it_serve_the_configuration_as_it_is_then(tmp_path: Path) -> 
         for count in range(1, 4):
             file.write_text(file.read_text() + f'[[guest]]\nname = "db{count}"\nsocket = "{tmp_path}/db{count}.sock"\n')
             running.process.send_signal(signal.SIGHUP)
-            running.until_said("ready: ", count + 1)
+            running.until_said(f"SIGHUP: guest db{count}: added")
             assert guests_of(running) == ["web", *(f"db{n}" for n in range(1, count + 1))]
         file.write_text(CONFIG.format(directory=tmp_path))
         running.process.send_signal(signal.SIGHUP)
-        running.until(lambda: running.log.count("ready: ") == 5, "ready again")
+        running.until(lambda: running.log.count(": removed") == 3, "removed")
         assert sorted(path.name for path in tmp_path.glob("*.sock")) == ["control.sock", "web.sock"]
+        running.until(lambda: descriptors_of(running) == before, "nothing left open")
+        assert running.log.count("ready: ") == 1
+        assert running.end() == 0
+
+
+def test_sighup_has_it_start_anew_where_nothing_else_will_do(tmp_path: Path) -> None:
+    with configured(tmp_path) as (running, file):
+        before = descriptors_of(running)
+        for workers in 2, 1:
+            file.write_text(f"workers = {workers}\n" + CONFIG.format(directory=tmp_path))
+            running.process.send_signal(signal.SIGHUP)
+            running.until_said(f"workers {workers}\n", 1 + (workers == 1))
+            assert len(running.snapshot().workers) == workers
+        assert running.log.count("SIGHUP: workers: takes a new start of the daemon") == 2
         running.until(lambda: descriptors_of(running) == before, "nothing left open")
         assert running.end() == 0
 
@@ -109,9 +123,10 @@ def test_sighup_has_it_serve_the_configuration_as_it_is_then(tmp_path: Path) -> 
         (("[[guest]]", "[[guest"), "not TOML"),
         (("[[guest]]", "cpus = '4095'\n[[guest]]"), "CPU 4095 not usable here"),
         (("[[guest]]", "[[netdev]]\ninterface = 'xdpn-none'\n[[guest]]"), "interface xdpn-none: "),
-        (("[[guest]]", "[[guest]]\nuser = 'no-such-user'"), "name not found: 'no-such-user'"),
-        # What shows only when it is tried: the configuration that was served before is served again.
+        (("[[guest]]", "[[guest]]\nuser = 'no-such-user'"), 'user = "no-such-user": there is none'),
+        # What shows only when it is tried; the second, after a new start: what was served before is served again.
         (("[[guest]]", "metrics = '192.0.2.1:9100'\n[[guest]]"), "metrics 192.0.2.1:9100: "),
+        (("[[guest]]", "workers = 2\nmetrics = '192.0.2.1:9100'\n[[guest]]"), "metrics 192.0.2.1:9100: "),
         (("/web.sock", "/no/such/web.sock"), "socket"),
         (("[[guest]]", ""), "guest: none given"),
     ],
@@ -137,7 +152,7 @@ def test_a_mistake_in_the_configuration_never_ends_a_running_daemon(
 
 def test_a_mistake_that_shows_only_when_it_is_tried_twice_is_told_twice(tmp_path: Path) -> None:
     with configured(tmp_path) as (running, file):
-        file.write_text("metrics = '192.0.2.1:9100'\n" + file.read_text())
+        file.write_text("workers = 2\nmetrics = '192.0.2.1:9100'\n" + file.read_text())
         for count in 1, 2:
             running.process.send_signal(signal.SIGHUP)
             running.until_said("going on with", count)
@@ -148,11 +163,11 @@ def test_a_mistake_that_shows_only_when_it_is_tried_twice_is_told_twice(tmp_path
 def test_a_daemon_that_serves_an_inherited_connection_cannot_start_anew(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     file = tmp_path / "xdpnet.toml"
-    file.write_text("spin_us = 1\n")
+    file.write_text("workers = 1\n")
     words = "--fd", str(theirs.fileno()), "--config", str(file)
     with ours, theirs, daemon(tmp_path, *words, fds=(theirs.fileno(),)) as running:
         running.ready()
-        file.write_text("spin_us = 2\n")
+        file.write_text("workers = 2\n")
         running.process.send_signal(signal.SIGHUP)
         running.until(lambda: "an inherited connection cannot be taken up again" in running.log, "told")
         assert running.end() == 0
@@ -196,13 +211,14 @@ def test_a_terminal_that_is_closed_ends_it_in_order_but_not_under_nohup(
             os.close(ours)
 
 
-def test_the_service_manager_hears_that_it_starts_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["spin_us = 1", "workers = 2"], ids=["live", "anew"])
+def test_the_service_manager_hears_that_it_takes_a_new_configuration(tmp_path: Path, change: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(PATIENCE_S)
         with configured(tmp_path, {"NOTIFY_SOCKET": str(tmp_path / "notify")}) as (running, file):
             assert manager.recv(100) == b"READY=1"
-            file.write_text("spin_us = 1\n" + file.read_text())
+            file.write_text(f"{change}\n" + file.read_text())
             running.process.send_signal(signal.SIGHUP)
             assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", manager.recv(100))
             assert manager.recv(100) == b"READY=1"
@@ -214,7 +230,7 @@ def test_the_service_manager_hears_that_it_starts_anew(tmp_path: Path) -> None:
 @pytest.mark.net
 def test_what_starts_anew_leaves_nothing_of_what_it_was_and_goes_on(tmp_path: Path, wire: Veth) -> None:
     """With everything that there is to start and to end, and past the time that an end may take."""
-    more = f"metrics = '127.0.0.1:0'\nspin_us = {{spin}}\n{{before}}[[netdev]]\ninterface = '{wire.ifname}'\n"
+    more = f"metrics = '127.0.0.1:0'\nmax_macs = {{macs}}\n{{before}}[[netdev]]\ninterface = '{wire.ifname}'\n"
     starts = 5
 
     def threads() -> int:
@@ -223,7 +239,7 @@ def test_what_starts_anew_leaves_nothing_of_what_it_was_and_goes_on(tmp_path: Pa
     with configured(tmp_path, {"WATCHDOG_USEC": "10000000"}) as (running, file):
         before = file.read_text()
         for count in range(starts):
-            file.write_text(more.format(spin=count, before=before))
+            file.write_text(more.format(macs=count + 1, before=before))
             running.process.send_signal(signal.SIGHUP)
             until_equal(lambda: running.log.count("ready: "), count + 2)
             if count == 0:
@@ -502,7 +518,7 @@ def test_58_the_socket_of_a_guest_may_be_another_groups_and_a_directory_that_bar
 def test_a_user_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with daemon(tmp_path, "--guest", guest(tmp_path, more=",user=no-such-user")) as running:
         assert running.process.wait(timeout=PATIENCE_S) == 1
-    assert "guest web: getpwnam(): name not found: 'no-such-user'; name one of this machine, or a number" in running.log
+    assert 'guest web: user = "no-such-user": there is none; name one of this machine, or a number' in running.log
 
 
 def descriptors_of(running: Daemon) -> int:

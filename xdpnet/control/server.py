@@ -1,6 +1,7 @@
-"""The control socket: the running daemon's answers to `xdpnet stats`.
+"""The control socket: the running daemon's answers to `xdpnet stats`, and to orders that change it.
 
 A UNIX stream socket; one JSON line {"command": "stats"} is asked, one JSON line answered, then the connection ends.
+What an order says more is in the same object (orders.py).
 Only root and the daemon's own user may connect, and are answered, whatever has become of the permissions of the path. A
 client has DEADLINE_S seconds to ask, some more for a long answer (clients.py), and may be one of CLIENTS; nobody can
 make the daemon wait.
@@ -13,8 +14,9 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any
 
 from xdpnet.clients import serve_few
@@ -25,11 +27,12 @@ from xdpnet.sockets import Access, ListeningSocket, listen_unix, peer_of
 
 CLIENTS = 16
 DEADLINE_S = 2.0
-REQUEST_BYTES = 4096
+REQUEST_BYTES = 1 << 18  # a configuration of as many guests as there may be, each with all that it can be given
 
 log = RationedLog(logging.getLogger(__name__), "control")  # clients provoke it
 
 Commands = dict[str, Callable[[], Any]]
+Orders = Mapping[str, Callable[[dict[str, Any]], Awaitable[Any]]]
 
 
 @contextmanager
@@ -52,11 +55,15 @@ def directory_of(path: str) -> Iterator[None]:
 
 
 class ControlServer:
-    """Answers each command with what its function returns: bytes of JSON, or what can be made such."""
+    """Answers each command with what its function returns: bytes of JSON, or what can be made such.
 
-    def __init__(self, path: str, commands: Commands) -> None:
+    An order's function gets all that was asked, and may take its time: others are answered meanwhile.
+    """
+
+    def __init__(self, path: str, commands: Commands, orders: Orders = MappingProxyType({})) -> None:
         self._path = path
         self._commands = commands
+        self._orders = orders
         self._closer = Closer()
         self._listening: ListeningSocket | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -102,10 +109,16 @@ class ControlServer:
         if request is None:
             return _line({"error": f"request of more than {REQUEST_BYTES} bytes"})
         try:
-            command = self._commands[json.loads(request)["command"]]
+            asked = json.loads(request)
+            name = asked["command"]
+            order = self._orders.get(name)
+            command = None if order else self._commands[name]
         except (ValueError, TypeError, KeyError, RecursionError):
-            return _line({"error": f'not a request; ask {{"command": NAME}} with {", ".join(self._commands)}'})
-        return _line(command())
+            known = ", ".join([*self._commands, *self._orders])
+            return _line({"error": f'not a request; ask {{"command": NAME}} with {known}'})
+        if order:
+            return _line(await order(asked))
+        return _line(command() if command else None)
 
 
 def _line(answer: Any) -> bytes:

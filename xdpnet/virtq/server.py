@@ -24,7 +24,7 @@ import socket
 import time
 
 from xdpnet.closer import MAX_PENDING, Closer
-from xdpnet.errors import SetupError
+from xdpnet.errors import SetupError, SocketPathError
 from xdpnet.sockets import Access, ListeningSocket, check_path, listen_unix, peer_of
 from xdpnet.virtq.connection import Connection
 from xdpnet.virtq.counters import Counters
@@ -88,7 +88,29 @@ class GuestSocket:
             self._listen(self._listening.socket)
 
     async def stop(self) -> None:
-        """Ends the connection and gives the path back."""
+        """Ends the connection and gives the path back; idempotent."""
+        await self._part()
+        self.disconnect()
+
+    async def move(self, path: str, client: bool, access: Access) -> None:
+        """Meets frontends there, and these, from now on. Raises as start(), and goes on as before.
+
+        The one that is connected stays, unless it would not be let in any more.
+        """
+        before = self.path, self._client, self._access
+        await self._part()
+        self.path, self._client, self._access = path, client, access
+        try:
+            await self.start()
+        except SocketPathError:
+            self.path, self._client, self._access = before
+            await self.start()
+            raise
+        if self._connection is not None and not self._may_speak(self._connection.socket):
+            self.disconnect()
+
+    async def _part(self) -> None:
+        """Nobody else is met."""
         if self._connector is not None:
             self._connector.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -104,7 +126,6 @@ class GuestSocket:
             else:
                 self._turned_away.close(self._acceptor.detach())
             self._acceptor = self._listening = None
-        self.disconnect()
 
     def disconnect(self) -> None:
         """Ends the present connection, if there is one; the next frontend is welcome."""
@@ -140,6 +161,7 @@ class GuestSocket:
         delay = RETRY_FIRST_S
         complaint = ""
         while True:
+            await self._free.wait()
             while self.device.closer.full:
                 await asyncio.sleep(RETRY_MAX_S)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
