@@ -13,8 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xdpnet import __version__, core, limits
@@ -24,7 +23,7 @@ from xdpnet.errors import ConfigError, ControlError, SetupError, XdpnetError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xdpnet.config import Config
+    from xdpnet.origin import Origin
 
 CAPABILITIES = {"type": "net"}  # VHostUserBackendCapabilities of docs/interop/vhost-user.json; "net" has no features
 CONVENTION_GUEST = "guest"  # the name of the one that --socket-path or --fd is about
@@ -127,13 +126,15 @@ def _run(options: argparse.Namespace) -> int:
     """Serves guests until SIGTERM, from a file, from flags, or from both; SIGHUP has it read the file again."""
     from xdpnet import daemon
 
-    config = _configure(options)
-    if options.check:
+    origin = _origin(options)
+    config = origin.read()
+    with origin.locating():
         daemon.vet(config)
+    if options.check:
         return 0
     _set_up_logging(logging.DEBUG if options.verbose else logging.INFO)
     try:
-        asyncio.run(daemon.run(config, lambda: _configure(options)))
+        asyncio.run(daemon.run(config, origin))
     except OSError as error:  # of the core, whose text names verb and object
         log.debug("where it happened", exc_info=error)
         raise SetupError(str(error)) from error
@@ -145,8 +146,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _configure(options: argparse.Namespace) -> "Config":
+def _origin(options: argparse.Namespace) -> "Origin":
     from xdpnet import config
+    from xdpnet.origin import Origin
 
     faults: list[str] = []
     bridge = ("workers", "cpus", "spin_us", "ageing_s", "frames_per_queue", "max_macs", "max_memory")
@@ -161,10 +163,9 @@ def _configure(options: argparse.Namespace) -> "Config":
         flags["guest"] = guests
     if options.netdev:
         flags["netdev"] = [config.parse_flag(flag, "interface", faults) for flag in options.netdev]
-    file = config.load_file(options.config) if options.config else {}
-    if (options.socket_path or options.fd) and "control" not in file:
-        flags.setdefault("control", "")  # one such process for each guest: they cannot all have the default
-    return config.parse(config.merge(file, flags), faults)
+    # One such process for each guest: they cannot all have the default.
+    defaults = {"control": ""} if options.socket_path or options.fd else {}
+    return Origin(options.config, flags, faults, defaults)
 
 
 def _set_up_logging(level: int) -> None:
@@ -209,21 +210,15 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_file(path: str) -> int:
-    from xdpnet import config, daemon
+    from xdpnet import daemon
+    from xdpnet.origin import Origin
 
-    with _of_file(path):
-        if faults := daemon.faults_of(config.parse(config.load_file(path))):
+    origin = Origin(path)
+    config = origin.read()
+    with origin.locating():
+        if faults := daemon.faults_of(config):
             raise ConfigError(faults)
     return 0
-
-
-@contextmanager
-def _of_file(path: str) -> Iterator[None]:
-    """Faults are this file's."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(fault if path in fault else f"{path}: {fault}" for fault in error.faults) from error
 
 
 # ---- changes ----
@@ -250,12 +245,12 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 
 def _apply(options: argparse.Namespace) -> int:
     """Has the running daemon serve what the file says and nothing else: the difference is made, all or nothing."""
-    from xdpnet import config
+    from xdpnet.origin import Origin
 
-    with _of_file(options.file):
-        raw = config.load_file(options.file)
-        config.parse(raw)
-        return _order(options, "apply", config=raw)
+    origin = Origin(options.file)
+    origin.read()
+    with origin.locating():
+        return _order(options, "apply", config=origin.file)
 
 
 def _add_change(parser: argparse.ArgumentParser, kind: str) -> None:

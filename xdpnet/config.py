@@ -292,21 +292,27 @@ class Config(BaseModel):
         return self.workers or len(self.cpus) or 1
 
 
-def load_file(path: str) -> Raw:
-    """The TOML file as it stands, unchecked."""
+def read_file(path: str) -> tuple[str, Raw]:
+    """The text of a TOML file, and its tables as they stand, unchecked."""
     try:
         with Path(path).open("rb") as file:
-            text = file.read(CONFIG_BYTES + 1)
+            content = file.read(CONFIG_BYTES + 1)
     except OSError as error:
-        raise ConfigError([f"config {path}: {error.strerror}"]) from error
-    if len(text) > CONFIG_BYTES:
-        raise ConfigError([f"config {path}: more than {CONFIG_BYTES} bytes"])
+        raise ConfigError([f"{path}: {error.strerror}"]) from error
+    if len(content) > CONFIG_BYTES:
+        raise ConfigError([f"{path}: more than {CONFIG_BYTES} bytes are no configuration"])
     try:
-        return tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"config {path}: not TOML: {error}"]) from error
+        text = content.decode()
+        return text, tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError([f"{path}:{line}: not TOML: not UTF-8"]) from error
+    except tomllib.TOMLDecodeError as error:
+        reason, _, place = str(error).partition(" (at line ")
+        found = re.match(r"[0-9]+", place)
+        raise ConfigError([f"{path}:{found[0] if found else len(text.splitlines())}: not TOML: {reason}"]) from error
     except RecursionError as error:
-        raise ConfigError([f"config {path}: nested too deeply"]) from error
+        raise ConfigError([f"{path}: nested too deeply"]) from error
 
 
 def parse_flag(flag: str, key: str, faults: list[str]) -> Raw:
@@ -457,10 +463,11 @@ def _place(raw: Raw, location: tuple[int | str, ...]) -> tuple[str, str]:
     kind, at = str(location[0]), location[1]
     if len(location) == 2:
         return "", f"{kind} {at + 1}"
-    return _port(kind, at, raw[kind][at]) + ": ", str(location[2])
+    return port_at(kind, at, raw[kind][at]) + ": ", str(location[2])
 
 
-def _port(kind: str, at: int, table: Mapping[str, Any]) -> str:
+def port_at(kind: str, at: int, table: Mapping[str, Any]) -> str:
+    """As faults begin: by its name or, if it has none, by its number."""
     name = table.get("name" if kind == "guest" else "interface")
     return f"{kind} {_show(name)}" if isinstance(name, str) else f"{kind} {at + 1}"
 
@@ -552,7 +559,7 @@ def _tables(raw: Raw, kind: str) -> list[tuple[str, Raw]]:
     tables = raw.get(kind, [])
     if not isinstance(tables, list):
         return []
-    return [(_port(kind, at, table), table) for at, table in enumerate(tables) if isinstance(table, dict)]
+    return [(port_at(kind, at, table), table) for at, table in enumerate(tables) if isinstance(table, dict)]
 
 
 def _duplicates(tables: Sequence[tuple[str, Raw]], key: str) -> Iterator[str]:

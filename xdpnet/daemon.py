@@ -29,6 +29,7 @@ from xdpnet.errors import SetupError, XdpnetError
 from xdpnet.metrics import take
 from xdpnet.metrics.snapshot import Guest, Snapshot
 from xdpnet.mtu import MtuWatch
+from xdpnet.origin import Origin
 from xdpnet.ports import GuestPort, NetdevPort, access_of, spelt
 from xdpnet.reports import Reports
 from xdpnet.sockets import check_free
@@ -45,9 +46,9 @@ TICK_S = 2.0  # ageing of addresses has seconds as its unit
 log = logging.getLogger(__name__)
 
 
-async def run(config: Config, reread: Callable[[], Config]) -> None:
+async def run(config: Config, origin: Origin) -> None:
     """Serves until it is told to end (orders.py). A new configuration that cannot be served is no reason to end."""
-    orders = Orders(reread, vet)
+    orders = Orders(origin.read, vet, origin.locate)
     before: Config | None = None
     with orders.by_signals():
         while True:

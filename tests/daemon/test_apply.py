@@ -23,11 +23,11 @@ from tests.rig.guests import frame, mac
 from tests.rig.netns import needs_root, remove, veth
 from tests.rig.remote import RemoteGuest
 from tests.rig.waiting import PATIENCE_S
-from xdpnet.config import load_file, parse
 from xdpnet.control.client import ask
 from xdpnet.control.server import CLIENTS
 from xdpnet.errors import ControlError
 from xdpnet.netdev.link import require_link
+from xdpnet.origin import Origin
 
 STEPS = 10
 
@@ -139,7 +139,7 @@ def test_a_file_is_applied_and_tried_before_and_what_is_shown_is_a_file_again(tm
         assert running.get("/healthz")[0] == 200
         shown = tmp_path / "shown.toml"
         shown.write_text(xdpnet("show", "--control", running.control).stdout)
-        assert parse(load_file(str(shown))).guests == parse(load_file(str(new))).guests
+        assert Origin(str(shown)).read().guests == Origin(str(new)).read().guests
         assert order(running, "apply", str(shown)) == (0, "nothing to change\n")
         assert xdpnet("run", "--check", "--config", str(shown)).returncode == 0
         # The file that it was started with is the truth again when it is read again.
@@ -156,16 +156,19 @@ def test_a_file_with_three_faults_leaves_all_as_it_was_and_names_all_three(tmp_p
         new.write_text(f"workrs = 1\n{CONFIG.format(directory=tmp_path)}queues = 17\n{table(tmp_path, 'db')}mtu = 1\n")
         # Of a file, and of a machine.
         for faults in (
-            ["workrs = 1: unknown key", 'guest "web": queues = 17: must be 1..16', 'guest "db": mtu = 1: must be 68'],
-            ["CPU 4095 not usable", 'guest web: user = "no-such-user": there is none', "directory /no/such"],
+            [
+                "1: workrs = 1: unknown",
+                '7: guest "web": queues = 17: must be 1..16',
+                '11: guest "db": mtu = 1: must be',
+            ],
+            ["1: cpus: CPU 4095 not", '6: guest web: user = "no-such-user": there is', "9: guest db: socket /no/such"],
         ):
             for words in ("apply",), ("apply", "--dry-run"):
                 status, said = order(running, *words, str(new))
                 assert status == 2
                 lines = said.splitlines()
                 assert len(lines) == 3
-                assert all(line.startswith(f"xdpnet: {new}: ") for line in lines)
-                assert [fault for fault in faults if fault not in said] == []
+                assert [fault for fault in faults if f"xdpnet: {new}:{fault}" not in said] == []
             assert ask(running.control, "show") == before
             assert sockets(tmp_path) == ["control.sock", "web.sock"]
             right = CONFIG.format(directory=tmp_path)

@@ -27,7 +27,7 @@ def xdpnet(*words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def configure(*words: str) -> config.Config:
-    return cli._configure(cli._parser().parse_args(["run", *words]))
+    return cli._origin(cli._parser().parse_args(["run", *words])).read()
 
 
 @contextmanager

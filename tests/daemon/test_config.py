@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from xdpnet import config
 from xdpnet.errors import ConfigError
+from xdpnet.origin import Origin
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -81,7 +82,7 @@ def test_a_file_and_the_same_flags_make_the_same_configuration(tmp_path: Path) -
         ],
     }
     assert not wrong
-    assert config.parse(config.load_file(str(file))) == config.parse(flags)
+    assert Origin(str(file)).read() == config.parse(flags)
 
 
 def test_every_fault_is_reported_at_once_with_key_and_value() -> None:
@@ -420,13 +421,14 @@ def test_a_file_that_is_no_configuration_is_named_and_nothing_else_happens(tmp_p
     file = tmp_path / "bad.toml"
     file.write_bytes(text)
     with pytest.raises(ConfigError) as caught:
-        config.parse(config.load_file(str(file)))
+        Origin(str(file)).read()
     assert caught.value.faults
+    assert all(fault.startswith(f"{file}:") for fault in caught.value.faults)
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"config /nonexistent/x\.toml: No such file"):
-        config.load_file("/nonexistent/x.toml")
+    with pytest.raises(ConfigError, match=r"^/nonexistent/x\.toml: No such file"):
+        config.read_file("/nonexistent/x.toml")
 
 
 def keys(model: type[BaseModel]) -> set[str]:

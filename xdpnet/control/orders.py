@@ -22,7 +22,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 from xdpnet.config import IDENTITY, Config, Raw, parse, to_raw, with_table, without_table
@@ -43,10 +43,18 @@ log = logging.getLogger(__name__)
 class Orders:
     """Wait for .given; then .following is the configuration to serve next, None: end."""
 
-    def __init__(self, reread: Callable[[], Config] | None = None, vet: Callable[[Config], None] | None = None) -> None:
-        """reread: the configuration as it is now; vet: raises SetupError for one that cannot be served here."""
+    def __init__(
+        self,
+        reread: Callable[[], Config] | None = None,
+        vet: Callable[[Config], None] | None = None,
+        locate: Callable[[Sequence[str]], Sequence[str]] = tuple,
+    ) -> None:
+        """reread: the configuration as it is now; vet: raises SetupError for one that cannot be served here; locate:
+        has faults of what was read say where.
+        """
         self._reread = reread
         self._vet = vet
+        self._locate = locate
         self.given = asyncio.Event()
         self.following: Config | None = None
         self.ending = False
@@ -103,7 +111,7 @@ class Orders:
         try:
             config = self._reread()
         except (XdpnetError, OSError) as error:
-            _refuse(error)
+            _refuse(str(error).splitlines())
             return
         self._rereading = asyncio.get_running_loop().create_task(self._follow(config))
 
@@ -123,8 +131,10 @@ class Orders:
         except AnewError as error:
             log.info("SIGHUP: %s", "; ".join(fault.partition(";")[0] for fault in error.faults))
             self._start_anew(config, changes.running)
+        except ConfigError as error:
+            _refuse(self._locate(error.faults))
         except (XdpnetError, OSError) as error:
-            _refuse(error)
+            _refuse(str(error).splitlines())
         except Exception:
             log.exception("SIGHUP: going on with the configuration as it was")
         if not self.given.is_set():
@@ -137,7 +147,7 @@ class Orders:
             if self._vet:
                 self._vet(config)
         except (XdpnetError, OSError) as error:
-            _refuse(error)
+            _refuse(self._locate(str(error).splitlines()))
             return
         log.info("SIGHUP: the configuration has changed: starting anew")
         self.following = config
@@ -192,8 +202,8 @@ def is_flat(table: object) -> TypeGuard[dict[str, str]]:
     return isinstance(table, dict) and all(isinstance(word, str) for pair in table.items() for word in pair)
 
 
-def _refuse(error: Exception) -> None:
-    for line in str(error).splitlines():
+def _refuse(faults: Sequence[str]) -> None:
+    for line in faults:
         log.error("SIGHUP: %s", line)
     log.error("SIGHUP: going on with the configuration as it was")
 
