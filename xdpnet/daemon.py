@@ -117,8 +117,7 @@ class Daemon:
     async def run(self) -> None:
         async with AsyncExitStack() as stack:
             # 1. Room for all descriptors that guests may need; a word on that for their memory.
-            descriptors.reserve(descriptors.needed(self.config))
-            self._advise()
+            self.served()
 
             # 2. The bridge: its arena and forwarding table; no worker runs yet.
             self.bridge = self._make_bridge()
@@ -210,7 +209,8 @@ class Daemon:
     def _advise(self) -> None:
         """What works, but not as somebody may expect."""
         limit = cgroup.memory_limit()
-        guests = sum(guest.max_memory or self.config.max_memory for guest in self.config.guests)
+        config = self.changes.running
+        guests = sum(guest.max_memory or config.max_memory for guest in config.guests)
         if limit is not None and limit < guests:
             log.warning(
                 "%d MiB of memory are what this process may have (MemoryMax), and max_memory of all guests is %d MiB: "
@@ -353,17 +353,28 @@ class Daemon:
         elif step.before:
             await self._end_guest(step.before.name)
 
+    def served(self) -> None:
+        descriptors.reserve(descriptors.needed(self.changes.running))
+        self._advise()
+
     def _change_bridge(self, config: Config) -> None:
-        if config.metrics != self.config.metrics:
-            self._set_metrics(config.metrics)
+        try:
+            self._pin(config)
+            if config.metrics != self.config.metrics:
+                self._set_metrics(config.metrics)
+        except (XdpnetError, OSError):
+            self._pin(self.config)
+            raise
         self.bridge.tune(config.spin_us, config.ageing_s)
-        if config.cpus != self.config.cpus:
-            for worker in range(config.worker_count):
-                cpus = {config.cpus[worker]} if config.cpus else os.sched_getaffinity(0)
-                os.sched_setaffinity(self.bridge.worker_stats(worker).tid, cpus)
         for port in self.guests.values():
             port.limit_memory(config.max_memory)
         self.config = config
+
+    def _pin(self, config: Config) -> None:
+        """A CPU for each worker, or for all of them what this process may use."""
+        for worker in range(config.worker_count):
+            cpus = {config.cpus[worker]} if config.cpus else os.sched_getaffinity(0)
+            os.sched_setaffinity(self.bridge.worker_stats(worker).tid, cpus)
 
     async def _begin_guest(self, guest: GuestConfig) -> None:
         port = self._open_guest(guest)

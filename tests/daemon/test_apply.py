@@ -1,5 +1,6 @@
 """A daemon that is changed while it serves: all or nothing, and the others notice nothing of it."""
 
+import fcntl
 import json
 import os
 import re
@@ -23,13 +24,15 @@ from tests.rig.guests import frame, mac
 from tests.rig.netns import needs_root, remove, veth
 from tests.rig.remote import RemoteGuest
 from tests.rig.waiting import PATIENCE_S
+from xdpnet import descriptors
+from xdpnet.config import parse
 from xdpnet.control.client import ask
 from xdpnet.control.server import CLIENTS
 from xdpnet.errors import ControlError
 from xdpnet.netdev.link import require_link
 from xdpnet.origin import Origin
 
-STEPS = 10
+ROUNDS = int(os.environ.get("XDPNET_ROUNDS", "10"))
 
 
 def xdpnet(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -161,7 +164,7 @@ def test_a_file_with_three_faults_leaves_all_as_it_was_and_names_all_three(tmp_p
                 '7: guest "web": queues = 17: must be 1..16',
                 '11: guest "db": mtu = 1: must be',
             ],
-            ["1: cpus: CPU 4095 not", '6: guest web: user = "no-such-user": there is', "9: guest db: socket /no/such"],
+            ["1: cpus: CPU 4095 not", '7: guest web: user = "no-such-user": there is', "10: guest db: socket /no/such"],
         ):
             for words in ("apply",), ("apply", "--dry-run"):
                 status, said = order(running, *words, str(new))
@@ -178,6 +181,53 @@ def test_a_file_with_three_faults_leaves_all_as_it_was_and_names_all_three(tmp_p
         assert xdpnet("check", "--config", str(file)).returncode == 0
 
 
+def test_a_hundred_guests_come_and_go_by_one_file(tmp_path: Path) -> None:
+    with configured(tmp_path) as (running, file):
+        before = descriptors_of(running)
+        names = [f"g{number}" for number in range(100)]
+        new = tmp_path / "new.toml"
+        new.write_text(file.read_text() + "".join(table(tmp_path, name) for name in names))
+        status, said = order(running, "apply", str(new))
+        assert (status, said.splitlines()) == (0, [f"guest {name}: added" for name in names])
+        assert guests_of(running) == ["web", *names]
+        with RemoteGuest(tmp_path / "g99.sock") as last:
+            last.start()
+        assert order(running, "apply", str(file))[0] == 0
+        assert (guests_of(running), sockets(tmp_path)) == (["web"], ["control.sock", "web.sock"])
+        running.until(lambda: descriptors_of(running) == before, "nothing left open")
+
+
+def test_where_descriptors_may_run_out_by_a_guest_that_comes_that_is_said(tmp_path: Path) -> None:
+    enough = descriptors.needed(parse({"guest": [{"name": "web", "socket": "/run/web.sock"}]}))
+    words = "--guest", guest(tmp_path)
+    with daemon(tmp_path, *words, prefix=("prlimit", f"--nofile={enough}")) as running:
+        running.ready()
+        assert "descriptors may be open" not in running.log
+        assert order(running, "guest", "add", guest(tmp_path, "db"))[0] == 0
+        assert f"at most {enough} descriptors may be open" in running.log
+
+
+def test_a_path_or_address_that_is_in_use_is_named_with_its_line_and_nothing_is_done(tmp_path: Path) -> None:
+    with configured(tmp_path) as (running, file), socket.socket(socket.AF_UNIX) as taken, socket.socket() as port:
+        taken.bind(str(tmp_path / "taken.sock"))
+        taken.listen()
+        port.bind(("127.0.0.1", 0))
+        port.listen()
+        before = ask(running.control, "show")
+        new = tmp_path / "new.toml"
+        right = file.read_text()
+        new.write_text(right + table(tmp_path, "db") + table(tmp_path, "taken"))
+        status, said = order(running, "apply", str(new))
+        assert (status, said.startswith(f"xdpnet: {new}:11: guest taken: socket ")) == (2, True), said
+        address = f"127.0.0.1:{port.getsockname()[1]}"
+        new.write_text(f'spin_us = 1\nmetrics = "{address}"\n' + right + table(tmp_path, "db"))
+        status, said = order(running, "apply", str(new))
+        assert (status, f"bridge: spin_us, metrics: metrics {address}: " in said) == (1, True), said
+        assert said.endswith("xdpnet: all is as it was\n")
+        assert ask(running.control, "show") == before
+        assert guests_of(running) == ["web"]
+
+
 def test_what_takes_a_new_start_is_said_with_the_remedy_and_nothing_is_done(tmp_path: Path) -> None:
     with configured(tmp_path) as (running, _):
         new = tmp_path / "new.toml"
@@ -192,6 +242,17 @@ def test_what_takes_a_new_start_is_said_with_the_remedy_and_nothing_is_done(tmp_
 # ---- a step that fails is undone with all before it ----
 
 
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Whoever holds a directory's lock keeps the daemon from binding there, which no look beforehand can tell."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def test_a_step_that_fails_is_undone_with_all_before_it(tmp_path: Path) -> None:
     with configured(tmp_path) as (running, _):
         left = descriptors_of(running)
@@ -200,17 +261,11 @@ def test_a_step_that_fails_is_undone_with_all_before_it(tmp_path: Path) -> None:
             web.start()
             locked = tmp_path / "locked"
             locked.mkdir()
-            # Whoever holds the directory's lock keeps us from binding there, which no look beforehand can tell.
-            holder = subprocess.Popen(["flock", str(locked), "sleep", "600"])
-            try:
-                running.until(lambda: subprocess.run(["flock", "-n", str(locked), "true"]).returncode, "locked")
+            with lock(locked):
                 new = tmp_path / "new.toml"
                 head = "spin_us = 1\nmetrics = '127.0.0.1:0'\n" + CONFIG.format(directory=tmp_path)
                 new.write_text(f"{head}mac = '52:54:00:00:00:09'\n{table(tmp_path, 'db')}{table(locked, 'last')}")
                 status, said = order(running, "apply", str(new))
-            finally:
-                holder.kill()
-                holder.wait()
             assert status == 1
             assert f"guest last: added: socket {locked}/last.sock: directory {locked} is locked" in said
             assert said.splitlines()[-1] == "xdpnet: all is as it was"
@@ -245,6 +300,26 @@ def test_an_interface_that_vanishes_as_it_is_added_undoes_the_guest_beside_it(tm
         assert f"netdev {pair.ifname}: added: interface {pair.ifname}: there is none of this name" in said
         assert ask(running.control, "show") == before
         assert guests_of(running) == ["web"]
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_that_was_changed_is_again_what_it_was_when_a_later_step_fails(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    with veth() as pair:
+        words = "--guest", guest(tmp_path), "--netdev", f"{pair.ifname},mode=generic"
+        with daemon(tmp_path, *words) as running, lock(locked):
+            before = ask(running.ready().control, "show")
+            new = tmp_path / "new.toml"
+            netdev = f"[[netdev]]\ninterface = '{pair.ifname}'\nmode = 'native'\n"
+            new.write_text(table(tmp_path, "web") + netdev + table(locked, "last"))
+            status, said = order(running, "apply", str(new))
+            assert (status, said.splitlines()[-1]) == (1, "xdpnet: all is as it was"), said
+            assert ask(running.control, "show") == before
+            found = running.port(pair.ifname).netdev
+            assert found
+            assert (found.mode, found.alive) == ("generic", True)
 
 
 # ---- the others ----
@@ -329,7 +404,7 @@ def test_guests_come_and_go_beside_a_busy_neighbour_whose_frames_all_arrive(tmp_
         running.ready()
         look = never_backwards(running, "ab")
         with busy(tmp_path) as pair:
-            for turn in range(STEPS):
+            for turn in range(ROUNDS):
                 table = {"name": "c", "socket": f"{tmp_path}/c.sock", "mac": mac(3).hex(":")}
                 ask(running.control, "change", kind="guest", action="add", table=table)
                 with RemoteGuest(tmp_path / "c.sock") as third:
@@ -359,19 +434,22 @@ def test_guests_come_and_go_beside_a_busy_neighbour_whose_frames_all_arrive(tmp_
 
 @needs_root
 @pytest.mark.net
+@pytest.mark.timeout(180 + 20 * ROUNDS)  # each time the program is compiled
 def test_an_interface_comes_and_goes_beside_a_busy_neighbour_and_carries_frames(tmp_path: Path) -> None:
     with daemon(tmp_path, *neighbours(tmp_path)) as running, veth() as link, link.wire() as wire:
         running.ready()
         before = descriptors_of(running)
         look = never_backwards(running, "ab")
         with busy(tmp_path) as pair:
-            for mode in "native", "generic":
+            for turn in range(ROUNDS):
+                mode = ("native", "generic")[turn % 2]
                 assert order(running, "netdev", "add", f"{link.ifname},mode={mode}")[0] == 0
                 assert running.port(link.ifname).netdev
                 wire.send(frame(mac(1), mac(9)))
                 running.until(lambda: running.port(link.ifname).queues[0].rx.packets, "a frame from the wire")
                 look()
-                assert order(running, "netdev", "set", f"{link.ifname},zerocopy=off")[0] == 0
+                if turn < 2:
+                    assert order(running, "netdev", "set", f"{link.ifname},zerocopy=off")[0] == 0
                 assert order(running, "netdev", "remove", link.ifname)[0] == 0
                 look()
                 assert guests_of(running) == ["a", "b"]

@@ -30,6 +30,10 @@ class Hands(Protocol):
         """All or nothing; XdpnetError, OSError."""
         ...
 
+    def served(self) -> None:
+        """The whole change is made: what may be said of it."""
+        ...
+
 
 class AnewError(ConfigError):
     """What can be changed by a new start alone."""
@@ -64,6 +68,7 @@ class Changes:
             if not dry:
                 await self._make(planned.steps)
                 self.running = after
+                self._hands.served()
             return [str(step) for step in planned.steps]
 
     async def _make(self, steps: Sequence[AnyStep]) -> None:
