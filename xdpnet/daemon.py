@@ -10,7 +10,7 @@ import faulthandler
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +20,7 @@ from xdpnet import cgroup, core, descriptors
 from xdpnet.addresses import AddressBook
 from xdpnet.config import Config, GuestConfig, NetdevConfig, to_toml
 from xdpnet.control import systemd
-from xdpnet.control.changes import Changes
+from xdpnet.control.changes import Changes, LostError
 from xdpnet.control.orders import Orders
 from xdpnet.control.plan import AnyStep, BridgeStep, GuestStep, NetdevStep
 from xdpnet.control.server import ControlServer, directory_of
@@ -398,10 +398,7 @@ class Daemon:
         taught = [(mac, vlan) for number, mac, vlan in self.bridge.taught() if number == port.device.port]
         await self._end_guest(guest.name)
         try:
-            await self._begin_guest(guest)
-        except (XdpnetError, OSError):
-            await self._begin_guest(port.config)
-            raise
+            await _instead(partial(self._begin_guest, guest), partial(self._begin_guest, port.config))
         finally:
             for mac, vlan in taught if guest.name in self.guests else ():
                 with suppress(OSError):  # not the guest's to use any more
@@ -412,20 +409,19 @@ class Daemon:
             port = self.netdevs[step.before.interface]
             await port.unwatch()
             self._close_netdev(port)
-        if step.after is None:
-            return
-        try:
-            port = await self._open_netdev(step.after)
-        except (XdpnetError, OSError):
-            if step.before:
-                (await self._open_netdev(step.before)).watch()
-            raise
+        if step.before and step.after:
+            await _instead(partial(self._begin_netdev, step.after), partial(self._begin_netdev, step.before))
+        elif step.after:
+            await self._begin_netdev(step.after)
+
+    async def _begin_netdev(self, wanted: NetdevConfig) -> None:
+        port = await self._open_netdev(wanted)
         port.watch()
         self.reports.sync_addresses()
-        if step.after.zerocopy != "off" and not port.netdev.port.lends:
+        if wanted.zerocopy != "off" and not port.netdev.port.lends:
             log.info(
                 "interface %s: it came after the start, with frames of its own: guests' are copied there, "
-                "until the daemon starts anew", step.after.interface,
+                "until the daemon starts anew", wanted.interface,
             )  # fmt: skip
 
     # ---- what goes on meanwhile ----
@@ -486,6 +482,18 @@ class Daemon:
         for guest in self.guests.values():
             if guest.device.port == port:
                 guest.socket.disconnect()
+
+
+async def _instead(begin: Callable[[], Awaitable[None]], again: Callable[[], Awaitable[None]]) -> None:
+    """The one or, if it is refused, the other, which was there before."""
+    try:
+        await begin()
+    except (XdpnetError, OSError) as error:
+        try:
+            await again()
+        except (XdpnetError, OSError) as worse:
+            raise LostError(f"{error}; what was there before: {worse}") from error
+        raise
 
 
 def _describe(port: GuestPort) -> Guest:

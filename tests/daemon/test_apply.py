@@ -32,12 +32,12 @@ from xdpnet.errors import ControlError
 from xdpnet.netdev.link import require_link
 from xdpnet.origin import Origin
 
+XDPNET = sys.executable, "-m", "xdpnet"
 ROUNDS = int(os.environ.get("XDPNET_ROUNDS", "10"))
 
 
 def xdpnet(*words: str) -> "subprocess.CompletedProcess[str]":
-    words = (sys.executable, "-m", "xdpnet", *words)
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S)
+    return subprocess.run([*XDPNET, *words], capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S)
 
 
 def order(running: Daemon, *words: str) -> tuple[int, str]:
@@ -279,6 +279,35 @@ def test_a_step_that_fails_is_undone_with_all_before_it(tmp_path: Path) -> None:
         running.until(lambda: descriptors_of(running) == left, "nothing left open")
 
 
+def remove_at_the_compiler(running: Daemon, ifname: str) -> None:
+    """While its program is being compiled: the whole state was looked at and found to be right."""
+    task = Path(f"/proc/{running.process.pid}/task")
+    running.until(lambda: any((each / "children").read_text() for each in task.iterdir()), "compiler")
+    remove(ifname)
+
+
+@needs_root
+@pytest.mark.net
+def test_an_interface_that_vanishes_as_it_is_changed_is_gone_and_that_is_said(tmp_path: Path) -> None:
+    with veth() as pair:
+        words = "--guest", guest(tmp_path), "--netdev", pair.ifname
+        with daemon(tmp_path, *words) as running:
+            running.ready()
+            asked = subprocess.Popen(
+                [*XDPNET, "netdev", "set", f"{pair.ifname},zerocopy=off", "--control", running.control],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            remove_at_the_compiler(running, pair.ifname)
+            said, _ = asked.communicate(timeout=2 * PATIENCE_S)
+            assert asked.returncode == 1, said
+            assert said.endswith(f"not undone: netdev {pair.ifname} is gone\n")
+            assert "[[netdev]]" not in ask(running.control, "show")
+            assert guests_of(running) == ["web"]
+            status, said = order(running, "netdev", "remove", pair.ifname)
+            assert (status, "there is none; there are: none" in said) == (2, True), said
+            assert running.end() == 0
+
+
 @needs_root
 @pytest.mark.net
 def test_an_interface_that_vanishes_as_it_is_added_undoes_the_guest_beside_it(tmp_path: Path) -> None:
@@ -288,13 +317,10 @@ def test_an_interface_that_vanishes_as_it_is_added_undoes_the_guest_beside_it(tm
         new.write_text(f"spin_us = 1\n{CONFIG.format(directory=tmp_path)}{more}{table(tmp_path, 'db')}")
         before = ask(running.control, "show")
         asked = subprocess.Popen(
-            [sys.executable, "-m", "xdpnet", "apply", str(new), "--control", running.control],
+            [*XDPNET, "apply", str(new), "--control", running.control],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        # Its program is being compiled: the whole state was looked at and found to be right.
-        task = Path(f"/proc/{running.process.pid}/task")
-        running.until(lambda: any((each / "children").read_text() for each in task.iterdir()), "compiler")
-        remove(pair.ifname)
+        remove_at_the_compiler(running, pair.ifname)
         said, _ = asked.communicate(timeout=2 * PATIENCE_S)
         assert asked.returncode == 1, said
         assert f"netdev {pair.ifname}: added: interface {pair.ifname}: there is none of this name" in said

@@ -27,7 +27,7 @@ class Hands(Protocol):
         ...
 
     async def carry_out(self, step: AnyStep) -> None:
-        """All or nothing; XdpnetError, OSError."""
+        """All or nothing; XdpnetError, OSError. LostError: neither what was nor what was to be is there."""
         ...
 
     def served(self) -> None:
@@ -37,6 +37,10 @@ class Hands(Protocol):
 
 class AnewError(ConfigError):
     """What can be changed by a new start alone."""
+
+
+class LostError(SetupError):
+    """A step has failed, and what was there before it could not be had again."""
 
 
 class Changes:
@@ -78,7 +82,10 @@ class Changes:
                 await self._hands.carry_out(step)
             except Exception as error:
                 left = await self._undo(done)
-                if not isinstance(error, XdpnetError | OSError):
+                if isinstance(error, LostError):
+                    self.running = _without(self.running, step.removal)
+                    left.append(f"{step.what} is gone")
+                elif not isinstance(error, XdpnetError | OSError):
                     raise
                 end = f"not undone: {', '.join(left)}" if left else "all is as it was"
                 raise SetupError(f"{step}: {error}\n{end}") from error
@@ -93,7 +100,7 @@ class Changes:
             except Exception as error:
                 log.exception("%s: not undone", step)
                 left.append(f"{step}: {error}")
-                self.running = _without(self.running, step)
+                self.running = _without(self.running, step.removal if isinstance(error, LostError) else step)
         return left
 
 
@@ -109,5 +116,5 @@ def _without(config: Config, step: AnyStep) -> Config:
         ports = {"guests": (*kept, step.after) if step.after else kept}
     else:
         others = tuple(netdev for netdev in config.netdevs if netdev != step.before)
-        ports = {"netdevs": others}
+        ports = {"netdevs": (*others, step.after) if step.after else others}
     return config.model_copy(update=ports)

@@ -38,6 +38,11 @@ class Step(Generic[T]):
         return type(self)(self.after, self.before)
 
     @property
+    def removal(self) -> Self:
+        """Of what was there before."""
+        return type(self)(self.before, None)
+
+    @property
     def keys(self) -> list[str]:
         """That change, if it is there before and after."""
         before, after = self.before, self.after
