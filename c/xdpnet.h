@@ -153,7 +153,8 @@ struct xn_ring_config {
 	int32_t kick_fd;     /* -1: none, the ring is polled */
 	int32_t call_fd;     /* -1: none, the guest polls */
 	int32_t err_fd;	     /* -1: none */
-	int32_t pad;
+	uint32_t logs;	     /* what is written into the used ring is logged ... */
+	uint64_t log_addr;   /* ... as if it lay at this guest physical address; packed: the device's structure */
 };
 
 struct xn_queue_stats {
@@ -359,6 +360,16 @@ int xn_guest_remove_region(struct xn_bridge *b, uint32_t port, const struct xn_r
 int xn_guest_leave_umem(struct xn_bridge *b, uint32_t port);
 /* The negotiated virtio feature bits; -EBUSY if this would change the layout under a started ring. */
 int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features);
+/*
+ * The dirty log of a migration: a bit for each 4096 bytes of guest physical addresses, in `size` bytes of a file; fd -1: none.
+ * While features have VHOST_F_LOG_ALL all that is written into buffers is marked there, for rings that say so what is written
+ * into them. -ENOSPC, from all that would need it: it has no bit for some of the memory, or of a ring that is logged.
+ */
+int xn_guest_set_log(struct xn_bridge *b, uint32_t port, int fd, uint64_t offset, uint64_t size);
+/* An eventfd that is signalled when something was marked; -1: none. */
+int xn_guest_set_log_fd(struct xn_bridge *b, uint32_t port, int fd);
+/* Of a started ring: as in its configuration. */
+int xn_ring_set_log(struct xn_bridge *b, uint32_t port, uint32_t ring, int logs, uint64_t log_addr);
 /* -EFAULT: a part of the ring lies outside the memory table; -EINVAL: size or alignment. */
 int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struct xn_ring_config *config);
 /*

@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--transfer", type=size, default="1M", metavar="SIZE", help="of each transfer by a Linux guest: 1G"
     )
+    parser.addoption(
+        "--log-rounds", type=int, default=200, metavar="N", help="times that a dirty log is started and checked"
+    )
     parser.addoption("--nothing-left", action="store_true", help="fail if interfaces, processes or files remain")
     parser.addoption(
         "--wire-mib", type=int, default=64, metavar="N", help="MiB each way through a veth pair, checked whole"

@@ -126,33 +126,13 @@ static inline void view_trim(struct view *v, u32 len)
 	}
 }
 
-/* memcpy of a guest's bytes, of which small frames have too few to be worth the call. */
-static inline void copy_bytes(u8 *to, const u8 *from, u32 n)
-{
-	if (n > 2 * 16) {
-		memcpy(to, from, n);
-	} else if (n >= 16) {
-		u8 a[16], b[16];
-
-		/* Two blocks that may overlap. */
-		memcpy(a, from, 16);
-		memcpy(b, from + n - 16, 16);
-		memcpy(to, a, 16);
-		memcpy(to + n - 16, b, 16);
-	} else {
-		for (u32 i = 0; i < n; i++)
-			to[i] = from[i];
-	}
-	__asm__ volatile("" ::: "memory");
-}
-
 /* Copies the frame into `to`, which has room for v->len bytes. */
 static inline void view_copy(u8 *to, const struct view *v)
 {
 	if (likely(v->len >= VIEW_HEAD)) {
 		memcpy(to, v->head, VIEW_HEAD);
 		if (likely(v->n == 1)) {
-			copy_bytes(to + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
+			g_copy(to + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
 			return;
 		}
 	} else {

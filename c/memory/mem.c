@@ -12,7 +12,7 @@
  * Every live mapping, for the SIGBUS handler. The control thread fills and empties slots; a handler on another thread
  * reads them. A slot is valid while base is set: the rest is written before base, base is cleared first.
  */
-enum { GUARDS = XN_MAX_PORTS * XN_MAX_REGIONS };
+enum { GUARDS = XN_MAX_PORTS * (XN_MAX_REGIONS + 1) }; /* a dirty log is one more */
 static struct guard {
 	u8 *base;
 	size_t length;
@@ -62,8 +62,9 @@ static void install_sigbus(void)
 	sigaction(SIGBUS, &action, &previous_sigbus);
 }
 
-static int guard_add(const struct mapping *map)
+int mem_guard(const struct mapping *map)
 {
+	pthread_once(&sigbus_once, install_sigbus);
 	for (u32 i = 0; i < GUARDS; i++) {
 		if (guards[i].base)
 			continue;
@@ -78,10 +79,10 @@ static int guard_add(const struct mapping *map)
 	return -ENOSPC;
 }
 
-static void guard_remove(const u8 *base)
+void mem_unguard(const struct mapping *map)
 {
 	for (u32 i = 0; i < guards_used; i++)
-		if (guards[i].base == base)
+		if (guards[i].base == map->base)
 			__atomic_store_n(&guards[i].base, NULL, __ATOMIC_RELEASE);
 }
 
@@ -141,7 +142,7 @@ static int mapping_new(struct mapping **out, const struct xn_region *region, u8 
 	r = map_file(map, region, &e, arena);
 	if (r < 0)
 		goto no_map;
-	r = guard_add(map);
+	r = mem_guard(map);
 	if (r < 0)
 		goto no_guard;
 	*host = map->base + e.lead;
@@ -158,14 +159,13 @@ static void mapping_put(struct mapping *map)
 {
 	if (--map->refs)
 		return;
-	guard_remove(map->base);
+	mem_unguard(map);
 	unmap_file(map);
 	free(map);
 }
 
 struct mem *mem_new(void)
 {
-	pthread_once(&sigbus_once, install_sigbus);
 	return calloc(1, sizeof(struct mem));
 }
 

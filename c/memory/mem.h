@@ -48,6 +48,9 @@ int mem_remove(struct mem *m, const struct xn_region *region);
 int mem_leave_windows(struct mem *m);
 /* Host address of [user_addr, user_addr + len) of the frontend's own addresses; NULL if it is not in one region. */
 void *mem_user(const struct mem *m, u64 user_addr, u64 len);
+/* Of memory whose file may be truncated: its alarms are raised then, and nobody ends. */
+int mem_guard(const struct mapping *map);
+void mem_unguard(const struct mapping *map);
 /* The first UMEM that has all of it; UINT64_MAX: none will. */
 u64 mem_umem(const struct mem *m);
 bool mem_is_huge(const struct mem *m);
@@ -75,6 +78,20 @@ static inline u8 *mem_at(const struct mem *m, u32 *hint, u64 addr, u64 *len)
 	if (*len > left)
 		*len = left;
 	return m->regions[i].host + offset;
+}
+
+/* The guest physical address of a byte of ours; false: it is none of the guest's. */
+static inline bool mem_guest(const struct mem *m, const u8 *host, u64 *addr)
+{
+	for (u32 i = 0; i < m->n; i++) {
+		u64 offset = (u64)(host - m->regions[i].host);
+
+		if (offset < m->regions[i].size) {
+			*addr = m->regions[i].guest_addr + offset;
+			return true;
+		}
+	}
+	return false;
 }
 
 #ifdef XN_ORACLE
@@ -153,6 +170,26 @@ static inline void g_copy_from(void *to, const void *guest, size_t n)
 static inline void g_copy_to(void *guest, const void *from, size_t n)
 {
 	memcpy(guest, from, n);
+}
+
+/* Of frames, from one guest to another too. Small ones have too few bytes to be worth the call. */
+static inline void g_copy(u8 *to, const u8 *from, u32 n)
+{
+	if (n > 2 * 16) {
+		memcpy(to, from, n);
+	} else if (n >= 16) {
+		u8 a[16], b[16];
+
+		/* Two blocks that may overlap. */
+		memcpy(a, from, 16);
+		memcpy(b, from + n - 16, 16);
+		memcpy(to, a, 16);
+		memcpy(to + n - 16, b, 16);
+	} else {
+		for (u32 i = 0; i < n; i++)
+			to[i] = from[i];
+	}
+	__asm__ volatile("" ::: "memory");
 }
 
 #endif

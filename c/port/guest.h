@@ -4,6 +4,9 @@
 #ifndef XN_GUEST_H
 #define XN_GUEST_H
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include "bridge/bridge.h"
 #include "frame/guard.h"
 #include "ring/vring.h"
@@ -20,14 +23,38 @@ struct guest {
 	struct guard guard;
 	struct mem *mem;
 	struct mem_alarms alarms;
+	struct dirty_log *log; /* NULL: its frontend has given none */
+	int log_fd;	       /* to be signalled when something is in it; -1: none */
 	struct lending lending;
 	bool recalling;		 /* nothing more is lent, and what is comes back */
 	bool overdue;		 /* what it lent once had to be called back by closing sockets: it lends no more */
 	struct virtqueue *rings; /* 2 * pairs */
 };
 
-/* What a started transmit ring is to its worker, by layout; and a receive ring. */
-extern const struct source_ops split_source, packed_source, receive_source;
+/* What a started transmit ring is to its worker, by layout and whether it is logged; and a receive ring. */
+extern const struct source_ops split_source, packed_source, split_logged_source, packed_logged_source, receive_source;
+
+static inline void guest_close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+/* Replaces *to by a copy of `from` (-1: none). */
+static inline int guest_keep_fd(int *to, int from)
+{
+	int copy = -1;
+
+	if (from >= 0) {
+		copy = fcntl(from, F_DUPFD_CLOEXEC, 0);
+		if (copy < 0)
+			return -errno;
+	}
+	guest_close_fd(to);
+	*to = copy;
+	return 0;
+}
 
 static inline struct guest *guest_of(const struct port *p)
 {
@@ -50,6 +77,10 @@ void guest_drop_waiting(struct virtqueue *q);
 void guest_park(struct port *p);
 /* While parked: what it may lend. */
 void guest_settle_lending(struct port *p);
+/* While parked: has each ring log what it is to log now. What begins to be logged of a ring is marked, all of it. */
+void guest_settle_log(struct guest *g);
+/* Whether the log, if one is used with these features, has room for all of this memory and for the rings. */
+bool guest_log_fits(const struct guest *g, const struct mem *m, u64 features);
 /* While parked: recomputes what depends on which rings are up. */
 void guest_settle_rings(struct guest *g);
 /* While parked: finds the parts of the ring in memory; false: not all of each is there, or it is misaligned. */

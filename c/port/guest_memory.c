@@ -20,6 +20,7 @@ static void swap_memory(struct guest *g, struct mem *new, bool anew)
 			guest_stop_ring(&g->rings[i]);
 	if (anew)
 		g->alarms = (struct mem_alarms){0};
+	guest_settle_log(g);
 	guest_settle_rings(g);
 	bridge_settle(g->port.bridge);
 	workers_resume(&g->port.bridge->workers);
@@ -57,6 +58,8 @@ int xn_guest_set_memory(struct xn_bridge *b, uint32_t port, const struct xn_regi
 		else
 			r = mem_add(m, &regions[i], &g->alarms, arena_of(g));
 	}
+	if (!r && !guest_log_fits(g, m, g->features))
+		r = -ENOSPC;
 	if (r < 0) {
 		mem_free(m);
 		return r;
@@ -76,6 +79,8 @@ int xn_guest_add_region(struct xn_bridge *b, uint32_t port, const struct xn_regi
 	}
 	int r = mem_add(m, region, &g->alarms, arena_of(g));
 
+	if (!r && !guest_log_fits(g, m, g->features))
+		r = -ENOSPC;
 	if (r < 0) {
 		mem_free(m);
 		return r;

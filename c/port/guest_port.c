@@ -20,6 +20,8 @@ static void release(struct port *p)
 	for (u32 i = 0; i < 2 * g->pairs; i++)
 		guest_close_ring(&g->rings[i]);
 	mem_free(g->mem);
+	dirty_close(g->log);
+	guest_close_fd(&g->log_fd);
 	free(g->rings);
 	free(g);
 }
@@ -46,6 +48,7 @@ static struct guest *guest_new(struct xn_bridge *b, u32 pairs)
 	g->port.verbs = &verbs;
 	g->port.kind = PORT_GUEST;
 	g->pairs = pairs;
+	g->log_fd = -1;
 	g->rings = rings;
 	for (u32 i = 0; i < 2 * pairs; i++) {
 		rings[i].port = &g->port;
@@ -86,13 +89,23 @@ int xn_guest_set_features(struct xn_bridge *b, uint32_t port, uint64_t features)
 
 	if (!g)
 		return -ENOENT;
-	if ((g->features ^ features) & layout)
-		for (u32 i = 0; i < 2 * g->pairs; i++)
-			if (g->rings[i].started)
-				return -EBUSY;
+	bool runs = false;
+
+	for (u32 i = 0; i < 2 * g->pairs; i++)
+		runs |= g->rings[i].started;
+	if (runs && (g->features ^ features) & layout)
+		return -EBUSY;
+	if (!guest_log_fits(g, g->mem, features))
+		return -ENOSPC;
+	/* Nobody stands still for a guest that has nothing to do with workers. */
+	if (runs)
+		workers_park(&b->workers);
 	g->features = features;
+	guest_settle_log(g);
 	g->sends = vnet_sends(features);
 	g->port.takes = vnet_takes(features);
+	if (runs)
+		workers_resume(&b->workers);
 	return 0;
 }
 

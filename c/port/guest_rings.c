@@ -2,33 +2,9 @@
  * The rings of a guest: what is started, stopped and enabled, and what follows from which of them are up.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "guest.h"
-
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
-
-/* Replaces *to by a copy of `from` (-1: none). */
-static int keep_fd(int *to, int from)
-{
-	int copy = -1;
-
-	if (from >= 0) {
-		copy = fcntl(from, F_DUPFD_CLOEXEC, 0);
-		if (copy < 0)
-			return -errno;
-	}
-	close_fd(to);
-	*to = copy;
-	return 0;
-}
 
 void guest_settle_rings(struct guest *g)
 {
@@ -62,7 +38,8 @@ void guest_stop_ring(struct virtqueue *q)
 	workers_forget_ring(&q->port->bridge->workers, q);
 	q->dirty = 0;
 	q->waits = false;
-	q->started = false;
+	q->started = q->logs_frames = q->logs_used = false;
+	q->log = NULL;
 	guest_drop_waiting(q);
 	free(q->loans);
 	q->loans = NULL;
@@ -77,22 +54,21 @@ static bool is_aligned(const void *desc, const void *avail, u32 avail_align, con
 bool guest_translate_ring(struct virtqueue *q, const struct mem *m)
 {
 	const struct xn_ring_config *c = &q->config;
-	u64 num = c->num, event = q->event_idx ? sizeof(u16) : 0;
+	u64 num = c->num, event = q->event_idx ? sizeof(u16) : 0, device = vring_device_size(q);
 
 	q->mem = m;
 	q->hint = 0;
 	if (q->is_packed) {
 		q->packed.desc = mem_user(m, c->desc_addr, num * sizeof(struct vring_packed_desc));
 		q->packed.driver = mem_user(m, c->avail_addr, sizeof(struct vring_packed_desc_event));
-		q->packed.device = mem_user(m, c->used_addr, sizeof(struct vring_packed_desc_event));
+		q->packed.device = mem_user(m, c->used_addr, device);
 		return q->packed.desc && q->packed.driver && q->packed.device &&
 		       is_aligned(q->packed.desc, q->packed.driver, sizeof(u32), q->packed.device);
 	}
-	/* With event index, both rings have one more entry (2.7.6, 2.7.8). */
+	/* With event index, it has one more entry (2.7.6). */
 	q->split.desc = mem_user(m, c->desc_addr, num * sizeof(struct vring_desc));
 	q->split.avail = mem_user(m, c->avail_addr, sizeof(struct vring_avail) + num * sizeof(u16) + event);
-	q->split.used =
-		mem_user(m, c->used_addr, sizeof(struct vring_used) + num * sizeof(struct vring_used_elem) + event);
+	q->split.used = mem_user(m, c->used_addr, device);
 	return q->split.desc && q->split.avail && q->split.used &&
 	       is_aligned(q->split.desc, q->split.avail, sizeof(u16), q->split.used);
 }
@@ -112,9 +88,9 @@ void guest_close_ring(struct virtqueue *q)
 {
 	if (q->started)
 		guest_stop_ring(q);
-	close_fd(&q->kick_fd);
-	close_fd(&q->call_fd);
-	close_fd(&q->err_fd);
+	guest_close_fd(&q->kick_fd);
+	guest_close_fd(&q->call_fd);
+	guest_close_fd(&q->err_fd);
 }
 
 static struct virtqueue *ring_of(struct xn_bridge *b, u32 port, u32 ring)
@@ -161,12 +137,15 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	q->num = config->num;
 	layout_ring(q, guest_of(q->port)->features);
 	r = guest_translate_ring(q, guest_of(q->port)->mem) ? 0 : -EFAULT;
+	if (!r && config->logs && guest_of(q->port)->log &&
+	    !dirty_covers(guest_of(q->port)->log, config->log_addr, vring_device_size(q)))
+		r = -ENOSPC;
 	if (!r)
-		r = keep_fd(&q->kick_fd, config->kick_fd);
+		r = guest_keep_fd(&q->kick_fd, config->kick_fd);
 	if (!r)
-		r = keep_fd(&q->call_fd, config->call_fd);
+		r = guest_keep_fd(&q->call_fd, config->call_fd);
 	if (!r)
-		r = keep_fd(&q->err_fd, config->err_fd);
+		r = guest_keep_fd(&q->err_fd, config->err_fd);
 	if (!r && ring % 2 == XN_TX)
 		r = make_loans(q);
 	if (r)
@@ -194,12 +173,11 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 	q->started = true;
 	vring_disarm(q);
 	if (packed)
-		vring_leave_mark(q);
+		vring_leave_mark(q, false);
 	if (!tells)
 		vring_break(q, XN_BROKEN_POSITION);
 	if (ring % 2 == XN_TX) {
-		q->source = (struct source){.ops = packed ? &packed_source : &split_source,
-					    .queue = ring,
+		q->source = (struct source){.queue = ring,
 					    .fd = q->kick_fd,
 					    .spins = true,
 					    .kicks = &q->stats.kicks,
@@ -214,6 +192,8 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 					    .dead = true,
 					    .kicks = &q->stats.kicks};
 	}
+	/* After what was written until here. */
+	guest_settle_log(guest_of(q->port));
 	r = worker_add_source(worker_of(&b->workers, ring / 2), &q->source, port);
 	if (r)
 		guest_stop_ring(q);
@@ -273,7 +253,7 @@ static int set_ring_fd(struct xn_bridge *b, struct virtqueue *q, int *slot, int 
 	if (!q)
 		return -ENOENT;
 	workers_park(&b->workers);
-	int r = keep_fd(slot, fd);
+	int r = guest_keep_fd(slot, fd);
 
 	workers_resume(&b->workers);
 	return r;

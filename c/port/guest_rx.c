@@ -60,9 +60,22 @@ static __attribute__((noinline)) void fill_any_place(const struct virtqueue *q, 
 	view_scatter(&at, &offset, v);
 }
 
+/* Marks header and frame, wherever they were put. */
+static __attribute__((noinline)) void log_place(const struct virtqueue *q, const struct place *p)
+{
+	u32 left = q->hdr_len + p->view->len;
+
+	for (const struct piece *at = p->pieces; q->logs_frames && left; at++) {
+		u32 part = min_u32(at->len, left);
+
+		dirty_mark_at(q->log, q->mem, at->ptr, part);
+		left -= part;
+	}
+}
+
 /* Copies what has been placed and pushes its chains. */
 static always_inline void commit(struct worker *w, struct virtqueue *q, struct pushing *push,
-				 const struct place *places, u32 n, bool packed)
+				 const struct place *places, u32 n, bool packed, bool logged)
 {
 	const u32 hdr_len = q->hdr_len;
 	u64 bytes = 0;
@@ -79,12 +92,16 @@ static always_inline void commit(struct worker *w, struct virtqueue *q, struct p
 		/* One piece to one piece: nearly all of them. */
 		if (likely(p->pieces->len >= left && v->n == 1 && v->len >= VIEW_HEAD)) {
 			put_header(to, hdr_len, v);
-			memcpy(to + hdr_len, v->head, VIEW_HEAD);
-			copy_bytes(to + hdr_len + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
+			g_copy_to(to + hdr_len, v->head, VIEW_HEAD);
+			g_copy(to + hdr_len + VIEW_HEAD, v->pieces->ptr + VIEW_HEAD, v->len - VIEW_HEAD);
+			if (logged)
+				log_place(q, p);
 			vring_push(q, push, w->chains[p->chain].chain, left, packed);
 			continue;
 		}
 		fill_any_place(q, p);
+		if (logged)
+			log_place(q, p);
 		for (u32 c = 0; c + 1 < p->chains_n; c++) {
 			u32 written = w->chains[p->chain + c].capacity;
 
@@ -234,7 +251,7 @@ static always_inline bool place(struct worker *w, struct virtqueue *q, struct cu
 
 /* Puts frames into the ring, or drops them, up to the first that has to wait; returns how many. */
 static always_inline u32 deliver_to_ring(struct worker *w, struct virtqueue *q, const struct view *views,
-					 const u8 *which, u32 n, bool packed)
+					 const u8 *which, u32 n, bool packed, bool logged)
 {
 	struct place places[XN_BURST];
 	struct scratch scratch = {0};
@@ -267,7 +284,7 @@ static always_inline u32 deliver_to_ring(struct worker *w, struct virtqueue *q, 
 		scratch = used;
 		push = back;
 		if (r == PLACE_LATER) {
-			commit(w, q, &push, places, placed, packed);
+			commit(w, q, &push, places, placed, packed, logged);
 			placed = 0;
 			scratch = (struct scratch){0};
 			continue;
@@ -281,19 +298,34 @@ static always_inline u32 deliver_to_ring(struct worker *w, struct virtqueue *q, 
 		i++;
 	}
 	q->next = at;
-	commit(w, q, &push, places, placed, packed);
+	commit(w, q, &push, places, placed, packed, logged);
 	count(&q->stats.bursts, 1);
-	if (vring_publish(q, &push, packed))
+	if (vring_publish(q, &push, packed, logged))
 		worker_owes(w, q);
 	/* For the next burst: buffers are posted long before they are used, and nobody touches these lines until then. */
 	vring_prefetch(q, n, n, packed);
 	return i;
 }
 
+static __attribute__((noinline)) u32 deliver_logged(struct worker *w, struct virtqueue *q, const struct view *views,
+						    const u8 *which, u32 n)
+{
+	if (unlikely(dirty_is_lost(q->log)))
+		vring_break(q, XN_BROKEN_MEMORY);
+	return q->variant == VRING_PACKED_LOGGED ? deliver_to_ring(w, q, views, which, n, true, true)
+						 : deliver_to_ring(w, q, views, which, n, false, true);
+}
+
 static u32 deliver(struct worker *w, struct virtqueue *q, const struct view *views, const u8 *which, u32 n)
 {
-	return q->is_packed ? deliver_to_ring(w, q, views, which, n, true)
-			    : deliver_to_ring(w, q, views, which, n, false);
+	switch (q->variant) {
+	case VRING_SPLIT:
+		return deliver_to_ring(w, q, views, which, n, false, false);
+	case VRING_PACKED:
+		return deliver_to_ring(w, q, views, which, n, true, false);
+	default:
+		return deliver_logged(w, q, views, which, n);
+	}
 }
 
 /* ---- frames that wait for buffers ---- */

@@ -187,7 +187,7 @@ static void wait_for_loans(struct worker *w, struct virtqueue *q, const struct t
 	q->loans_tail += n;
 }
 
-static always_inline u32 poll_ring(struct worker *w, struct source *s, bool packed)
+static always_inline u32 poll_ring(struct worker *w, struct source *s, bool packed, bool logged)
 {
 	struct virtqueue *q = container_of(s, struct virtqueue, source);
 	struct taken taken[XN_BURST];
@@ -196,6 +196,8 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	u32 most = min_u32(XN_BURST, q->num);
 
 	if (unlikely(__atomic_load_n(&q->alarms->lost, __ATOMIC_RELAXED)))
+		vring_break(q, XN_BROKEN_MEMORY);
+	if (logged && unlikely(dirty_is_lost(q->log)))
 		vring_break(q, XN_BROKEN_MEMORY);
 	if (unlikely(__atomic_load_n(&q->alarms->moved, __ATOMIC_RELAXED) == MEM_MOVED)) {
 		__atomic_store_n(&q->alarms->moved, MEM_MOVED_TOLD, __ATOMIC_RELAXED);
@@ -232,19 +234,29 @@ static always_inline u32 poll_ring(struct worker *w, struct source *s, bool pack
 	else
 		for (u32 i = 0; i < n; i++)
 			vring_push(q, &push, taken[i].chain, 0, packed);
-	(void)vring_publish(q, &push, packed);
+	(void)vring_publish(q, &push, packed, logged);
 	worker_owes(w, q);
 	return n;
 }
 
 static u32 poll_split(struct worker *w, struct source *s)
 {
-	return poll_ring(w, s, false);
+	return poll_ring(w, s, false, false);
 }
 
 static u32 poll_packed(struct worker *w, struct source *s)
 {
-	return poll_ring(w, s, true);
+	return poll_ring(w, s, true, false);
+}
+
+static u32 poll_split_logged(struct worker *w, struct source *s)
+{
+	return poll_ring(w, s, false, true);
+}
+
+static u32 poll_packed_logged(struct worker *w, struct source *s)
+{
+	return poll_ring(w, s, true, true);
 }
 
 static bool guest_arm(struct source *s)
@@ -267,3 +279,5 @@ static void guest_disarm(struct source *s)
 
 const struct source_ops split_source = {poll_split, guest_arm, guest_disarm};
 const struct source_ops packed_source = {poll_packed, guest_arm, guest_disarm};
+const struct source_ops split_logged_source = {poll_split_logged, guest_arm, guest_disarm};
+const struct source_ops packed_logged_source = {poll_packed_logged, guest_arm, guest_disarm};

@@ -15,6 +15,23 @@ void vring_break(struct virtqueue *q, enum xn_broken why)
 	events_tell(q->events, why == XN_BROKEN_MEMORY ? XN_EVENT_MEMORY : XN_EVENT_BROKEN);
 }
 
+u64 vring_device_size(const struct virtqueue *q)
+{
+	/* With event index, the used ring has one more entry of two bytes (2.7.8). */
+	const u64 event = q->event_idx ? sizeof(u16) : 0;
+
+	if (q->is_packed)
+		return sizeof(struct vring_packed_desc_event);
+	return sizeof(struct vring_used) + q->num * sizeof(struct vring_used_elem) + event;
+}
+
+void vring_log_all(const struct virtqueue *q)
+{
+	vring_log_device(q, 0, vring_device_size(q));
+	if (q->is_packed && q->logs_used)
+		dirty_mark(q->log, q->log_desc, q->num * sizeof(struct vring_packed_desc));
+}
+
 int vring_fail(struct virtqueue *q, enum xn_broken why)
 {
 	vring_break(q, why);

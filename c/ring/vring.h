@@ -9,8 +9,8 @@
  * ring. The core keeps its own copy of every index that it writes and never reads those back. A fault in what the guest
  * wrote latches the ring broken: it reads as empty until it is started anew.
  *
- * `packed` is a constant wherever these verbs are used: the layout is chosen once per ring, by which poll or deliver
- * function the ring has. virtio 1.3, sections 2.7 (split), 2.8 (packed) and 5.1.6 (net).
+ * `packed` and `logged` are constants wherever these verbs are used: the layout, and whether writes are marked in the dirty
+ * log, are chosen once per ring, by which poll or deliver function the ring has. virtio 1.3, sections 2.7 (split), 2.8 (packed) and 5.1.6 (net).
  */
 #ifndef XN_VRING_H
 #define XN_VRING_H
@@ -22,7 +22,7 @@
 #include "backlog.h"
 #include "events.h"
 #include "loan.h"
-#include "memory/mem.h"
+#include "memory/dirty.h"
 #include "source.h"
 
 struct port;
@@ -61,6 +61,9 @@ static inline struct cursor cursor_of(u16 off_wrap)
 			       off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR};
 }
 
+/* Which poll, or deliver, function a ring has. */
+enum vring_variant { VRING_SPLIT, VRING_PACKED, VRING_SPLIT_LOGGED, VRING_PACKED_LOGGED };
+
 struct virtqueue {
 	/* Written by the control thread, while the workers are parked. */
 	union {
@@ -78,6 +81,7 @@ struct virtqueue {
 	const struct mem *mem;
 	u32 num;
 	u8 hdr_len;
+	u8 variant; /* enum vring_variant */
 	bool is_packed;
 	bool event_idx;
 	bool indirect;
@@ -89,6 +93,13 @@ struct virtqueue {
 	int kick_fd;
 	int call_fd;
 	int err_fd;
+	/* Whose frontend has asked for a dirty log. */
+	const struct dirty_log *log; /* NULL: nothing is logged */
+	bool logs_frames;	     /* what is written into buffers is */
+	bool logs_used; /* what is written into the ring is: of the device's part, which is the used ring ... */
+	u64 log_used;	/* ... as if it lay here */
+	u64 log_desc;	/* packed: where the descriptors lie; guest physical addresses, like that */
+	int log_fd;	/* to be signalled when there is something in the log; -1: none */
 	struct port *port;
 	struct mem_alarms *alarms; /* of the memory that it lies in */
 	struct events *events;
@@ -247,6 +258,32 @@ static inline bool packed_is_available(u16 flags, u16 wrap)
 
 /* ---- both ---- */
 
+/* Marks what was written into the device's part, so many bytes from its beginning. */
+static inline void vring_log_device(const struct virtqueue *q, u64 offset, u64 len)
+{
+	if (q->logs_used)
+		dirty_mark(q->log, q->log_used + offset, len);
+}
+
+/* The used elements, or packed descriptors, from one place to a later one. */
+static inline void vring_log_elements(const struct virtqueue *q, struct cursor from, struct cursor to, bool packed)
+{
+	const u64 base = packed ? q->log_desc : q->log_used + offsetof(struct vring_used, ring);
+	const u64 size = packed ? sizeof(struct vring_packed_desc) : sizeof(struct vring_used_elem);
+	u32 n = vring_distance(q, from, to), first = packed ? from.pos : from.pos & (q->num - 1);
+	u32 before = min_u32(n, q->num - first);
+
+	if (!q->logs_used)
+		return;
+	dirty_mark(q->log, base + first * size, before * size);
+	dirty_mark(q->log, base, (n - before) * size);
+}
+
+/* All that a device may write of it. */
+void vring_log_all(const struct virtqueue *q);
+/* Bytes of the device's part. */
+u64 vring_device_size(const struct virtqueue *q);
+
 static always_inline bool vring_peek(struct virtqueue *q, struct cursor at, bool packed)
 {
 	if (unlikely(q->broken))
@@ -384,14 +421,17 @@ static always_inline void vring_push_until(const struct virtqueue *q, struct pus
  * says where `used` stands to whoever finds the ring after us. It is written where the flags of the descriptors do not
  * tell, and once a lap, so that those between it and `used` are all of one descriptor; see packed_find.
  */
-static inline void vring_leave_mark(const struct virtqueue *q)
+static always_inline void vring_leave_mark(const struct virtqueue *q, bool logged)
 {
-	if (!q->armed)
-		g_store16(&q->packed.device->off_wrap, off_wrap_of(q->used));
+	if (q->armed)
+		return;
+	g_store16(&q->packed.device->off_wrap, off_wrap_of(q->used));
+	if (logged)
+		vring_log_device(q, 0, sizeof(*q->packed.device));
 }
 
 /* False: nothing was pushed. */
-static always_inline bool vring_publish(struct virtqueue *q, const struct pushing *p, bool packed)
+static always_inline bool vring_publish(struct virtqueue *q, const struct pushing *p, bool packed, bool logged)
 {
 	if (!p->any)
 		return false;
@@ -399,14 +439,22 @@ static always_inline bool vring_publish(struct virtqueue *q, const struct pushin
 
 	if (packed) {
 		g_store16_release(&q->packed.desc[p->first_pos].flags, p->first_flags);
+		if (logged)
+			vring_log_elements(q, q->used, p->at, true);
 	} else {
+		if (logged)
+			vring_log_elements(q, q->used, p->at, false);
 		/* Release: the buffers and used elements are visible before the index that announces them. */
 		g_store16_release(&q->split.used->idx, p->at.pos);
+		if (logged)
+			vring_log_device(q, offsetof(struct vring_used, idx), sizeof(u16));
 	}
 	q->unchecked += vring_distance(q, q->used, p->at);
 	q->used = p->at;
 	if (packed && unclear)
-		vring_leave_mark(q);
+		vring_leave_mark(q, logged);
+	if (logged)
+		events_call(q->events, q->log_fd);
 	return true;
 }
 
@@ -446,6 +494,16 @@ static always_inline void packed_prefetch_ahead(const struct virtqueue *q, u32 p
 		prefetch(&q->packed.desc[pos + 2 * line < q->num ? pos + 2 * line : 0]);
 }
 
+/* What vring_arm and vring_disarm write: the event suppression structure, or the event index and flags of the used ring. */
+static inline void vring_log_events(const struct virtqueue *q)
+{
+	if (likely(!q->log))
+		return;
+	vring_log_device(q, 0, sizeof(u32));
+	if (!q->is_packed && q->event_idx)
+		vring_log_device(q, vring_device_size(q) - sizeof(u16), sizeof(u16));
+}
+
 /* Stops asking for kicks. Split with event index: a stale index in the past does that by itself. */
 static inline void vring_disarm(struct virtqueue *q)
 {
@@ -455,6 +513,7 @@ static inline void vring_disarm(struct virtqueue *q)
 	} else if (!q->event_idx) {
 		g_store16(&q->split.used->flags, VRING_USED_F_NO_NOTIFY);
 	}
+	vring_log_events(q);
 }
 
 /* Asks for a kick at the chain at the cursor. True if it arrived meanwhile: the caller goes on instead of sleeping. */
@@ -473,6 +532,7 @@ static inline bool vring_arm(struct virtqueue *q, struct cursor at)
 	} else {
 		g_store16(&q->split.used->flags, 0);
 	}
+	vring_log_events(q);
 	/* The guest makes a chain available and then reads what we published; we publish and then look at the ring. */
 	full_fence();
 	return vring_peek(q, at, q->is_packed);

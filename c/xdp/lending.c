@@ -6,7 +6,7 @@
 enum { LOAN_US = 1000000 };
 
 /* Hands back what is not lent, up to the first chain that is; returns how many. */
-static always_inline u32 take_back(struct virtqueue *q, bool packed)
+static always_inline u32 take_back(struct virtqueue *q, bool packed, bool logged)
 {
 	const struct xsk *looked = NULL;
 	struct pushing push = vring_begin(q);
@@ -28,13 +28,27 @@ static always_inline u32 take_back(struct virtqueue *q, bool packed)
 		q->loans_head++;
 		n++;
 	}
-	(void)vring_publish(q, &push, packed);
+	(void)vring_publish(q, &push, packed, logged);
 	return n;
 }
 
 u32 lending_take_back(struct virtqueue *q, u64 now)
 {
-	u32 n = q->is_packed ? take_back(q, true) : take_back(q, false);
+	u32 n;
+
+	switch (q->variant) {
+	case VRING_SPLIT:
+		n = take_back(q, false, false);
+		break;
+	case VRING_PACKED:
+		n = take_back(q, true, false);
+		break;
+	case VRING_SPLIT_LOGGED:
+		n = take_back(q, false, true);
+		break;
+	default:
+		n = take_back(q, true, true);
+	}
 
 	if (n || q->loans_head == q->loans_tail) {
 		q->loans_since = now;

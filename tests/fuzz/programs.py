@@ -18,10 +18,11 @@ from collections.abc import Callable
 import atheris
 
 from tests.rig.frontend import ACK_AND_ALL, MODERN, DisconnectedError, Frontend, RingMemory
-from xdpnet.virtq.features import VirtioFeature, mask
+from xdpnet.virtq.features import LOG_ALL, VirtioFeature, mask
 from xdpnet.virtq.message import (
     U64,
     Address,
+    Log,
     MemoryRegion,
     MemoryTable,
     Request,
@@ -158,8 +159,9 @@ def _payload(given: Input, request: int, memory: RingMemory) -> bytes:
     ring = given.take() % 4
     match request:
         case Request.SET_FEATURES:
-            bits = (MODERN, MODERN | mask(VirtioFeature.VIRTIO_F_RING_PACKED), MODERN | (1 << given.take() % 64))
-            return U64(bits[given.take() % 3]).pack()
+            packed = MODERN | mask(VirtioFeature.VIRTIO_F_RING_PACKED)
+            bits = (MODERN, packed, MODERN | LOG_ALL, packed | LOG_ALL, MODERN | (1 << given.take() % 64))
+            return U64(bits[given.take() % 5]).pack()
         case Request.SET_PROTOCOL_FEATURES:
             return U64(ACK_AND_ALL ^ (1 << (given.take() % 64) if given.take() & 1 else 0)).pack()
         case Request.SET_MEM_TABLE:
@@ -179,7 +181,11 @@ def _payload(given: Input, request: int, memory: RingMemory) -> bytes:
                 wrong[given.take() % 3] += given.take(4)
                 desc, used, avail = wrong
                 addr = VringAddr(ring, given.take(), desc, used, avail, given.take(2))
+            elif given.take() & 1:
+                addr = memory.ring_addr(ring, NUM, logged=True)
             return addr.pack()
+        case Request.SET_LOG_BASE:
+            return Log((memory.size >> 15, 1 << 16, given.take(4))[given.take() % 3], given.take() % 3 << 12).pack()
         case Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR:
             return VringFile(ring, nofd=bool(given.take() & 1)).pack()
         case Request.SET_VRING_NUM:
@@ -201,6 +207,7 @@ REQUESTS = (
     Request.SET_PROTOCOL_FEATURES, Request.SEND_RARP, Request.NET_SET_MTU, Request.SET_STATUS,
     Request.GET_STATUS, Request.RESET_DEVICE, Request.RESET_OWNER, Request.SET_BACKEND_REQ_FD,
     Request.GET_QUEUE_NUM, Request.GET_FEATURES, Request.GET_MAX_MEM_SLOTS, Request.SET_OWNER,
+    Request.SET_LOG_BASE, Request.SET_LOG_FD,
 )  # fmt: skip
 
 
@@ -213,6 +220,11 @@ def _message(given: Input, frontend: Frontend, memory: RingMemory) -> None:
         regions = struct.unpack_from("=I", body)[0] if request == Request.SET_MEM_TABLE else 1
         fds = [os.dup(memory.fd) for _ in range(min(regions, 8))]
     elif request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR) and not body[1] & 1:
+        fds = [KINDS[0]()]
+    elif request == Request.SET_LOG_BASE:
+        fds = [os.dup(memory.fd) if how & 7 == 6 else os.memfd_create("log", os.MFD_CLOEXEC)]
+        os.truncate(fds[0], max(memory.size, 1 << 17))
+    elif request == Request.SET_LOG_FD:
         fds = [KINDS[0]()]
     elif request == Request.SET_BACKEND_REQ_FD:
         fds = [KINDS[5]()]

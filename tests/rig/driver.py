@@ -214,10 +214,11 @@ class Driver:
         spans: Sequence[Span] = ONE_REGION,
         base: int | None = None,
         memfd_flags: int = 0,
+        memory: type[GuestMemory] = GuestMemory,
     ) -> None:
         self.bridge = bridge
         self.features = features
-        self.memory = GuestMemory(spans, memfd_flags, prealloc=bridge.zerocopy != "off")  # else nothing of it is lent
+        self.memory = memory(spans, memfd_flags, prealloc=bridge.zerocopy != "off")  # else nothing of it is lent
         self.port = bridge.add_guest(pairs)
         self.port.set_memory(self.memory.regions())
         self.port.set_features(features)

@@ -196,6 +196,23 @@ class GuestMemory:
         self._known = bytearray(self.map)
         self._lent.clear()
 
+    def copy_again(self, addr: int, size: int) -> None:
+        """What is there now is known."""
+        assert self._known is not None
+        for at, part in self._pieces(addr, size):
+            self._known[at : at + part] = self.map[at : at + part]
+
+    def changed_pages(self, page: int) -> list[int]:
+        """Guest addresses of those that differ from what is known of them."""
+        assert self._known is not None
+        now, known = memoryview(self.map), memoryview(self._known)
+        return [
+            span.guest_addr + at
+            for span in self.spans
+            for at in range(0, span.size, page)
+            if now[span.offset + at : span.offset + at + page] != known[span.offset + at : span.offset + at + page]
+        ]
+
     def lend(self, addr: int, size: int, flags: int) -> None:
         """A descriptor was written: the device may write there, if it says so."""
         if self._known is not None and flags & WRITE:

@@ -523,19 +523,13 @@ def test_hostile_a20_unaligned_rings_are_refused(
     assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
 
 
-def test_logging_is_refused(talk: Talk, memory: RingMemory) -> None:
-    good = memory.ring_addr(0, 256)
-    bad = VringAddr(0, VringAddr.FLAG_LOG, good.desc, good.used, good.avail, 0)
-    assert refused(talk, "ring_addr", Request.SET_VRING_ADDR, bad)
-
-
-AREAS = [Request.SET_LOG_BASE, Request.SET_LOG_FD, Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD]
+AREAS = [Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD]
 
 
 @pytest.mark.parametrize("fds", [0, 1], ids=["without file", "with file"])
 @pytest.mark.parametrize("request_", AREAS, ids=lambda request: request.name)
-def test_d13_no_area_for_a_log_or_for_buffers_in_flight_is_mapped(talk: Talk, request_: Request, fds: int) -> None:
-    """Neither is offered: whatever becomes of such a file is no concern of ours, for it is closed."""
+def test_d13_no_area_for_buffers_in_flight_is_mapped(talk: Talk, request_: Request, fds: int) -> None:
+    """It is not offered: whatever becomes of such a file is no concern of ours, for it is closed."""
     with RingMemory() as area:
         before = mappings_of(area.fd)
         assert refused(talk, "unsupported", request_, bytes(16), [area.fd] * fds)

@@ -117,6 +117,14 @@ class Guest(Port):
         """Set the negotiated virtio features; EBUSY if that would change the layout of a started ring."""
         self._call(f"set features {features:#x} of {self.label}", lib.xn_guest_set_features, features)
 
+    def set_log(self, fd: int, offset: int = 0, size: int = 0) -> None:
+        """Replace the dirty log, so many bytes of a file; -1: none. ENOSPC: memory, or a logged ring, is beyond it."""
+        self._call(f"map the dirty log of {self.label}", lib.xn_guest_set_log, fd, offset, size)
+
+    def set_log_fd(self, fd: int) -> None:
+        """Replace the eventfd that tells of something in the log; -1: none."""
+        self._call(f"set log fd of {self.label}", lib.xn_guest_set_log_fd, fd)
+
     def announce(self, mac: bytes) -> None:
         """Send a RARP with this source address, as if the guest had; EPERM if the address is not its to use."""
         _require_mac(mac)
@@ -137,6 +145,10 @@ class Guest(Port):
     def ring_enable(self, ring: int, enabled: bool) -> None:
         """Enable or disable a ring, started or not."""
         self._call(f"enable ring {ring} of {self.label}", lib.xn_ring_enable, ring, enabled)
+
+    def ring_set_log(self, ring: int, logs: bool, log_addr: int) -> None:
+        """Have a started ring log what is written into it, or no more; ENOSPC if the log has no bit for it."""
+        self._call(f"log ring {ring} of {self.label}", lib.xn_ring_set_log, ring, logs, log_addr)
 
     def ring_set_call(self, ring: int, fd: int) -> None:
         """Replace the eventfd that interrupts the guest; -1: none."""

@@ -58,7 +58,10 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class RingConfig:
-    """What a ring needs to start: entries, the index to start at, the frontend's addresses, eventfds (-1: none)."""
+    """What a ring needs to start: entries, the index to start at, the frontend's addresses, eventfds (-1: none).
+
+    logs: what is written into its used ring goes into the dirty log, as if that lay at the guest address log_addr.
+    """
 
     num: int
     base: int
@@ -68,6 +71,8 @@ class RingConfig:
     kick_fd: int = -1
     call_fd: int = -1
     err_fd: int = -1
+    logs: bool = False
+    log_addr: int = 0
 
 
 @dataclass(frozen=True, slots=True)

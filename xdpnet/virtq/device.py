@@ -8,7 +8,7 @@ Reference: QEMU docs/interop/vhost-user.rst, "Ring states"; c/xdpnet.h, "guest p
 
 import errno
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,8 +20,18 @@ from xdpnet.virtq import features
 from xdpnet.virtq.allowance import Allowance
 from xdpnet.virtq.fd import Fd, number_of
 from xdpnet.virtq.filling import MemoryChange
-from xdpnet.virtq.memory import REMEDY, File, check_file, check_ring, check_table, check_total, is_whole
-from xdpnet.virtq.message import MemoryRegion, ProtocolError, Reason, VringAddr
+from xdpnet.virtq.memory import (
+    REMEDY,
+    File,
+    check_file,
+    check_log,
+    check_log_size,
+    check_ring,
+    check_table,
+    check_total,
+    is_whole,
+)
+from xdpnet.virtq.message import Log, MemoryRegion, ProtocolError, Reason, VringAddr
 from xdpnet.virtq.virtqueue import Virtqueue
 
 log = logging.getLogger(__name__)
@@ -64,6 +74,8 @@ class GuestDevice:
         self.allowance = Allowance(bridge)  # for what its frontends ask; it outlives them
         self.door = Allowance(bridge)  # for meeting them, and others who come
         self._bridge = bridge
+        self._log: Log | None = None
+        self._log_call: Fd | None = None
         self._said_sparse = False
         self._said_no_memory = False  # to this frontend
 
@@ -83,6 +95,7 @@ class GuestDevice:
         changed = (bits ^ self.features) & ~features.CHANGEABLE_LIVE
         if changed and any(ring.running for ring in self.rings):
             raise ProtocolError("features", f"{', '.join(features.names(changed))} cannot change while rings run")
+        self._check_log_size(self._files, bits)
         with _refusing("features", "set features"):
             self.port.set_features(bits & ~features.PROTOCOL_FEATURES)
         self.features = bits
@@ -140,6 +153,7 @@ class GuestDevice:
         if not files:
             raise next(iter(foreign.values()))
         check_total(files.values(), self.max_memory)
+        self._check_log_size(files, self.features)
         table = [_core_region(region, file.fd) for region, file in files.items()]
         table += [_core_region(region, None, left_out=True) for region in foreign]
 
@@ -173,6 +187,7 @@ class GuestDevice:
                 raise
             return MemoryChange([fd], {}, partial(self._add_left_out, region, fd, error))
         check_total([*self._files.values(), file], self.max_memory)
+        self._check_log_size([region], self.features)
         added = _core_region(region, fd)
 
         def apply(staged: dict[Region, Staged]) -> int:
@@ -254,6 +269,36 @@ class GuestDevice:
             except ProtocolError as error:
                 self.log.info("ring %d waits for its memory: %s", ring.index, error)
 
+    # ---- the dirty log ----
+
+    def set_log(self, log: Log, fd: Fd) -> None:
+        """SET_LOG_BASE. What is written is marked there from now on, as far as features and rings ask for it."""
+        check_log(log, fd, self._files, self._files.values())
+        with _refusing("log", "map the dirty log"):
+            self.port.set_log(fd.fileno(), log.offset, log.size)
+        self._log = log
+
+    def set_log_call(self, fd: Fd) -> None:
+        """SET_LOG_FD: takes the descriptor over, which is signalled when there is something in the log."""
+        with _refusing("event_fd", "set the log descriptor"):
+            self.port.set_log_fd(fd.fileno())
+        if self._log_call is not None:
+            self._log_call.close()
+        self._log_call = fd
+
+    def _check_log_size(self, regions: Iterable[MemoryRegion], bits: int) -> None:
+        logs = bits & features.LOG_ALL or any(ring.addr and ring.addr.logged for ring in self.rings)
+        if self._log is not None and logs:
+            check_log_size(self._log, regions)
+
+    def _drop_log(self) -> None:
+        if self._log is not None:
+            self.port.set_log(-1)
+        if self._log_call is not None:
+            self.port.set_log_fd(-1)
+            self._log_call.close()
+        self._log = self._log_call = None
+
     # ---- rings ----
 
     def set_num(self, ring: Virtqueue, num: int) -> None:
@@ -269,12 +314,15 @@ class GuestDevice:
             raise
 
     def set_addr(self, ring: Virtqueue, addr: VringAddr) -> None:
-        if addr.flags & addr.FLAG_LOG:
-            raise ProtocolError("ring_addr", f"ring {ring.index}: logging is not offered")
         align = 4 if self.packed else 2
         if addr.desc % 16 or addr.avail % align or addr.used % 4:
             raise ProtocolError("ring_addr", f"ring {ring.index}: not aligned to 16, {align} and 4 bytes")
         if addr == ring.addr:
+            return
+        if ring.running and ring.addr is not None and addr.place == ring.addr.place:
+            with _refusing("log", f"log ring {ring.index}"):
+                self.port.ring_set_log(ring.index, addr.logged, addr.log)
+            ring.addr = addr
             return
         self._require_halted(ring, "addresses")
         old, ring.addr = ring.addr, addr
@@ -377,6 +425,7 @@ class GuestDevice:
             self.port.set_memory([])
         self.memory = []
         self._keep_files({})
+        self._drop_log()
         self._said_no_memory = False
 
 

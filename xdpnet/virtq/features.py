@@ -113,6 +113,8 @@ def _mtu_known(pairs: int, mtu: int | None) -> bool:  # noqa: ARG001
 # Linux refuses a card with what takes a control queue and without one (drivers/net/virtio_net.c, virtnet_validate), and
 # user-mode Linux and cloud-hypervisor pass on what they know. So GUEST_ANNOUNCE is for frontends that have asked for
 # RARP before, as QEMU does, and MQ for those that have several pairs: for_frontend().
+# LOG_ALL is between us and the frontend, to which a guest without it is one that cannot move (QEMU, vhost_dev_init); no
+# driver knows it.
 # RING_RESET is not offered, though rings stop and start one by one: QEMU would let the guest reset a ring and tell no
 # vhost-user backend of it (hw/net/virtio-net.c, virtio_net_queue_reset); the ring would be polled in memory given back.
 OFFERED: dict[VirtioFeature, Condition] = {
@@ -140,11 +142,13 @@ OFFERED: dict[VirtioFeature, Condition] = {
     VirtioFeature.VIRTIO_NET_F_GUEST_ANNOUNCE: _always,
     VirtioFeature.VIRTIO_NET_F_MQ: _multiqueue,
     VirtioFeature.VIRTIO_NET_F_MTU: _mtu_known,
+    VirtioFeature.VHOST_F_LOG_ALL: _always,
     VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES: _always,
 }
 
 OFFERED_PROTOCOL: tuple[ProtocolFeature, ...] = (
     ProtocolFeature.VHOST_USER_PROTOCOL_F_MQ,
+    ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_REPLY_ACK,
     ProtocolFeature.VHOST_USER_PROTOCOL_F_NET_MTU,
@@ -183,6 +187,7 @@ def mask(*bits: int) -> int:
 VERSION_1 = mask(VirtioFeature.VIRTIO_F_VERSION_1)
 PROTOCOL_FEATURES = mask(VirtioFeature.VHOST_USER_F_PROTOCOL_FEATURES)
 RING_PACKED = mask(VirtioFeature.VIRTIO_F_RING_PACKED)
+LOG_ALL = mask(VirtioFeature.VHOST_F_LOG_ALL)
 MULTIQUEUE = mask(VirtioFeature.VIRTIO_NET_F_MQ)
 # What a guest takes from us undone. By its control queue it may go back on that (CTRL_GUEST_OFFLOADS), as Linux does
 # for a native XDP program; but QEMU keeps the control queue and tells no vhost-user backend.
@@ -196,7 +201,7 @@ GUEST_OFFLOADS = mask(
     VirtioFeature.VIRTIO_NET_F_GUEST_USO6,
 )
 # The bits that may change while a ring runs: neither alters the layout of anything.
-CHANGEABLE_LIVE = PROTOCOL_FEATURES | mask(VirtioFeature.VHOST_F_LOG_ALL)
+CHANGEABLE_LIVE = PROTOCOL_FEATURES | LOG_ALL
 
 
 def effective(bits: int) -> int:

@@ -18,10 +18,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from xdpnet.virtq.fd import Fd
-from xdpnet.virtq.message import MemoryRegion, ProtocolError, VringAddr
+from xdpnet.virtq.message import Log, MemoryRegion, ProtocolError, Reason, VringAddr
 
 ADDRESS_SPACE = 1 << 64
 REMEDY = "use memory-backend-memfd"
+LOG_PAGE = 4096  # VHOST_LOG_PAGE: what a bit of the dirty log stands for
+MOST_LOG = (1 << 52) // LOG_PAGE // 8  # bytes, for all addresses that a guest can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +55,54 @@ def check_total(files: Iterable[File], limit: int) -> None:
 
 def check_file(region: MemoryRegion, fd: Fd) -> File:
     """The file behind a region. Refused as `mem_fd`: one that is no memory for us, whatever the region says."""
-    number = fd.fileno()
+    seals = _check_memory(_name(region), "mem_fd", fd)
+    step = _check_extent(_name(region), "mem_size", region.offset, region.size, fd)
+    return File(fd, bool(seals & fcntl.F_SEAL_SHRINK), (region.size + step - 1) // step * step)
+
+
+def check_log(log: Log, fd: Fd, regions: Iterable[MemoryRegion], files: Iterable[File]) -> None:
+    """A dirty log and its file. It may be sparse: we touch no more of it than has bits of the guest's memory."""
+    name = f"dirty log of {log.size} bytes"
+    if not 0 < log.size <= MOST_LOG:
+        raise ProtocolError("log", f"{name}, possible are 1 to {MOST_LOG}")
+    if log.offset + log.size >= ADDRESS_SPACE:
+        raise ProtocolError("log", f"{name}: offset + size overflows")
+    _check_memory(name, "log", fd)
+    _check_extent(name, "log", log.offset, log.size, fd)
+    if any(os.path.sameopenfile(fd.fileno(), file.fd.fileno()) for file in files):
+        raise ProtocolError("log", f"{name}: its file is memory of the guest")
+    check_log_size(log, regions)
+
+
+def check_log_size(log: Log, regions: Iterable[MemoryRegion]) -> None:
+    """A log that is in use has a bit for each page of the memory."""
+    for region in regions:
+        least = -(-(region.guest_addr + region.size) // (8 * LOG_PAGE))
+        if log.size < least:
+            raise ProtocolError("log", f"dirty log of {log.size} bytes: {_name(region)} takes {least}")
+
+
+def _check_memory(name: str, reason: Reason, fd: Fd) -> int:
+    """Memory that we can map and write; its seals."""
     try:
-        seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
+        seals = fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS)
     except OSError as error:
         # The kernel knows of seals on regular files of tmpfs and hugetlbfs alone (mm/memfd.c).
-        raise ProtocolError("mem_fd", f"{_name(region)}: not a file on tmpfs or hugetlbfs") from error
-    if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-        raise ProtocolError("mem_fd", f"{_name(region)}: not opened read-write")
-    page = os.fstatvfs(number).f_bsize  # on hugetlbfs that of the huge pages
-    if region.offset % page:
-        raise ProtocolError("mem_size", f"{_name(region)}: offset {region.offset:#x} is not a multiple of {page} bytes")
-    status = os.fstat(number)
-    if region.offset + region.size > status.st_size:
-        raise ProtocolError("mem_size", f"{_name(region)}: ends behind the {status.st_size} bytes of its file")
-    step = max(page, status.st_blksize)  # as c/memory/mem.c has it
-    return File(fd, bool(seals & fcntl.F_SEAL_SHRINK), (region.size + step - 1) // step * step)
+        raise ProtocolError(reason, f"{name}: not a file on tmpfs or hugetlbfs") from error
+    if fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise ProtocolError(reason, f"{name}: not opened read-write")
+    return seals
+
+
+def _check_extent(name: str, reason: Reason, offset: int, size: int, fd: Fd) -> int:
+    """A part of such a file that is there; the unit in which it is mapped, in bytes."""
+    page = os.fstatvfs(fd.fileno()).f_bsize  # on hugetlbfs that of the huge pages
+    if offset % page:
+        raise ProtocolError(reason, f"{name}: offset {offset:#x} is not a multiple of {page} bytes")
+    status = os.fstat(fd.fileno())
+    if offset + size > status.st_size:
+        raise ProtocolError(reason, f"{name}: ends behind the {status.st_size} bytes of its file")
+    return max(page, status.st_blksize)  # as c/memory/staging.c has it
 
 
 def is_whole(fd: Fd) -> bool:

@@ -30,6 +30,7 @@ Reason = Literal[
     "mem_size",
     "mem_fd",
     "mem_limit",
+    "log",
     "event_fd",
     "mtu",
     "rarp",
@@ -265,6 +266,31 @@ class VringAddr:
     def pack(self) -> bytes:
         return self.LAYOUT.pack(self.index, self.flags, self.desc, self.used, self.avail, self.log)
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.desc, self.used, self.avail
+
+    @property
+    def logged(self) -> bool:
+        """What is written into the used ring is to be logged, as if that lay at the guest address `log`."""
+        return bool(self.flags & self.FLAG_LOG)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A log description: where in its file the dirty log lies, in bytes."""
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=QQ")
+    size: int
+    offset: int
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*_exactly(cls.LAYOUT, data))
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.size, self.offset)
+
 
 @dataclass(frozen=True, slots=True)
 class VringFile:
@@ -351,6 +377,7 @@ def _check_abi() -> None:
         (Address.LAYOUT, 8),
         (VringState.LAYOUT, 8),
         (VringAddr.LAYOUT, 40),
+        (Log.LAYOUT, 16),
         (VringFile.LAYOUT, 8),
         (MemoryTable.LAYOUT, 8),
         (MemoryRegion.LAYOUT, 32),

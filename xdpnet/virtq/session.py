@@ -25,6 +25,7 @@ from xdpnet.virtq.message import (
     U64,
     Address,
     FramingError,
+    Log,
     MemoryTable,
     Message,
     Nothing,
@@ -228,6 +229,19 @@ class Session:
         self.counters.unsealed_regions += change.apply()
         self.had_memory = True
 
+    # ---- the dirty log ----
+
+    def set_log_base(self, log: Log) -> Payload:
+        """Answered whether or not that was asked for: QEMU waits for it, and takes any payload. Whoever asked for a
+        verdict gets it in the same answer."""
+        self.device.set_log(log, self._fds[0])
+        return SUCCESS
+
+    def set_log_fd(self, _: Nothing) -> None:
+        check_eventfd(self._fds[0])
+        self.device.set_log_call(self._fds[0])
+        self._fds.clear()  # the device's now
+
     # ---- rings ----
 
     def set_vring_num(self, state: VringState) -> None:
@@ -285,6 +299,7 @@ class Rule(Generic[P]):
     own_reply: bool = False  # answers by itself, so REPLY_ACK does not apply
 
 
+_LOG = ProtocolFeature.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 _REQ = ProtocolFeature.VHOST_USER_PROTOCOL_F_BACKEND_REQ
 _RARP = ProtocolFeature.VHOST_USER_PROTOCOL_F_RARP
 _RESET = ProtocolFeature.VHOST_USER_PROTOCOL_F_RESET_DEVICE
@@ -301,6 +316,8 @@ RULES: dict[int, Rule[Any]] = {
     Request.SET_OWNER:             Rule(Session.set_owner, Nothing.unpack),
     Request.RESET_OWNER:           Rule(Session.reset_owner, Nothing.unpack),
     Request.SET_MEM_TABLE:         Rule(Session.set_mem_table, MemoryTable.unpack, fds=_ANY),
+    Request.SET_LOG_BASE:          Rule(Session.set_log_base, Log.unpack, fds=(1,), feature=_LOG),
+    Request.SET_LOG_FD:            Rule(Session.set_log_fd, Nothing.unpack, fds=(1,)),
     Request.SET_VRING_NUM:         Rule(Session.set_vring_num, VringState.unpack),
     Request.SET_VRING_ADDR:        Rule(Session.set_vring_addr, VringAddr.unpack),
     Request.SET_VRING_BASE:        Rule(Session.set_vring_base, VringState.unpack),

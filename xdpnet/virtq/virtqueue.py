@@ -43,6 +43,8 @@ class Virtqueue:
             kick_fd=number_of(self.kick),
             call_fd=number_of(self.call),
             err_fd=number_of(self.err),
+            logs=self.addr.logged,
+            log_addr=self.addr.log,
         )
 
     def start(self, kick: Fd | None) -> None:
