@@ -115,6 +115,23 @@ static int make_loans(struct virtqueue *q)
 	return q->loans ? 0 : -ENOMEM;
 }
 
+/*
+ * Where a split ring goes on: where its frontend says, which may be ahead of the used index by chains that somebody else has
+ * taken, and hands back. But one whose backend was killed says what it has: 0 (DPDK, user-mode Linux), or the available index
+ * (cloud-hypervisor; QEMU has the used one). Unless it was us who stopped there, these two mean nothing, and what is not
+ * between the indices cannot be: then what was taken was also given back, and the ring goes on at its used index.
+ */
+static u16 split_find(const struct virtqueue *q, u16 told, u16 used)
+{
+	u16 avail = g_load16(&q->split.avail->idx);
+
+	if (told == q->next.pos && used == q->used.pos)
+		return told;
+	if (q->in_order || !told || (u16)(avail - used) > q->num || (u16)(told - used) >= (u16)(avail - used))
+		return used;
+	return told;
+}
+
 int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struct xn_ring_config *config)
 {
 	struct virtqueue *q = ring_of(b, port, ring);
@@ -150,22 +167,25 @@ int xn_ring_start(struct xn_bridge *b, uint32_t port, uint32_t ring, const struc
 		r = make_loans(q);
 	if (r)
 		goto out;
-	/* What was taken was also given back, in order: used and available start at the same place. */
 	q->flood_next = 0;
 	q->steps_left = POLL_STEPS;
 	/*
-	 * So a ring tells itself where it stands, and better than a frontend whose backend was restarted meanwhile: the
-	 * new one could only answer 0, and of a packed ring QEMU keeps no index of its own.
+	 * A packed ring tells itself where it stands, and better than any frontend: QEMU keeps no index of its own, and says
+	 * after our death where the ring began. What was taken was also given back: both its places are the same.
 	 */
 	struct cursor told = packed ? cursor_of((u16)config->base) : (struct cursor){(u16)config->base, 0};
-	struct cursor found = told;
+	struct cursor found = told, used;
 	bool tells = true;
 
-	if (packed)
+	if (packed) {
 		tells = packed_find(q, told, &found);
-	else
-		found.pos = g_load16(&q->split.used->idx);
-	q->next = q->used = found;
+		used = found;
+	} else {
+		used = (struct cursor){g_load16(&q->split.used->idx), 0};
+		found.pos = split_find(q, told.pos, used.pos);
+	}
+	q->next = found;
+	q->used = used;
 	q->avail_idx = q->next.pos;
 	q->unchecked = 0;
 	q->signalled_valid = false;

@@ -1,4 +1,4 @@
-"""Where a ring stands is found in the ring, whatever the frontend believes: its backend may have been killed meanwhile.
+"""Where a ring stands is found in the ring, unless the frontend knows better: its backend may have been killed before.
 
 A split ring has it in its used index. A packed ring has it in the flags of its descriptors, at every place of either
 lap; where a chain ends that was handed back last, its id tells, or the mark that the device has left.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.rig.driver import Driver, Layout
-from tests.rig.guests import BROADCAST, MakeGuest, both_layouts, frame, mac, packed_only
+from tests.rig.guests import BROADCAST, MakeGuest, both_layouts, frame, mac, packed_only, split_only
 from tests.rig.rings import (
     AVAIL,
     EVENT_IDX,
@@ -23,6 +23,7 @@ from tests.rig.rings import (
     Buffer,
     PackedRing,
 )
+from tests.rig.waiting import until_equal
 from xdpnet import core
 
 pytest_plugins = ["tests.rig.guest_fixtures"]
@@ -43,6 +44,72 @@ def stale(dice: random.Random, num: int, packed: int) -> int:
     if not packed:
         return dice.choice([0, dice.randrange(65536)])
     return dice.choice([WRAP * 0x10001, 0, (dice.randrange(num) | dice.choice([0, WRAP])) * 0x10001])
+
+
+# ---- what a frontend says ----
+
+
+def waits_in(driver: Driver, n: int) -> list[bytes]:
+    """So many frames in the transmit ring, which does not run."""
+    frames = [frame(BROADCAST, mac(1), mark=bytes([i])) for i in range(n)]
+    for each in frames:
+        driver.pair.queue(each)
+    driver.pair.tx.publish()
+    return frames
+
+
+@split_only
+@pytest.mark.parametrize("start", [0, 65530], ids=["first lap", "indices that wrap"])
+@pytest.mark.parametrize("told", range(1, 8))
+def test_a_ring_goes_on_where_its_frontend_says(bridge: core.Bridge, guests: MakeGuest, start: int, told: int) -> None:
+    """Between what was handed back and what is available: those before are for somebody else to hand back."""
+    a, b = guests(bridge, started=False, base=start), guests(bridge)
+    b.pair.fill()
+    frames = waits_in(a, 8)
+    a.port.ring_enable(core.TX, True)
+    a.port.ring_start(core.TX, a.pair.tx.config((start + told) & 0xFFFF))
+    heads = list(a.pair.tx.chains)
+    if (start + told) & 0xFFFF == 0:
+        told = 0  # that is said by who does not know
+    assert b.pair.frames(8 - told) == frames[told:]
+    until_equal(lambda: a.state(core.TX).used_idx, (start + 8 - told) & 0xFFFF)
+    assert [head for head, _, _ in a.pair.tx.collect()] == heads[told:]
+    # There we have stopped ourselves: it is right whatever it looks like.
+    base = a.port.ring_stop(core.TX)
+    assert base == (start + 8) & 0xFFFF
+    a.port.ring_start(core.TX, a.pair.tx.config(base))
+    a.pair.send(more := frame(BROADCAST, mac(1), mark=b"more"))
+    assert b.pair.frames() == [more]
+
+
+@split_only
+@pytest.mark.parametrize("told", [0, 8, 9, 1000, 65535], ids=["nothing", "all", "beyond", "far beyond", "before"])
+@pytest.mark.parametrize("order", [0, IN_ORDER], ids=["any order", "in order"])
+def test_a_frontend_that_does_not_know_is_not_believed(
+    bridge: core.Bridge, guests: MakeGuest, told: int, order: int
+) -> None:
+    a, b = guests(bridge, started=False, features=MODERN | order), guests(bridge)
+    b.pair.fill()
+    frames = waits_in(a, 8)
+    a.port.ring_enable(core.TX, True)
+    a.port.ring_start(core.TX, a.pair.tx.config(told))
+    assert b.pair.frames(8) == frames
+    assert a.pair.wait_sent()
+    assert a.state(core.TX).broken == ""
+
+
+@split_only
+def test_receive_buffers_that_another_backend_has_are_left_to_it(bridge: core.Bridge, guests: MakeGuest) -> None:
+    a, b = guests(bridge), guests(bridge, started=False)
+    b.pair.post(8)
+    heads = list(b.pair.rx.chains)
+    b.port.ring_enable(core.RX, True)
+    b.port.ring_start(core.RX, b.pair.rx.config(5))
+    a.pair.send_all(frames := [frame(BROADCAST, mac(1), mark=bytes([i])) for i in range(3)])
+    until_equal(lambda: b.state(core.RX).used_idx, 3)
+    assert [head for head, _, _ in b.pair.rx.collect()] == heads[5:]
+    assert b.port.ring_stop(core.RX) == 8
+    assert len(frames) == 3
 
 
 # ---- wherever a device has stopped ----

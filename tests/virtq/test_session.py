@@ -564,6 +564,23 @@ def test_hostile_a24_a_base_wider_than_the_ring_index_is_refused(talk: Talk, bas
     assert refused(talk, "vring_base", Request.SET_VRING_BASE, VringState(0, base))
 
 
+@pytest.mark.parametrize(("told", "stands"), [(1, 1), (5, 5), (7, 7), (8, 0), (9, 0), (0, 0)])
+def test_a_ring_starts_at_its_base_if_that_is_before_what_is_available(
+    talk: Talk, memory: RingMemory, told: int, stands: int
+) -> None:
+    """Others say frontends whose backend was killed, and that know no better: then it is the used index."""
+    frontend, _ = talk
+    addr = memory.ring_addr(0, 256)
+    struct.pack_into("<H", memory.map, addr.avail - memory.user_addr + 2, 8)
+    assert frontend.set_memory(memory) == 0
+    assert frontend.tell(Request.SET_VRING_NUM, VringState(0, 256)) == 0
+    assert frontend.tell(Request.SET_VRING_ADDR, addr) == 0
+    for base in told, stands:  # the other time it is what it was stopped at
+        assert frontend.tell(Request.SET_VRING_BASE, VringState(0, base)) == 0
+        assert frontend.set_event(Request.SET_VRING_KICK, 0, frontend.event()) == 0
+        assert frontend.stop_ring(0) == stands
+
+
 @pytest.mark.parametrize("on", [2, 0xFFFFFFFF])
 def test_enable_is_zero_or_one(talk: Talk, on: int) -> None:
     assert refused(talk, "state", Request.SET_VRING_ENABLE, VringState(0, on))
