@@ -65,6 +65,7 @@ class Guest:
     qemu: Qemu = Qemu()
     prealloc: bool = False  # all of its memory at once, as zero copy wants it
     options: Sequence[str] = ()  # more of QEMU's
+    incoming: str = ""  # it does not boot, but is moved here from another QEMU: where that connects to, as QEMU has it
     release: str = field(default="", init=False)
     _next_id: int = field(default=0, init=False)
     _received: bytes = field(default=b"", init=False)
@@ -103,6 +104,8 @@ class Guest:
             if card.level_interrupts or (self.accel == "tcg" and not self.qemu.msix_under_tcg):
                 device += ",vectors=0"
             command += ["-device", device]
+        if self.incoming:
+            command += ["-incoming", self.incoming]
         return [*command, *self.options]
 
     @property
@@ -120,7 +123,8 @@ class Guest:
                 deadline = time.monotonic() + patience
                 self._shell = self._accept(listener, min(deadline, time.monotonic() + 30))
             failed.callback(self._shell.close)
-            self._await_ready(deadline)
+            if not self.incoming:
+                self._await_ready(deadline)
             failed.pop_all()
         return self
 
