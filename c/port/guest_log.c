@@ -36,12 +36,9 @@ bool guest_log_fits(const struct guest *g, const struct mem *m, u64 features)
 
 void guest_settle_log(struct guest *g)
 {
-	static const struct source_ops *const transmit[] = {
-		[VRING_SPLIT] = &split_source,
-		[VRING_PACKED] = &packed_source,
-		[VRING_SPLIT_LOGGED] = &split_logged_source,
-		[VRING_PACKED_LOGGED] = &packed_logged_source,
-	};
+	/* By layout, and whether it is logged. */
+	static const struct source_ops *const transmit[2][2] = {{&split_source, &split_logged_source},
+								{&packed_source, &packed_logged_source}};
 
 	for (u32 i = 0; i < 2 * g->pairs; i++) {
 		struct virtqueue *q = &g->rings[i];
@@ -52,9 +49,8 @@ void guest_settle_log(struct guest *g)
 		q->log = q->logs_frames || q->logs_used ? g->log : NULL;
 		q->log_used = q->config.log_addr;
 		q->log_fd = g->log_fd;
-		q->variant = (u8)((q->is_packed ? VRING_PACKED : VRING_SPLIT) + (q->log ? VRING_SPLIT_LOGGED : 0));
 		if (i % 2 == XN_TX)
-			q->source.ops = transmit[q->variant];
+			q->source.ops = transmit[q->is_packed][!!q->log];
 		if (!q->logs_used)
 			continue;
 		if (q->is_packed)

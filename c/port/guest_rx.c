@@ -312,20 +312,16 @@ static __attribute__((noinline)) u32 deliver_logged(struct worker *w, struct vir
 {
 	if (unlikely(dirty_is_lost(q->log)))
 		vring_break(q, XN_BROKEN_MEMORY);
-	return q->variant == VRING_PACKED_LOGGED ? deliver_to_ring(w, q, views, which, n, true, true)
-						 : deliver_to_ring(w, q, views, which, n, false, true);
+	return q->is_packed ? deliver_to_ring(w, q, views, which, n, true, true)
+			    : deliver_to_ring(w, q, views, which, n, false, true);
 }
 
 static u32 deliver(struct worker *w, struct virtqueue *q, const struct view *views, const u8 *which, u32 n)
 {
-	switch (q->variant) {
-	case VRING_SPLIT:
-		return deliver_to_ring(w, q, views, which, n, false, false);
-	case VRING_PACKED:
-		return deliver_to_ring(w, q, views, which, n, true, false);
-	default:
+	if (unlikely(q->log))
 		return deliver_logged(w, q, views, which, n);
-	}
+	return q->is_packed ? deliver_to_ring(w, q, views, which, n, true, false)
+			    : deliver_to_ring(w, q, views, which, n, false, false);
 }
 
 /* ---- frames that wait for buffers ---- */

@@ -61,9 +61,6 @@ static inline struct cursor cursor_of(u16 off_wrap)
 			       off_wrap >> VRING_PACKED_EVENT_F_WRAP_CTR};
 }
 
-/* Which poll, or deliver, function a ring has. */
-enum vring_variant { VRING_SPLIT, VRING_PACKED, VRING_SPLIT_LOGGED, VRING_PACKED_LOGGED };
-
 struct virtqueue {
 	/* Written by the control thread, while the workers are parked. */
 	union {
@@ -81,7 +78,6 @@ struct virtqueue {
 	const struct mem *mem;
 	u32 num;
 	u8 hdr_len;
-	u8 variant; /* enum vring_variant */
 	bool is_packed;
 	bool event_idx;
 	bool indirect;
@@ -494,26 +490,17 @@ static always_inline void packed_prefetch_ahead(const struct virtqueue *q, u32 p
 		prefetch(&q->packed.desc[pos + 2 * line < q->num ? pos + 2 * line : 0]);
 }
 
-/* What vring_arm and vring_disarm write: the event suppression structure, or the event index and flags of the used ring. */
-static inline void vring_log_events(const struct virtqueue *q)
-{
-	if (likely(!q->log))
-		return;
-	vring_log_device(q, 0, sizeof(u32));
-	if (!q->is_packed && q->event_idx)
-		vring_log_device(q, vring_device_size(q) - sizeof(u16), sizeof(u16));
-}
-
 /* Stops asking for kicks. Split with event index: a stale index in the past does that by itself. */
 static inline void vring_disarm(struct virtqueue *q)
 {
 	if (q->is_packed) {
 		g_store16(&q->packed.device->flags, VRING_PACKED_EVENT_FLAG_DISABLE);
 		q->armed = false;
+		vring_log_device(q, 0, sizeof(*q->packed.device));
 	} else if (!q->event_idx) {
 		g_store16(&q->split.used->flags, VRING_USED_F_NO_NOTIFY);
+		vring_log_device(q, 0, sizeof(u16));
 	}
-	vring_log_events(q);
 }
 
 /* Asks for a kick at the chain at the cursor. True if it arrived meanwhile: the caller goes on instead of sleeping. */
@@ -527,12 +514,14 @@ static inline bool vring_arm(struct virtqueue *q, struct cursor at)
 		g_store16(&q->packed.device->off_wrap, off_wrap_of(by_index ? at : q->used));
 		q->armed = by_index;
 		g_store16_release(&q->packed.device->flags, flags);
+		vring_log_device(q, 0, sizeof(*q->packed.device));
 	} else if (q->event_idx) {
 		g_store16(split_avail_event_at(q), at.pos);
+		vring_log_device(q, vring_device_size(q) - sizeof(u16), sizeof(u16));
 	} else {
 		g_store16(&q->split.used->flags, 0);
+		vring_log_device(q, 0, sizeof(u16));
 	}
-	vring_log_events(q);
 	/* The guest makes a chain available and then reads what we published; we publish and then look at the ring. */
 	full_fence();
 	return vring_peek(q, at, q->is_packed);

@@ -6,7 +6,7 @@
 enum { LOAN_US = 1000000 };
 
 /* Hands back what is not lent, up to the first chain that is; returns how many. */
-static always_inline u32 take_back(struct virtqueue *q, bool packed, bool logged)
+static always_inline u32 take_back(struct virtqueue *q, bool packed)
 {
 	const struct xsk *looked = NULL;
 	struct pushing push = vring_begin(q);
@@ -28,27 +28,13 @@ static always_inline u32 take_back(struct virtqueue *q, bool packed, bool logged
 		q->loans_head++;
 		n++;
 	}
-	(void)vring_publish(q, &push, packed, logged);
+	(void)vring_publish(q, &push, packed, q->log);
 	return n;
 }
 
 u32 lending_take_back(struct virtqueue *q, u64 now)
 {
-	u32 n;
-
-	switch (q->variant) {
-	case VRING_SPLIT:
-		n = take_back(q, false, false);
-		break;
-	case VRING_PACKED:
-		n = take_back(q, true, false);
-		break;
-	case VRING_SPLIT_LOGGED:
-		n = take_back(q, false, true);
-		break;
-	default:
-		n = take_back(q, true, true);
-	}
+	u32 n = q->is_packed ? take_back(q, true) : take_back(q, false);
 
 	if (n || q->loans_head == q->loans_tail) {
 		q->loans_since = now;
