@@ -205,6 +205,15 @@ struct xn_broken_ring {
 	uint32_t broken; /* enum xn_broken; XN_RING_OK: it was started anew meanwhile */
 };
 
+/* What keeps a guest from its frames: the first ring that is latched broken, and the receive ring longest without a buffer. */
+struct xn_guest_faults {
+	uint32_t broken; /* enum xn_broken; XN_RING_OK: none is */
+	uint32_t broken_ring;
+	uint32_t starved_ring;
+	uint32_t pad;
+	uint64_t starved_us; /* since a frame came for which it had none, and it has had none since; 0: none is */
+};
+
 /* XDP_STATISTICS of a queue's sockets, summed over every socket it has had, and its ring fill. */
 struct xn_xsk_stats {
 	uint64_t rx_dropped; /* without those that found the fill ring empty, which the kernel counts here too */
@@ -338,6 +347,7 @@ int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips
 int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan);
 /* 1: since the last call a frame of the guest was dropped for its source address (XN_DROP_SPOOF), which is put into mac. */
 int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6]);
+int xn_guest_faults(struct xn_bridge *b, uint32_t port, struct xn_guest_faults *out);
 /*
  * What may be lent has all its pages in the page tables, and to fill these may take seconds, which nobody else is to wait
  * for. Such a region (1: it is one; 0) is best staged: mapped and filled, part by part, by any thread. A table takes over

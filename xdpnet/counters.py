@@ -220,8 +220,8 @@ CONNECTED = _gauge("guest_", _GUEST, "connected", "", "1 if a frontend is connec
 FEATURE = _gauge("guest_", (*_GUEST, "feature"), "feature", "", "1 for each negotiated feature.")
 GUEST_MTU = _gauge(
     "guest_", _GUEST, "mtu", "bytes", "What the guest was told that it may send, bytes; 0: nothing.")
-LACKS_MEMORY = _gauge(
-    "guest_", _GUEST, "lacks_memory", "", "1 if its rings are ready and its frontend has shared no memory.")
+GUEST_STATE = _gauge(
+    "guest_", (*_GUEST, "state"), "state", "", "1 for the state that it is in; the table below has them.")
 
 
 @dataclass(slots=True)

@@ -446,6 +446,8 @@ class Daemon:
             try:
                 self.reports.sync_addresses()
                 self.reports.say_strays()
+                for guest in self.guests.values():
+                    guest.socket.standing.say()
                 self._look_at_mtus()
                 self._keep_addresses()
             except Exception:  # the next tick may do better; without ticks the service manager would end us
@@ -504,7 +506,7 @@ def _describe(port: GuestPort) -> Guest:
         connected=port.socket.connected,
         mac=spelt(config.macs),
         mtu=port.device.told_mtu,
-        lacks_memory=port.device.lacks_memory,
+        state=port.socket.standing.state(),
         features=tuple(features.names(port.device.features)),
         **asdict(port.socket.counters),
     )

@@ -161,6 +161,38 @@ int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6])
 	return !!stray;
 }
 
+static u64 starved_us(const struct virtqueue *q, u64 now)
+{
+	u64 since = vring_starved(q);
+
+	return since && (s64)(now - since) > 0 ? (now - since) / clock_cycles_per_us() : 0;
+}
+
+int xn_guest_faults(struct xn_bridge *b, uint32_t port, struct xn_guest_faults *out)
+{
+	const struct guest *g = guest_at(b, port);
+	u64 now = cycles(), longest = 0;
+
+	if (!g)
+		return -ENOENT;
+	*out = (struct xn_guest_faults){0};
+	for (u32 i = 0; i < 2 * g->pairs; i++) {
+		const struct virtqueue *q = &g->rings[i];
+		u64 us = starved_us(q, now);
+
+		if (q->broken && !out->broken) {
+			out->broken = q->broken;
+			out->broken_ring = i;
+		}
+		if (us > longest) {
+			longest = us;
+			out->starved_ring = i;
+		}
+	}
+	out->starved_us = longest;
+	return 0;
+}
+
 int xn_guest_announce(struct xn_bridge *b, uint32_t port, const uint8_t mac[6])
 {
 	struct guest *g = guest_at(b, port);

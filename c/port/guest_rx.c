@@ -372,6 +372,10 @@ static __attribute__((noinline)) void add_waiting(struct worker *w, struct virtq
 		kept += backlog_add(&q->backlog, &views[which[i]], w->turn);
 	count(&q->stats.waited, kept);
 	drop(&q->stats, XN_DROP_NO_BUFFER, n - kept);
+	if (kept && !vring_starved(q)) {
+		__atomic_store_n(&q->starved_after, q->stats.packets, __ATOMIC_RELAXED);
+		__atomic_store_n(&q->starved, w->turn | 1, __ATOMIC_RELAXED);
+	}
 	if (kept && !before)
 		worker_ask(w, &q->source);
 }
@@ -401,7 +405,10 @@ static u32 poll_waiting(struct worker *w, struct source *s)
 	} else if (b->bytes && w->turn - b->last > w->cycles_per_us * BACKLOG_US) {
 		backlog_release(b);
 	}
-	s->dead = !b->bytes;
+	/* That nothing more comes for a guest that takes nothing makes it no better: only buffers do. */
+	if (q->starved && !b->n && (!vring_starved(q) || q->broken || vring_peek(q, q->wanted, q->is_packed)))
+		__atomic_store_n(&q->starved, 0, __ATOMIC_RELAXED);
+	s->dead = !b->bytes && !q->starved;
 	vring_unlock(q);
 	return n;
 }
@@ -412,7 +419,7 @@ static bool arm_waiting(struct source *s)
 
 	vring_lock(q);
 	/* Of a ring that broke meanwhile, they are to be dropped. */
-	bool more = q->backlog.n && (q->broken || vring_arm(q, q->wanted));
+	bool more = (q->backlog.n || q->starved) && (q->broken || vring_arm(q, q->wanted));
 
 	if (more && !q->broken)
 		vring_disarm(q);
@@ -434,6 +441,7 @@ void guest_drop_waiting(struct virtqueue *q)
 {
 	drop(&q->stats, XN_DROP_NOT_READY, q->backlog.n);
 	backlog_release(&q->backlog);
+	q->starved = 0;
 }
 
 /* ---- which ring ---- */

@@ -133,6 +133,10 @@ struct virtqueue {
 	u64 loans_since; /* cycles, when the oldest became the oldest */
 	bool waits;	 /* its worker looks for the end of loans */
 
+	/* Receive: cycles, when a frame found no buffer, and how many the ring had taken then; 0: it has had some since. */
+	u64 starved;
+	u64 starved_after;
+
 	struct xn_queue_stats stats XN_ALIGNED;
 };
 
@@ -525,6 +529,14 @@ static inline bool vring_arm(struct virtqueue *q, struct cursor at)
 	/* The guest makes a chain available and then reads what we published; we publish and then look at the ring. */
 	full_fence();
 	return vring_peek(q, at, q->is_packed);
+}
+
+/* Cycles, since when a receive ring has had no buffer for what came; 0: it has. */
+static inline u64 vring_starved(const struct virtqueue *q)
+{
+	u64 since = __atomic_load_n(&q->starved, __ATOMIC_RELAXED);
+
+	return since && q->stats.packets == __atomic_load_n(&q->starved_after, __ATOMIC_RELAXED) ? since : 0;
 }
 
 static inline void vring_lock(struct virtqueue *q)

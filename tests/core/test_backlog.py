@@ -416,3 +416,78 @@ def test_frames_of_the_wire_wait_and_leave_the_interface_all_its_buffers(
             got += more
         assert got == sent
         assert b.drops(core.RX) == {}
+
+
+# ---- a ring that has none at all ----
+
+
+def test_a_ring_is_starved_from_the_frame_that_found_no_buffer_until_the_guest_posts_one(
+    bridge: core.Bridge, guests: MakeGuest, sender: Driver
+) -> None:
+    """Also when nothing waits any more, and nothing comes; and its buffers are noticed before anything does."""
+    b = receiver(bridge, guests, pairs=2)
+    assert b.port.faults() == core.GuestFaults("", 0, 0, 0.0)
+    sender.pair.send_all(numbered(2))
+    bridge.time_advance(0)
+    for seconds in 3, 6:
+        bridge.time_advance(3_000_000)
+        bridge.time_advance(0)
+        faults = b.port.faults()
+        assert (faults.broken, faults.starved_ring % 2) == ("", core.RX)
+        assert faults.starved_s == pytest.approx(seconds, abs=0.2)
+        assert b.waiting() == 0
+    for pair in b.pairs:
+        pair.post(1)
+    bridge.time_advance(LOOK_US)
+    assert b.port.faults().starved_s == 0
+    sender.pair.send_all(numbered(1))
+    assert eventually(lambda: b.stats(core.RX).packets + b.stats(core.RX, 1).packets == 1)
+    assert b.port.faults().starved_s == 0
+
+
+def test_who_has_waited_and_then_took_its_frames_is_not_starved(
+    bridge: core.Bridge, guests: MakeGuest, sender: Driver
+) -> None:
+    b = receiver(bridge, guests)
+    sender.pair.send_all(numbered(2))
+    bridge.time_advance(500_000)
+    assert b.port.faults().starved_s == pytest.approx(0.5, abs=0.2)
+    b.pair.post(2)
+    assert b.pair.frames(2) == numbered(2)
+    assert b.port.faults().starved_s == 0
+    sender.pair.send_all(numbered(1))
+    bridge.time_advance(100_000)
+    assert b.port.faults().starved_s < 0.3  # anew
+
+
+def test_a_ring_that_is_disabled_or_stopped_is_not_starved(
+    bridge: core.Bridge, guests: MakeGuest, sender: Driver
+) -> None:
+    b = receiver(bridge, guests)
+    for end in lambda: b.port.ring_enable(0, False), lambda: b.port.ring_stop(0):
+        b.port.ring_enable(0, True)
+        sender.pair.send_all(numbered(2))
+        bridge.time_advance(3_000_000)
+        assert b.port.faults().starved_s > 2
+        end()
+        assert b.port.faults().starved_s == 0
+
+
+def test_of_a_guest_with_broken_rings_the_first_is_named(
+    bridge: core.Bridge, guests: MakeGuest, sender: Driver
+) -> None:
+    """A starved one that breaks is broken, and nobody looks after it any more."""
+    b = receiver(bridge, guests, pairs=2)
+    sender.pair.send_all(numbered(2))
+    bridge.time_advance(3_000_000)
+    starved = b.port.faults().starved_ring
+    for ring in 3, 1:
+        b.rings()[ring].raw((0, 64, 0))  # outside of its memory
+        b.rings()[ring].kick(always=True)
+        assert eventually(lambda: b.state(ring).broken)  # noqa: B023
+        assert (b.port.faults().broken, b.port.faults().broken_ring) == ("addr", ring)
+    b.rings()[starved].raw((0, 64, 2))
+    b.rings()[starved].kick(always=True)
+    sender.pair.send_all(numbered(2))
+    bridge.time_advance(LOOK_US)
+    assert eventually(lambda: b.port.faults().starved_s == 0)

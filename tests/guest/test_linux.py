@@ -318,7 +318,7 @@ def test_a_card_with_more_queues_than_the_guest_has_here_is_told_of_once(
 
     try:
         until(lambda: connects() >= 6)
-        assert backend.log.read_text().count("leaves as soon as it hears of 1 queue pairs: it wants more") == 1
+        assert backend.log.read_text().count("asks for more than the 1 queue pair that it has") == 1
     finally:
         process.end(qemu)
         backend.stop()

@@ -377,8 +377,8 @@ def test_a_guest_whose_memory_is_not_shared_is_told_of(stage: Stage, tmp_path: P
         stack.callback(backend.stop)
         guest = Unshared(tmp_path, one.kernel, one.initrd, [card], one.accel, name="xdpn-unshared", qemu=newer.qemu())
         stack.enter_context(closing(guest.start()))
-        until(lambda: (found := backend.port("one").guest) and found.lacks_memory)
-        assert backend.log.read_text().count("no memory has come") == 1
+        until(lambda: (found := backend.port("one").guest) and found.state.kind == "no_memory")
+        until(lambda: backend.log.read_text().count("one: memory is not shared (share=on); give its QEMU") == 1)
 
 
 @pytest.mark.parametrize("client", [False, True], ids=["we listen", "QEMU listens"])

@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +12,7 @@ from tests.rig.snapshots import exposition, guest_port, netdev_port, ring, snaps
 from xdpnet import core, counters
 from xdpnet.counters import EVERY, Metric, Traffic, VhostUser, Work, XdpStatistics, declared
 from xdpnet.metrics.snapshot import Port, Queue
+from xdpnet.states import Kind
 from xdpnet.virtq.counters import Counters
 
 README = Path(__file__).parents[2] / "xdpnet" / "metrics" / "README.md"
@@ -70,3 +72,8 @@ def test_the_readme_says_of_every_drop_reason_what_the_frame_was() -> None:
     named = [name for cells in rows("drop reason | the frame") for name in re.findall(r"`(\w+)`", cells[0])]
     assert sorted(named) == sorted(core.DROP_NAMES)
     assert all(cells[1] for cells in rows("drop reason | the frame"))
+
+
+def test_the_readme_says_of_every_state_of_a_guest_what_it_is() -> None:
+    named = [cells[0].strip("`") for cells in rows("state | in words | that is")]
+    assert named == list(get_args(Kind))

@@ -30,6 +30,7 @@ from xdpnet.errors import SetupError
 from xdpnet.metrics import table, take
 from xdpnet.metrics.endpoint import CONNECTIONS, DEADLINE_S, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
 from xdpnet.metrics.snapshot import Port, Queue, Snapshot, total
+from xdpnet.states import NO_MEMORY
 
 
 def page(now: Snapshot, before: Snapshot | None = None, width: int = 100) -> str:
@@ -98,11 +99,12 @@ def test_the_table_shows_every_kind_of_count_without_cutting_a_heading(width: in
     assert "…" not in text
 
 
-def test_a_guest_whose_memory_is_not_shared_is_marked() -> None:
-    assert "its memory is not shared" not in page(snapshot())
-    without = snapshot(guest_port(lacks_memory=True))
-    assert "its memory is not shared" in " ".join(page(without).split())
-    assert 'xdpnet_guest_lacks_memory{port="web"} 1.0' in exposition(without)
+def test_the_state_of_a_guest_stands_in_the_table_with_its_remedy_and_is_a_metric() -> None:
+    shown = snapshot(guest_port(state=NO_MEMORY))
+    assert "memory is not shared (share=on); give its QEMU -object" in " ".join(page(shown).split())
+    assert 'xdpnet_guest_state{port="web",state="no_memory"} 1.0' in exposition(shown)
+    assert 'xdpnet_guest_state{port="web",state="up"} 1.0' in exposition(snapshot())
+    assert json.loads(shown.to_json())["ports"][0]["guest"]["state"]["words"] == "memory is not shared (share=on)"
 
 
 def test_frames_on_their_way_are_named() -> None:
@@ -174,7 +176,7 @@ def test_every_queue_has_its_packets_bytes_and_drops_by_reason() -> None:
         'xdpnet_queue_waited_total{direction="rx",port="web",queue="0"} 41.0',
         'xdpnet_ring_waiting_frames{direction="rx",port="web",queue="0"} 0.0',
         'xdpnet_guest_connected{port="web"} 1.0',
-        'xdpnet_guest_lacks_memory{port="web"} 0.0',
+        'xdpnet_guest_state{port="web",state="up"} 1.0',
         'xdpnet_vhost_user_errors_total{port="web",reason="order"} 2.0',
         'xdpnet_fdb_entries{port="web",type="learned"} 1.0',
         'xdpnet_build_info{version="1.2.3"} 1.0',

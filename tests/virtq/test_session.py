@@ -30,6 +30,7 @@ from tests.rig.waiting import until_equal
 from xdpnet import limits
 from xdpnet.core import MAX_REGIONS, TX, Bridge
 from xdpnet.ration import Ration
+from xdpnet.states import UP
 from xdpnet.virtq import device, features
 from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
@@ -790,7 +791,7 @@ def test_a_region_that_is_no_memory_for_us_is_left_out_and_the_others_serve(
     assert not backend.started(0)
 
 
-def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(
+def test_rings_without_any_memory_are_the_guests_state_and_said_once_for_each_frontend(
     make_backend: MakeBackend, memory: RingMemory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """QEMU has its rings ready and adds no region, if the guest's memory is not shared."""
@@ -805,10 +806,12 @@ def test_rings_without_any_memory_are_said_once_for_each_frontend_and_shown(
             assert frontend.tell(Request.SET_VRING_ADDR, memory.ring_addr(index, 256)) == 0
             assert frontend.set_event(Request.SET_VRING_KICK, index, frontend.event()) == 0
             assert backend.device.lacks_memory
-        assert caplog.text.count("no memory has come: it has to be shared") == 1
+            backend.control.call(guest.standing.say)
+        assert caplog.text.count("memory is not shared (share=on); give its QEMU -object memory-backend-memfd") == 1
         assert frontend.set_memory(memory) == 0
         assert backend.started(0)
         assert not backend.device.lacks_memory
+        assert backend.control.call(guest.standing.state) == UP
         frontend.close()
         backend.control.run(guest.ended.wait())
 

@@ -24,7 +24,7 @@ from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
 from xdpnet.ration import LINES, RationedLog
 from xdpnet.sockets import Access
-from xdpnet.virtq import server
+from xdpnet.virtq import server, standing
 from xdpnet.virtq.message import Request
 from xdpnet.virtq.server import GuestSocket
 
@@ -206,7 +206,40 @@ def test_a_frontend_that_comes_and_goes_without_end_leaves_a_few_lines_and_a_cou
                 frontend.send_bytes(bytes(12))  # refused, with a line of its own
                 assert frontend.is_disconnected()
             until_equal(lambda: guest.counters.disconnects, count)
+        assert backend.control.call(guest.standing.state).words == "refused: version 0, expected 1"
     assert len(caplog.messages) == LINES
+    assert caplog.messages[0] == "guest: the frontend is disconnected: version 0, expected 1"
+
+
+def test_a_frontend_that_stays_is_said_with_who_it_is_and_so_is_its_end(
+    backend: Backend, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    guest = backend.open(path)
+    with Frontend.connect(path) as frontend:
+        assert frontend.ask_u64(Request.GET_FEATURES)
+        until_equal(lambda: len(caplog.messages), 1)
+        assert backend.control.call(guest.standing.state).kind == "no_driver"
+    until_equal(lambda: len(caplog.messages), 2)
+    who = f"process {os.getpid()}, user {os.geteuid()}, group {os.getegid()}"
+    assert caplog.messages == [
+        f"guest: waiting for a driver (its frontend: {who})",
+        "guest: waiting for a frontend",
+    ]
+
+
+def test_a_thousand_connections_without_a_word_are_not_said(
+    backend: Backend, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    guest = backend.open(path)
+    for count in range(1, 1001):
+        Frontend.connect(path).close()
+        until_equal(lambda: guest.counters.disconnects, count)
+    assert caplog.messages == []
+
+
+WANTS_MORE = "asks for more than the 1 queue pair that it has"
 
 
 def ask_and_leave(frontend: Frontend) -> None:
@@ -225,32 +258,32 @@ def test_a_frontend_that_wants_more_queues_is_told_of_once(
     for count in range(1, 5):
         ask_and_leave(meet(path))
         until_equal(lambda: guest.counters.disconnects, count)
-        assert caplog.text.count("leaves as soon as it hears of 1 queue pairs: it wants more") == (count > 1)
+        until_equal(lambda: caplog.text.count(WANTS_MORE), int(count > 1))
     # One that stays is as welcome as ever.
     with meet(path) as frontend, RingMemory() as memory:
         frontend.negotiate()
         frontend.ask_u64(Request.GET_QUEUE_NUM)
         assert frontend.set_memory(memory) == 0
     assert eventually(lambda: guest.counters.disconnects == 5)
-    assert guest.held_s() == 0
+    assert guest.standing.held_s() == 0
     ask_and_leave(meet(path))
     assert eventually(lambda: guest.counters.disconnects == 6)
-    assert guest.held_s() == 0
-    assert caplog.text.count("it wants more") == 1
+    assert guest.standing.held_s() == 0
+    assert caplog.text.count(WANTS_MORE) == 1
 
 
 def test_a_frontend_that_wants_more_queues_is_held_off_for_longer_and_longer(
     backend: Backend, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(standing, "time", SimpleNamespace(monotonic=clock))
     guest = backend.open(path)
     held = []
     for count in range(1, 8):
-        clock.now += guest.held_s()
+        clock.now += guest.standing.held_s()
         ask_and_leave(Frontend.connect(path))
         until_equal(lambda: guest.counters.disconnects, count)
-        held.append(guest.held_s())
+        held.append(guest.standing.held_s())
     assert held == pytest.approx([0, 0.2, 0.4, 0.8, 1, 1, 1])
     with Frontend.connect(path) as frontend:
         backend.settle()

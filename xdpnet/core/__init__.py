@@ -45,6 +45,7 @@ from xdpnet.core.ports import Guest, Netdev, Port
 from xdpnet.core.records import (
     BrokenRing,
     FdbEntry,
+    GuestFaults,
     Place,
     Region,
     RingConfig,
@@ -86,6 +87,7 @@ __all__ = [
     "BrokenRing",
     "FdbEntry",
     "Guest",
+    "GuestFaults",
     "Netdev",
     "Place",
     "Port",

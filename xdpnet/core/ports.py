@@ -5,8 +5,18 @@ from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
-from xdpnet.core.binding import BROKEN_NAMES, ZEROCOPY, ZeroCopy, check, ffi, fields_of, lib
-from xdpnet.core.records import Region, RingConfig, RingState, Staged, XskStats, region_fields, region_of, traffic_of
+from xdpnet.core.binding import BROKEN_NAMES, DROP_NAMES, ZEROCOPY, ZeroCopy, check, ffi, fields_of, lib
+from xdpnet.core.records import (
+    GuestFaults,
+    Region,
+    RingConfig,
+    RingState,
+    Staged,
+    XskStats,
+    region_fields,
+    region_of,
+    traffic_of,
+)
 from xdpnet.counters import Traffic
 
 
@@ -74,6 +84,13 @@ class Guest(Port):
         mac = ffi.new("uint8_t[6]")
         found = self._call(f"read what {self.label} may not send", lib.xn_guest_stray, mac)
         return bytes(mac) if found else None
+
+    def faults(self) -> GuestFaults:
+        """What keeps the guest from its frames; reads nothing of its memory."""
+        found = ffi.new("struct xn_guest_faults *")
+        self._call(f"read faults of {self.label}", lib.xn_guest_faults, found)
+        broken = BROKEN_NAMES[found.broken]
+        return GuestFaults(broken, found.broken_ring, found.starved_ring, found.starved_us / 1e6)
 
     def set_ips(self, ips: Sequence[IPv4Address | IPv6Address]) -> None:
         """The IP addresses that the guest may use as its own; none: any."""

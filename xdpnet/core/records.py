@@ -103,6 +103,19 @@ class BrokenRing:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestFaults:
+    """What keeps a guest from its frames: a ring latched broken, and one that has had no buffer for them for so long.
+
+    Rings are numbered as vhost-user does; broken is the reason, or an empty string.
+    """
+
+    broken: str
+    broken_ring: int
+    starved_ring: int
+    starved_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class XskStats(XdpStatistics):
     """And where the frames of the open socket are."""
 

@@ -63,7 +63,7 @@ GUEST: Values[Guest] = {
     counters.CONNECTED: lambda guest: guest.connected,
     counters.FEATURE: lambda guest: dict.fromkeys(guest.features, 1),
     counters.GUEST_MTU: lambda guest: guest.mtu,
-    counters.LACKS_MEMORY: lambda guest: guest.lacks_memory,
+    counters.GUEST_STATE: lambda guest: {guest.state.kind: 1},
     **_fields(VhostUser),
 }
 

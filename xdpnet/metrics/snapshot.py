@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from xdpnet.counters import Traffic, VhostUser, Work, XdpStatistics
+from xdpnet.states import UP, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,7 @@ class Queue:
 class Guest(VhostUser):
     """A vhost-user socket, its features as negotiated; a copy of what is counted of it.
 
-    mtu: what the guest was told that it may send, by the configuration or its frontend; 0: nothing. lacks_memory: its
-    rings are ready, and no memory was handed over.
+    mtu: what the guest was told that it may send, by the configuration or its frontend; 0: nothing.
     """
 
     socket: str
@@ -79,7 +79,7 @@ class Guest(VhostUser):
     mac: str
     features: tuple[str, ...]
     mtu: int = 0
-    lacks_memory: bool = False
+    state: State = UP
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from xdpnet.metrics.snapshot import Port, Ring, Snapshot
 
 NOTHING = Text("-", style="dim")
 GAP = "  "  # between columns
+STATE_STYLES: dict[str, str] = {"up": "green", "no_frontend": "yellow", "no_driver": "yellow"}
 
 
 def render(now: Snapshot, before: Snapshot | None = None) -> RenderableType:
@@ -133,8 +134,7 @@ def _port_line(port: Port) -> Text:
     text.append(f"{port.name}  ", style="bold cyan")
     if port.guest:
         guest = port.guest
-        text.append(*(("connected", "green") if guest.connected else ("waiting for the frontend", "yellow")))
-        text.append("  its memory is not shared" if guest.lacks_memory else "", style="bold red")
+        text.append(str(guest.state), style=STATE_STYLES.get(guest.state.kind, "bold red"))
         text.append(f"  {guest.socket or 'inherited descriptor'}{' (client)' if guest.client else ''}")
         text.append(f"  {guest.mac}" if guest.mac else "")
         text.append(f"  MTU {guest.mtu}" if guest.mtu else "")

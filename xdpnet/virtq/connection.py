@@ -37,6 +37,7 @@ class Connection:
         sock.setblocking(False)
         self.socket = sock
         self.left = False  # it was the frontend that ended it
+        self.fault = ""  # why we did, if that is the frontend's
         self._session = session
         self._counters = counters
         self._on_close = on_close
@@ -96,7 +97,7 @@ class Connection:
         except ProtocolError as error:
             self.fail(error)
         except (ConnectionError, EOFError) as error:
-            self._log.info("the frontend is gone: %s", error)
+            self._log.debug("the frontend is gone: %s", error)
             self.left = True
             self.close()
         except Exception:
@@ -238,7 +239,7 @@ class Connection:
         try:
             self._unsent = self._unsent[self._try_send(self._unsent) :]
         except ConnectionError as error:
-            self._log.info("the frontend is gone: %s", error)
+            self._log.debug("the frontend is gone: %s", error)
             self.close()
             return
         if not self._unsent:
@@ -268,5 +269,6 @@ class Connection:
     def fail(self, error: ProtocolError) -> None:
         """Ends the connection for this reason."""
         self._log.warning("the frontend is disconnected: %s", error)
+        self.fault = str(error)
         self._counters.count_error(error)
         self.close()

@@ -77,7 +77,6 @@ class GuestDevice:
         self._log: Log | None = None
         self._log_call: Fd | None = None
         self._said_sparse = False
-        self._said_no_memory = False  # to this frontend
 
     # ---- features ----
 
@@ -353,10 +352,6 @@ class GuestDevice:
         except ProtocolError:
             ring.stop()
             raise
-        if self.lacks_memory and not self._said_no_memory:
-            self._said_no_memory = True
-            remedy = "it has to be shared, by QEMU's memory-backend-memfd with share=on"
-            self.log.warning("its driver has started, and no memory has come: %s", remedy)
 
     def stop(self, ring: Virtqueue) -> int:
         """GET_VRING_BASE: once this returns nothing touches the ring; the index at which to go on."""
@@ -426,7 +421,6 @@ class GuestDevice:
         self.memory = []
         self._keep_files({})
         self._drop_log()
-        self._said_no_memory = False
 
 
 @contextmanager

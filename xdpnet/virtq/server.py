@@ -2,13 +2,11 @@
 
 Three ways to meet: listening on a path, connecting to a path (the frontend listens; retried until it is there), or a
 socket inherited as a descriptor, connected or listening. Who may connect is decided by owner, group and permissions of
-the socket; if it has a user, he and root are the only ones who are served, whichever way we meet. Who came is logged.
+the socket; if it has a user, he and root are the only ones who are served, whichever way we meet. Who came, and what
+became of it, is standing.py's affair.
 
 A second frontend never disturbs one that has handed over its memory. One that has not, for HANDSHAKE_S, may be waiting
 for its guest to boot, or keep the place from its owner: it stays until another one comes, and then makes room.
-
-One that leaves at once when it was told how many queues there are, and comes back to ask again, wants more of them:
-QEMU does that hundreds of times a second. It is told of, and held off for longer and longer.
 
 Invariant: between two frontends the device is bare: no ring runs, nothing is mapped, every descriptor of the old one is
 closed, or about to be.
@@ -31,10 +29,10 @@ from xdpnet.virtq.counters import Counters
 from xdpnet.virtq.device import GuestDevice
 from xdpnet.virtq.message import FramingError
 from xdpnet.virtq.session import Session
+from xdpnet.virtq.standing import Standing
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.05, 0.5  # of a client whose server is not there
 HANDSHAKE_S = 5.0  # QEMU whose guest runs needs milliseconds
-HASTE_S = 1.0  # within which a frontend leaves that does not like what it was told
 ACCEPT_PAUSE_S = 1.0  # when there is no descriptor left to accept with, or too many of the guest's are not closed
 
 
@@ -54,6 +52,7 @@ class GuestSocket:
         self.device = device
         self.path = path
         self.counters = Counters()
+        self.standing = Standing(device)
         self.ended = asyncio.Event()  # an inherited connection is over: there will be no other
         self._client = client
         self._turned_away = Closer()  # not the device's: these must not be counted against the frontend that is served
@@ -61,9 +60,6 @@ class GuestSocket:
         self._access = access
         self._connection: Connection | None = None
         self._session: Session | None = None
-        self._began = 0.0  # its connection
-        self._hasty = 0  # connections in a row that were left at once
-        self._held_until = 0.0
         self._handshake_until = 0.0  # until then another frontend cannot have its place
         self._listening: ListeningSocket | None = None
         self._acceptor: socket.socket | None = None
@@ -91,6 +87,7 @@ class GuestSocket:
         """Ends the connection and gives the path back; idempotent."""
         await self._part()
         self.disconnect()
+        self.standing.close()
 
     async def move(self, path: str, client: bool, access: Access) -> None:
         """Meets frontends there, and these, from now on. Raises as start(), and goes on as before.
@@ -182,14 +179,14 @@ class GuestSocket:
             complaint, delay = "", RETRY_FIRST_S
             self._serve(sock)
             await self._free.wait()
-            await asyncio.sleep(max(delay, self.device.allowance.wait_s(), self.held_s()))
+            await asyncio.sleep(max(delay, self.device.allowance.wait_s(), self.standing.held_s()))
 
     # ---- frontends ----
 
     def _accept(self) -> None:
         if self._acceptor is None:
             return
-        if wait_s := max(self.device.allowance.wait_s(), self.device.door.wait_s(), self.held_s()):
+        if wait_s := max(self.device.allowance.wait_s(), self.device.door.wait_s(), self.standing.held_s()):
             self._pause_accepting(self._acceptor, min(wait_s, ACCEPT_PAUSE_S))
             return
         with self.device.door.charged():
@@ -257,8 +254,7 @@ class GuestSocket:
     def _serve(self, sock: socket.socket) -> None:
         try:
             peer = peer_of(sock)
-            self._began = time.monotonic()
-            self._handshake_until = self._began + HANDSHAKE_S
+            self._handshake_until = time.monotonic() + HANDSHAKE_S
             self._session = session = Session(self.device, self.counters)
             self._connection = Connection(sock, session, self.counters, self._on_close)
         except OSError as error:  # out of memory, or of what may be watched
@@ -267,36 +263,18 @@ class GuestSocket:
             self._turn_away(sock)
             self._end_if_inherited()
             return
-        self.device.log.info("frontend connected: %s", peer)
+        self.device.log.debug("frontend connected: %s", peer)
         self.counters.connects += 1
+        self.standing.came(peer, session)
         self._free.clear()
 
     def _on_close(self) -> None:
-        self.device.log.info("frontend disconnected")
-        if self._connection is not None and self._session is not None:
-            self._judge_haste(self._connection, self._session)
+        self.device.log.debug("frontend disconnected")
+        if self._connection is not None:
+            self.standing.went(self._connection.left, self._connection.fault)
         self._connection = self._session = None
         self._free.set()
         self._end_if_inherited()
-
-    def _judge_haste(self, connection: Connection, session: Session) -> None:
-        now = time.monotonic()
-        if not connection.left or not session.asked_queues or session.had_memory or now > self._began + HASTE_S:
-            self._hasty = 0
-            return
-        self._hasty += 1
-        if self._hasty == 2:
-            self.device.log.warning(
-                "its frontend leaves as soon as it hears of %d queue pairs: it wants more; "
-                "its queues and those of the guest in our configuration have to be the same",
-                self.device.pairs,
-            )
-        if self._hasty > 1:
-            self._held_until = now + min(RETRY_FIRST_S * 2 ** min(self._hasty, 10), ACCEPT_PAUSE_S)
-
-    def held_s(self) -> float:
-        """For how long no frontend is met, for the last ones left at once."""
-        return max(0.0, self._held_until - time.monotonic())
 
     def _end_if_inherited(self) -> None:
         if self._fd is not None and self._acceptor is None:

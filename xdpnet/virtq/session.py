@@ -55,6 +55,7 @@ class Session:
         self.status = 0
         self.asked_queues = False  # and was answered how many there are
         self.had_memory = False
+        self.refused = ""  # what it was, last, and went on
         self.backend_channel: Fd | None = None
         self.filling: MemoryChange | None = None  # what the request that came last waits for
         self._unanswered: Message | None = None
@@ -100,6 +101,7 @@ class Session:
                 raise
             self.counters.count_error(error)
             self.device.log.warning("%s refused: %s", message.name, error)
+            self.refused = f"{message.name}: {error}"
             answer = FAILURE
         return None if answer is None else reply(message.header.request, answer)
 
