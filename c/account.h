@@ -16,6 +16,7 @@
 struct account {
 	s64 credit; /* cycles */
 	u64 round;  /* of the worker's, that the credit is of */
+	u64 had;    /* cycles, in all */
 };
 
 enum {
@@ -65,6 +66,7 @@ static inline void account_charge(struct account *a, u64 cycles, s64 quantum)
 {
 	const s64 lowest = -quantum * (DEBT_US / QUANTUM_US);
 
+	count(&a->had, cycles);
 	a->credit -= (s64)cycles;
 	if (unlikely(a->credit < lowest))
 		a->credit = lowest;

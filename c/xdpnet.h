@@ -330,6 +330,8 @@ int xn_port_add_netdev(struct xn_bridge *b, uint32_t queues); /* port id */
  */
 int xn_port_set_macs(struct xn_bridge *b, uint32_t port, const uint8_t *macs, uint32_t n, int check_source);
 int xn_port_remove(struct xn_bridge *b, uint32_t port);
+/* TSC cycles that the workers have spent on the port so far: on what it sends and takes, looking for it included. */
+int xn_port_cycles(struct xn_bridge *b, uint32_t port, uint64_t *cycles);
 /* queue: pair (guest) or socket (netdev) number */
 int xn_queue_stats(struct xn_bridge *b, uint32_t port, uint32_t queue, uint32_t direction, struct xn_queue_stats *out);
 

@@ -29,6 +29,8 @@ CAPABILITIES = {"type": "net"}  # VHostUserBackendCapabilities of docs/interop/v
 CONVENTION_GUEST = "guest"  # the name of the one that --socket-path or --fd is about
 PIPE_COLUMNS = 140  # the width of tables that no terminal limits
 
+SORTS = ("name", "drops", "packets", "cpu")  # metrics/table.py's, which brings rich
+
 log = logging.getLogger(__name__)
 
 
@@ -311,6 +313,8 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch", nargs="?", type=_seconds, const=1.0, metavar="S", help="again every S seconds (1), with rates"
     )
+    parser.add_argument("--sort", choices=SORTS, help="ports with the most of it first; drops and so on are per second")
+    parser.add_argument("--port", action="append", default=[], metavar="NAME", help="this port alone; repeatable")
     _add_control(parser)
     parser.set_defaults(command=_stats)
 
@@ -333,39 +337,19 @@ def _stats(options: argparse.Namespace) -> int:
             if not options.watch:
                 return 0
             time.sleep(options.watch)
-    from xdpnet.metrics.table import render
+    from xdpnet.metrics import screen
+    from xdpnet.metrics.table import View, render
 
-    console = _console()
+    console, view = _console(), View(options.sort, frozenset(options.port))
     if options.watch:
-        _watch(console, options.control, options.watch)
-    else:
-        console.print(render(_snapshot(options.control)))
+        screen.watch(console, lambda: _snapshot(options.control), options.watch, view)
+        return 0
+    now = _snapshot(options.control)
+    if absent := view.ports - {port.name for port in now.ports}:
+        there = ", ".join(port.name for port in now.ports)
+        raise ControlError(f"no port {', '.join(sorted(absent))}; there are: {there}")
+    console.print(render(now, None, view))
     return 0
-
-
-def _watch(console: "Console", path: str, seconds: float) -> None:
-    """A live page in a terminal, one page after the other elsewhere; a daemon that restarts is waited for."""
-    from rich.console import RenderableType
-    from rich.live import Live
-    from rich.text import Text
-
-    from xdpnet.metrics.table import render
-
-    before = _snapshot(path)
-    with Live(render(before), console=console, screen=console.is_terminal, auto_refresh=False) as live:
-        while True:
-            time.sleep(seconds)
-            page: RenderableType
-            try:
-                now = _snapshot(path)
-                page = render(now, before)
-                before = now
-            except ControlError as error:
-                page = Text(f"xdpnet: {error}", style="yellow")
-            if console.is_terminal:
-                live.update(page, refresh=True)
-            else:
-                console.print(page)
 
 
 def _snapshot(path: str) -> Any:

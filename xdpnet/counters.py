@@ -92,8 +92,13 @@ class Work:
     packets: Annotated[int, _worker("packets", "frames", "Frames that the worker took from any port.", "Packets")]
 
 
+CPU = _count(
+    "worker_", ("worker",), "cpu_seconds", "seconds", "Time that the worker's thread has run for, spinning included.")
 STALLED = _gauge(
     "worker_", ("worker",), "stalled_seconds", "seconds", "Time for which the worker has not gone on; 0: it does.")
+BUSY = _count(
+    "port_", ("port",), "busy_cycles", "cycles",
+    "TSC cycles that the workers spent on the port: its part of their time, of all ports' together.")
 ADDRESSES = _gauge("", ("port", "type"), "fdb_entries", "addresses", "Addresses in the forwarding table.")
 
 # ---- queues ----

@@ -104,6 +104,18 @@ int xn_worker_stats(struct xn_bridge *b, uint32_t worker, struct xn_worker_stats
 	return 0;
 }
 
+int xn_port_cycles(struct xn_bridge *b, uint32_t port, uint64_t *cycles)
+{
+	u64 sum = 0;
+
+	if (port >= XN_MAX_PORTS || !b->ports[port])
+		return -ENOENT;
+	for (u32 i = 0; i < b->workers.n; i++)
+		sum += __atomic_load_n(&b->workers.each[i]->accounts[port].had, __ATOMIC_RELAXED);
+	*cycles = sum;
+	return 0;
+}
+
 uint64_t xn_bridge_parked_ns(const struct xn_bridge *b)
 {
 	return b->workers.parking.total;
@@ -223,6 +235,8 @@ int bridge_add_port(struct xn_bridge *b, struct port *p)
 		b->ports[id] = p;
 		if (id >= b->ports_n)
 			b->ports_n = id + 1;
+		for (u32 i = 0; i < b->workers.n; i++)
+			b->workers.each[i]->accounts[id].had = 0;
 		return (int)id;
 	}
 	return -ENOSPC;

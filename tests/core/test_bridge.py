@@ -482,6 +482,28 @@ def test_36_a_port_has_up_to_16_addresses_of_its_own_and_no_more(bridge: core.Br
     }
 
 
+def test_what_the_workers_spend_on_a_port_is_in_its_account_and_the_next_port_has_none_of_it(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """While time is held, what it would take."""
+    bridge = make_bridge()
+    one, two, _ = three(bridge, guests)
+    before = one.port.cycles(), two.port.cycles()
+    send(one, *(frame(BROADCAST, mac(1)) for _ in range(100)))
+    bridge.time_advance(0)
+    spent = one.port.cycles() - before[0], two.port.cycles() - before[1]
+    assert spent[0] > spent[1]
+    gone = int(bridge.add_guest(1))
+    with closing(Driver(bridge).start()) as last:
+        send(last, *(frame(BROADCAST, mac(9)) for _ in range(100)))
+        bridge.time_advance(0)
+        assert last.port.cycles() > 0
+        number = int(last.port)
+    core.Port(bridge, gone).remove()
+    again = {int(port): port for port in (bridge.add_guest(1), bridge.add_guest(1))}
+    assert again[number].cycles() == 0
+
+
 @pytest.mark.parametrize("address", [ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
 def test_a_port_cannot_have_a_group_address(bridge: core.Bridge, address: bytes) -> None:
     port = bridge.add_guest(1)

@@ -52,6 +52,7 @@ OF_QUEUES: dict[str, Call] = {
 OF_ANY: dict[str, Call] = {
     "remove": lambda bridge, port, _: core.Port(bridge, port).remove(),
     "set address": lambda bridge, port, _: core.Port(bridge, port).set_mac(mac(1), False),
+    "cycles": lambda bridge, port, _: core.Port(bridge, port).cycles(),
     "flush": lambda bridge, port, _: core.Port(bridge, port).flush(),
     "statistics": lambda bridge, port, _: core.Port(bridge, port).queue_stats(0, core.RX),
 }

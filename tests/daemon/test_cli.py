@@ -18,6 +18,7 @@ from tests.rig.snapshots import snapshot
 from xdpnet import __version__, cli, config, limits
 from xdpnet.control.server import ControlServer
 from xdpnet.control.systemd import JournalFormatter
+from xdpnet.metrics import table
 
 
 def xdpnet(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -224,6 +225,21 @@ def test_stats_shows_the_table(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "every frame accounted for" in done.stdout
     assert "…" not in done.stdout
+
+
+def test_stats_of_a_port_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    with daemon(path):
+        one = xdpnet("stats", "--port", "web", "--sort", "drops", "--control", path)
+        none = xdpnet("stats", "--port", "webb", "--control", path)
+    assert (one.returncode, one.stderr) == (0, "")
+    assert "web" in one.stdout
+    assert "eth1" not in one.stdout
+    assert (none.returncode, none.stderr) == (1, "xdpnet: no port webb; there are: web, eth1\n")
+
+
+def test_the_command_line_knows_how_the_table_can_be_sorted() -> None:
+    assert cli.SORTS == table.SORTS
 
 
 def test_stats_as_json_is_the_snapshot(tmp_path: Path) -> None:

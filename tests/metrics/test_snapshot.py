@@ -33,10 +33,10 @@ from xdpnet.metrics.snapshot import Port, Queue, Snapshot, total
 from xdpnet.states import NO_MEMORY
 
 
-def page(now: Snapshot, before: Snapshot | None = None, width: int = 100) -> str:
+def page(now: Snapshot, before: Snapshot | None = None, width: int = 100, view: table.View | None = None) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
     with console.file:
-        console.print(table.render(now, before))
+        console.print(table.render(now, before, view or table.View()))
     return console.export_text()
 
 
@@ -75,28 +75,106 @@ def test_json_of_another_version_is_refused() -> None:
 # ---- the table ----
 
 
-@pytest.mark.parametrize("width", [100, 140])
-def test_the_table_shows_every_kind_of_count_without_cutting_a_heading(width: int) -> None:
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_table_shows_what_matters_without_cutting_a_heading(width: int) -> None:
     text = page(snapshot(), width=width)
     words = (
-        "web",
-        "eth1",
-        "no_buffer 22",
-        "spoof 10",
-        "XDP native",
-        "copy mode",
-        "MTU 1500",
-        "MTU 9000",
-        "790.1 MB",
-        "99,000",
-        "guest 12.35M",
+        *("web", "eth1", "XDP native", "copy mode", "MTU 1500", "MTU 9000", "guest 12.35M"),
+        *("no_buffer 22", "spoof 10", "Drops by reason", "Drops"),
     )
     for word in words:
-        assert word in text
+        assert word in " ".join(text.split())
     for word in "lost: group 6", "not learned: addresses 8":  # which may stand on two lines
         assert word in " ".join(text.split())
     assert "in 12,346,700 + copies 5 = out 12,346,673 + drops 32   every frame accounted for" in text
     assert "…" not in text
+    if width > 80:
+        assert "790.1 MB" in text
+        assert "99,000" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 140, 200])
+@pytest.mark.parametrize("rated", [False, True], ids=["in all", "with rates"])
+def test_no_row_is_wider_than_the_terminal_and_drops_have_their_room_with_their_rate(width: int, rated: bool) -> None:
+    drops = {"spoof": 123_456_789, "no_buffer": 10_000, "no_port": 999}
+    many = traffic(12_345_678, drops, calls=10**12, calls_saved=10**12, kicks=10**12, kicks_saved=10**12)
+    port = Port("a-long-name-01", 0, (Queue(11, many, many, ring(), ring()),), guest_port().guest)
+    before = snapshot(Port("a-long-name-01", 0, (Queue(11, traffic(), traffic()),), guest_port().guest))
+    now = snapshot(port, netdev_port(), time=1002.0)
+    lines = page(now, before if rated else None, width).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    text = "\n".join(lines)
+    for word in "spoof 123.5M", "no_buffer 10,000", "no_port 999":
+        assert text.count(word) == 2
+    if rated:
+        assert text.count("Drops/s") == 2
+        assert text.count("61.73M") >= 2  # of each direction
+    assert "Drops by reason" in text
+
+
+def test_where_there_is_no_room_what_matters_least_is_left_out_first() -> None:
+    """Calls and kicks, those saved first; then the totals that have a rate beside them."""
+    before = snapshot(time=999.0)
+    seen = {width: page(snapshot(), before, width) for width in (80, 110, 180)}
+    for heading, widths in (
+        ("Drops/s", [80, 110, 180]),
+        ("Packets/s", [80, 110, 180]),
+        ("Bytes", [110, 180]),
+        ("Calls", [180]),
+    ):
+        assert [width for width, text in seen.items() if heading in text] == widths, heading
+
+
+def loaded() -> tuple[Snapshot, Snapshot]:
+    """Two seconds: db lost the most of late, web the most in all; mail had most of the workers' time."""
+    totals = {"web": (5_000, 10, 100), "db": (700, 600, 200), "mail": (0, 0, 1_700)}
+
+    def made(name: str, number: int, dropped: int, cycles: int) -> Port:
+        queue = Queue(0, traffic(number, {"no_buffer": dropped}), traffic(), ring(), ring())
+        return Port(name, number, (queue,), guest_port().guest, busy_cycles=cycles)
+
+    before = [made(name, at, total - lately, 50) for at, (name, (total, lately, _)) in enumerate(totals.items())]
+    now = [made(name, at, total, 50 + cycles) for at, (name, (total, _, cycles)) in enumerate(totals.items())]
+    return (
+        snapshot(*now, time=1002.0, workers=(worker(1, cpu_s=7.5),)),
+        snapshot(*before, workers=(worker(1, cpu_s=6.5),)),
+    )
+
+
+def order(text: str) -> list[str]:
+    """Of ports, in the first table."""
+    return [line.split()[0] for line in text.splitlines() if line.split()[:1] in (["web"], ["db"], ["mail"])][:3]
+
+
+def test_ports_are_sorted_by_what_they_lose_lately_or_in_all_and_by_what_they_cost() -> None:
+    now, before = loaded()
+    for sort, rated, expected in (
+        (None, True, ["web", "db", "mail"]),
+        ("name", True, ["db", "mail", "web"]),
+        ("drops", True, ["db", "web", "mail"]),
+        ("drops", False, ["web", "db", "mail"]),
+        ("cpu", True, ["mail", "db", "web"]),
+    ):
+        view = table.View(sort)  # type: ignore[arg-type]
+        assert order(page(now, before if rated else None, view=view)) == expected
+
+
+def test_a_worker_has_its_part_of_a_processor_and_each_port_its_share_of_that() -> None:
+    now, before = loaded()
+    text = page(now, before)
+    rows = [line.split() for line in text.splitlines()]
+    assert next(row for row in rows if row[:2] == ["0", "any"])[2] == "50.0"  # one second of two
+    shares = {row[0]: row[5] for row in reversed(rows) if len(row) > 6 and row[0] in ("web", "db", "mail")}
+    assert shares == {"web": "2.5", "db": "5.0", "mail": "42.5"}
+    assert 'xdpnet_worker_cpu_seconds_total{worker="0"} 7.5' in exposition(now)
+    assert 'xdpnet_port_busy_cycles_total{port="mail"} 1750.0' in exposition(now)
+
+
+def test_only_the_ports_that_are_asked_for_are_shown_and_the_books_stay_whole() -> None:
+    text = page(snapshot(), view=table.View(ports=frozenset(["eth1"])))
+    assert "web" not in text
+    assert "eth1" in text
+    assert "in 12,346,700" in text
 
 
 def test_the_state_of_a_guest_stands_in_the_table_with_its_remedy_and_is_a_metric() -> None:
@@ -473,7 +551,7 @@ def test_what_a_page_takes_us_is_not_its_clients_time_and_health_is_told_meanwhi
 def test_the_table_has_a_line_for_each_queue_of_the_largest_daemon(largest: Snapshot) -> None:
     lines = page(largest, width=140).splitlines()
     assert sum(line.split()[:3] == ["guest127", "7", "rx"] for line in lines) == 2
-    assert sum(line.startswith(" guest") for line in lines) == 2 * MAX_PORTS * 8 * 2
+    assert sum(line.startswith(" guest") for line in lines) == MAX_PORTS * (1 + 2 * 8 * 2)
 
 
 def test_nobody_can_have_more_formats_made_than_there_are() -> None:

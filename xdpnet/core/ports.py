@@ -69,6 +69,12 @@ class Port(int):
         self._call(f"read queue {queue} of {self.label}", lib.xn_queue_stats, queue, direction, out)
         return traffic_of(out)
 
+    def cycles(self) -> int:
+        """TSC cycles that the workers have spent on the port, which is what it pays for in their order of service."""
+        spent = ffi.new("uint64_t *")
+        self._call(f"read account of {self.label}", lib.xn_port_cycles, spent)
+        return int(spent[0])
+
     def flush(self) -> None:
         """Forget the addresses that were learned from a port."""
         self._call(f"flush addresses of {self.label}", lib.xn_fdb_flush)

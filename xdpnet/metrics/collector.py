@@ -26,8 +26,15 @@ def _fields(holder: type, within: str = "") -> dict[Metric, Callable[[object], V
     return {metric: attrgetter(within + name) for name, metric in declared(holder).items()}
 
 
-WORKER: Values[Worker] = {**_fields(Work), counters.STALLED: lambda worker: worker.stalled_s}
-PORT: Values[Port] = {counters.ADDRESSES: lambda port: {"static": port.given, "learned": port.learned}}
+WORKER: Values[Worker] = {
+    **_fields(Work),
+    counters.CPU: lambda worker: worker.cpu_s,
+    counters.STALLED: lambda worker: worker.stalled_s,
+}
+PORT: Values[Port] = {
+    counters.BUSY: lambda port: port.busy_cycles,
+    counters.ADDRESSES: lambda port: {"static": port.given, "learned": port.learned},
+}
 TRAFFIC: Values[Traffic] = _fields(Traffic)
 INDICES = ("available", "used", "available_event", "used_event", "last_available")
 RING: Values[Ring] = {

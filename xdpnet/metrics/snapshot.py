@@ -105,7 +105,10 @@ class Netdev:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A guest or an interface; the other one of guest and netdev is None. given, learned: how many addresses it has."""
+    """A guest or an interface; the other one of guest and netdev is None. given, learned: how many addresses it has.
+
+    busy_cycles: what the workers have spent on it.
+    """
 
     name: str
     number: int
@@ -114,15 +117,20 @@ class Port:
     netdev: Netdev | None = None
     given: int = 0
     learned: int = 0
+    busy_cycles: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker(Work):
-    """stalled_at: where it has been for stalled_s seconds without going on, as in Stall; empty and 0 while it does."""
+    """stalled_at: where it has been for stalled_s seconds without going on, as in Stall; empty and 0 while it does.
+
+    cpu_s: seconds that its thread has run for.
+    """
 
     number: int
     cpu: int
     tid: int
+    cpu_s: float = 0.0
     stalled_s: float = 0.0
     stalled_at: str = ""
 

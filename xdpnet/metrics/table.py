@@ -1,52 +1,84 @@
 """The Snapshot as tables for a terminal, with rates where there is an earlier snapshot to compare with.
 
-Pure functions from snapshots to rich renderables; about 100 columns wide. Totals are exact, other large counts are
-shortened; who needs every digit takes --json. Tables are laid out here: of thousands of rows rich's own takes seconds.
+Pure functions from snapshots to rich renderables, for any width from 80 columns on: where a table finds no room, it
+leaves out what matters least, and never its drops. Totals are exact, other large counts are shortened; who needs every
+digit takes --json. Tables are laid out here: of thousands of rows rich's own takes seconds.
 """
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from xdpnet.counters import Metric, Traffic, Work, XdpStatistics, declared
-from xdpnet.metrics.snapshot import Port, Ring, Snapshot
+from xdpnet.metrics.snapshot import Port, Ring, Snapshot, Worker
 
 NOTHING = Text("-", style="dim")
 GAP = "  "  # between columns
+TOGETHER = "\N{NO-BREAK SPACE}"  # where a cell is not to be wrapped; shown as any other
 STATE_STYLES: dict[str, str] = {"up": "green", "no_frontend": "yellow", "no_driver": "yellow"}
+Sort = Literal["name", "drops", "packets", "cpu"]
+SORTS: tuple[Sort, ...] = ("name", "drops", "packets", "cpu")
+Line = list[Segment]  # of the terminal, without its end
 
 
-def render(now: Snapshot, before: Snapshot | None = None) -> RenderableType:
+@dataclass(frozen=True)
+class View:
+    """What of a snapshot is shown: these ports (none: all), the most of `sort` first, per second if there are rates."""
+
+    sort: Sort | None = None  # as they are configured
+    ports: frozenset[str] = frozenset()
+
+
+def render(now: Snapshot, before: Snapshot | None = None, view: View = View()) -> Group:
     """The whole page; before, if it is of the same daemon, adds the rates."""
     if before and not 0 < now.time - before.time <= now.uptime_s:
         before = None
+    since = Since(now, before)
+    now = replace(now, ports=tuple(_shown(now.ports, since, view)))
     # The books first: a live page in a small terminal shows its top.
-    parts: list[RenderableType] = [_heading(now), _totals(now), *(_port_line(port) for port in now.ports)]
+    parts: list[RenderableType] = [Text("\n").join((_heading(now), _totals(now)))]
     parts += [
         Text(f"  worker {worker.number} has been {worker.stalled_at} for {worker.stalled_s:.1f} s", style="bold red")
         for worker in now.workers
         if worker.stalled_at
     ]
+    parts += [_ports(now, since), _workers(now, before)]
+    parts += [_port_line(port) for port in now.ports]
     parts.append(_traffic(now, before))
     if any(port.guest for port in now.ports):
         parts.append(_rings(now))
     if any(port.netdev for port in now.ports):
         parts.append(_sockets(now))
-    return Group(*parts, _workers(now, before))
+    return Group(*parts)
+
+
+def _shown(ports: Iterable[Port], since: "Since", view: View) -> Iterable[Port]:
+    shown = [port for port in ports if not view.ports or port.name in view.ports]
+    keys: dict[Sort, Callable[[Port], float]] = {"drops": since.drops, "packets": since.packets, "cpu": since.cycles}
+    if view.sort == "name":
+        return sorted(shown, key=lambda port: port.name)
+    return sorted(shown, key=keys[view.sort], reverse=True) if view.sort else shown
 
 
 # ---- layout ----
 
 
 class Table:
-    """Columns by their headings, which may have two lines; ">" aligns to the right. The last column may wrap."""
+    """Columns by their headings, which may have two lines; ">" aligns to the right. The last column may wrap.
 
-    def __init__(self, *columns: str) -> None:
+    optional: headings of columns that are left out, one after the other, while the last one finds no `least` columns.
+    """
+
+    def __init__(self, *columns: str, optional: Sequence[str] = (), least: int = 0) -> None:
         self._columns = [column.removeprefix(">").split("\n") for column in columns]
         self._right = [column.startswith(">") for column in columns]
+        self._optional = [columns.index(heading) for heading in optional if heading in columns]
+        self._least = least
         self._rows: list[tuple[str | Text, ...]] = []  # an empty one ends a section
 
     def add_row(self, *cells: str | Text) -> None:
@@ -56,37 +88,59 @@ class Table:
         if self._rows and self._rows[-1]:
             self._rows.append(())
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+    def lines(self, console: Console, width: int) -> tuple[list[Line], list[Line]]:
+        """Its headings, and its rows."""
         height = max(len(lines) for lines in self._columns)
         headings = [("", "")[: height - len(lines)] + tuple(lines) for lines in self._columns]
         widths = [max(len(line) for line in lines) for lines in headings]
         for row in self._rows:
             for at, cell in enumerate(row):
                 widths[at] = max(widths[at], len(cell))
-        room = options.max_width - 1 - sum(widths[:-1]) - len(GAP) * len(widths[:-1])
-        widths[-1] = min(widths[-1], max(room, len(headings[-1][-1])))
-        yield Segment.line()
-        for line in zip(*headings, strict=True):
-            yield from self._line(console, [Text(cell, style="bold") for cell in line], widths)
-        yield from (Segment(" " + "─" * (sum(widths) + len(GAP) * len(widths[:-1]))), Segment.line())
+        shown = self._fitting(widths, width)
+        *most, last = shown
+        room = width - 1 - sum(widths[at] + len(GAP) for at in most)
+        widths[last] = min(widths[last], max(room, len(headings[last][-1])))
+        total = sum(widths[at] for at in shown) + len(GAP) * len(most)
+        bold = ([Text(cell, style="bold") for cell in line] for line in zip(*headings, strict=True))
+        head: list[Line] = [[], *(self._line(console, cells, widths, shown) for cells in bold)]
+        head.append([Segment(" " + "─" * (total - 1))])
+        rows: list[Line] = []
         for row in self._rows if self._rows and self._rows[-1] else self._rows[:-1]:
             if not row:
-                yield Segment.line()
+                rows.append([])
                 continue
-            *cells, last = row
-            style = last.style if isinstance(last, Text) else ""
-            for n, part in enumerate(textwrap.wrap(str(last), widths[-1]) or [""]):
-                yield from self._line(console, [*(cells if n == 0 else [""] * len(cells)), Text(part, style)], widths)
+            style = row[-1].style if isinstance(row[-1], Text) else ""
+            for n, part in enumerate(textwrap.wrap(str(row[-1]), widths[last]) or [""]):
+                part = part.replace(TOGETHER, " ")
+                cells = [*(row[:-1] if n == 0 else [""] * (len(row) - 1)), Text(part, style)]
+                rows.append(self._line(console, cells, widths, shown))
+        return head, rows
 
-    def _line(self, console: Console, cells: list[str | Text], widths: list[int]) -> Iterator[Segment]:
-        gap = ""
-        for cell, width, right in zip(cells, widths, self._right, strict=True):
+    def _fitting(self, widths: Sequence[int], width: int) -> list[int]:
+        """The columns that are shown."""
+        shown = [*range(len(widths))]
+        least = min(self._least, widths[-1])
+        for at in self._optional:
+            if sum(widths[each] + len(GAP) for each in shown[:-1]) + least + 1 <= width:
+                break
+            shown.remove(at)
+        return shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for lines in self.lines(console, options.max_width):
+            for line in lines:
+                yield from line
+                yield Segment.line()
+
+    def _line(self, console: Console, cells: Sequence[str | Text], widths: Sequence[int], shown: Sequence[int]) -> Line:
+        line = []
+        for at in shown:
+            cell = cells[at]
             text = str(cell)
             style = console.get_style(cell.style) if isinstance(cell, Text) else None
-            yield Segment(gap)
-            yield Segment(text.rjust(width) if right else text.ljust(width), style)
-            gap = GAP
-        yield Segment.line()
+            line += [Segment(GAP)] if at else []
+            line.append(Segment(text.rjust(widths[at]) if self._right[at] else text.ljust(widths[at]), style))
+        return line
 
 
 # ---- numbers ----
@@ -134,8 +188,7 @@ def _port_line(port: Port) -> Text:
     text.append(f"{port.name}  ", style="bold cyan")
     if port.guest:
         guest = port.guest
-        text.append(str(guest.state), style=STATE_STYLES.get(guest.state.kind, "bold red"))
-        text.append(f"  {guest.socket or 'inherited descriptor'}{' (client)' if guest.client else ''}")
+        text.append(f"{guest.socket or 'inherited descriptor'}{' (client)' if guest.client else ''}")
         text.append(f"  {guest.mac}" if guest.mac else "")
         text.append(f"  MTU {guest.mtu}" if guest.mtu else "")
         text.append("  " + " ".join(_short_feature(name) for name in guest.features), style="dim")
@@ -156,6 +209,87 @@ def _port_line(port: Port) -> Text:
     return text
 
 
+@dataclass(frozen=True)
+class Since:
+    """What ports have done since an earlier snapshot, per second; without one in all."""
+
+    now: Snapshot
+    before: Snapshot | None
+
+    def drops(self, port: Port) -> float:
+        return self._rate(port, _dropped)
+
+    def packets(self, port: Port) -> float:
+        return self._rate(port, lambda each: sum(queue.rx.packets + queue.tx.packets for queue in each.queues))
+
+    def bytes(self, port: Port) -> float:
+        return self._rate(port, lambda each: sum(queue.rx.bytes + queue.tx.bytes for queue in each.queues))
+
+    def cycles(self, port: Port) -> float:
+        return self._rate(port, lambda each: each.busy_cycles)
+
+    def cpu(self, port: Port) -> float:
+        """Its part of what the workers' threads ran, in percent of a CPU; with no earlier snapshot, of all they did."""
+        whole = sum(self.cycles(each) for each in self.now.ports)
+        if not whole:
+            return 0.0
+        ran = sum(cpu_of(worker, self.before, self.now) for worker in self.now.workers) if self.before else 100
+        return self.cycles(port) / whole * ran
+
+    def _rate(self, port: Port, value: Callable[[Port], int]) -> float:
+        if self.before is None:
+            return value(port)
+        was = next((each for each in self.before.ports if (each.name, each.number) == (port.name, port.number)), None)
+        done = value(port) - value(was) if was else 0
+        return max(done, 0) / (self.now.time - self.before.time)
+
+
+def cpu_of(worker: Worker, before: Snapshot | None, now: Snapshot) -> float:
+    """Percent of a CPU that its thread has run for since then, or since it was started."""
+    if before is None:
+        return 100 * worker.cpu_s / now.uptime_s if now.uptime_s > 0 else 0.0
+    was = next((each for each in before.workers if each.number == worker.number), worker)
+    return 100 * (worker.cpu_s - was.cpu_s) / (now.time - before.time)
+
+
+def _dropped(port: Port) -> int:
+    return sum(sum(way.drops.values()) for queue in port.queues for way in (queue.rx, queue.tx))
+
+
+def _ports(now: Snapshot, since: Since) -> Table:
+    """One row each: who is in what state, who loses frames, who takes the workers' time."""
+    rated = since.before is not None
+    rates = (">Packets/s", ">Mb/s") if rated else (">Packets",)
+    losses = (">Drops", ">Drops/s") if rated else (">Drops",)
+    share = ">CPU %" if rated else ">Share of\nworkers %"
+    table = Table(" Port", *rates, *losses, share, "State", optional=[">Mb/s"], least=24)
+    for port in now.ports:
+        cells: list[str | Text] = [f" {port.name}", count(round(since.packets(port)))]
+        if rated:
+            cells.append(f"{since.bytes(port) * 8 / 1e6:,.1f}")
+        dropped = _dropped(port)
+        cells.append(Text(count(dropped), style="yellow" if dropped else ""))
+        if rated:
+            lately = since.drops(port)
+            cells.append(Text(_per_second(lately), style="bold yellow" if lately else ""))
+        table.add_row(*cells, f"{since.cpu(port):.1f}", _state_of(port))
+    return table
+
+
+def _per_second(value: float) -> str:
+    """One frame in a while is not none."""
+    return f"{value:.1f}" if 0 < value < 10 else count(round(value))
+
+
+def _state_of(port: Port) -> Text:
+    if port.guest:
+        state = port.guest.state
+        return Text(str(state), style=STATE_STYLES.get(state.kind, "bold red"))
+    if port.netdev and not port.netdev.alive:
+        return Text("interface gone", style="bold red")
+    return Text("up", style="green")
+
+
 def _columns(holder: type) -> list[tuple[str, Metric]]:
     """Fields of a class that have a column."""
     return [(name, metric) for name, metric in declared(holder).items() if metric.column]
@@ -170,19 +304,34 @@ def _traffic(now: Snapshot, before: Snapshot | None) -> Table:
     moved = [each for each in columns if each[1].of == "queues"]
     notified = [each for each in columns if each[1].of != "queues"]
     rates = (">Packets/s", ">Mb/s") if before else ()
-    table = Table(" Port", ">Q", "Dir", *_headings(moved), *rates, *_headings(notified), "Drops by reason")
+    losses = (">Drops", ">Drops/s") if before else (">Drops",)
+    seldom = [*reversed(_headings(notified)), *reversed(_headings(moved)), ">Mb/s"]
+    table = Table(
+        " Port", ">Q", "Dir", *_headings(moved), *rates, *_headings(notified), *losses, "Drops by reason",
+        optional=seldom if before else seldom[:-2], least=24,
+    )  # fmt: skip
     earlier = dict(_directions(before)) if before else {}
     for port in now.ports:
         for (name, number, direction), traffic in _directions_of(port):
             cells: list[str | Text] = [f" {name}", str(number), direction]
             cells += [(size if metric.unit == "bytes" else count)(getattr(traffic, field)) for field, metric in moved]
+            was = earlier.get((name, number, direction))
             if before:
-                cells += _rates(traffic, earlier.get((name, number, direction)), now.time - before.time)
+                cells += _rates(traffic, was, now.time - before.time)
             has = {"rings": bool(port.guest), "kicked": bool(port.guest) or direction == "tx"}
             cells += [count(getattr(traffic, field)) if has[metric.of] else NOTHING for field, metric in notified]
+            lost = sum(traffic.drops.values())
+            cells.append(Text(count(lost), style="yellow") if lost else NOTHING)
+            if before:
+                cells.append(_drop_rate(lost, was, now.time - before.time))
             table.add_row(*cells, _drops(traffic))
         table.add_section()
     return table
+
+
+def _drop_rate(lost: int, before: Traffic | None, seconds: float) -> Text:
+    lately = lost - sum(before.drops.values()) if before else 0
+    return Text(_per_second(lately / seconds), style="bold yellow") if lately > 0 else NOTHING
 
 
 def _rates(now: Traffic, before: Traffic | None, seconds: float) -> list[str | Text]:
@@ -193,13 +342,14 @@ def _rates(now: Traffic, before: Traffic | None, seconds: float) -> list[str | T
 
 
 def _drops(traffic: Traffic) -> Text:
-    lost = [f"{reason} {count(number)}" for reason, number in traffic.drops.items() if number]
+    lost = [f"{reason}{TOGETHER}{count(number)}" for reason, number in traffic.drops.items() if number]
     return Text(", ".join(lost), style="yellow") if lost else NOTHING
 
 
 def _rings(now: Snapshot) -> Table:
     indices = (">Available", ">Used", ">Kick\nwanted at", ">Call\nwanted at")
-    table = Table(" Guest", ">Q", "Ring", ">Entries", "State", *indices, ">Frames\nwaited", ">Worker")
+    columns = (" Guest", ">Q", "Ring", ">Entries", "State", *indices, ">Frames\nwaited", ">Worker")
+    table = Table(*columns, optional=[*reversed(indices[2:]), ">Entries"], least=6)
     for port in now.ports:
         for queue in port.queues:
             for name, ring, traffic in (("rx", queue.rx_ring, queue.rx), ("tx", queue.tx_ring, queue.tx)):
@@ -228,7 +378,7 @@ def _state(ring: Ring) -> Text:
 def _sockets(now: Snapshot) -> Table:
     columns = _columns(XdpStatistics)
     frames = (">Frames\nfree", ">Frames\nfill", ">Frames\ntx")
-    table = Table(" Interface", ">Q", "Socket", *_headings(columns), *frames)
+    table = Table(" Interface", ">Q", "Socket", *_headings(columns), *frames, optional=[frames[1]], least=6)
     for port in now.ports:
         for queue in port.queues:
             if queue.xsk is None:
@@ -245,10 +395,13 @@ def _sockets(now: Snapshot) -> Table:
 def _workers(now: Snapshot, before: Snapshot | None) -> Table:
     columns = _columns(Work)
     rates = [f"{heading}/s" for heading in _headings(columns)] if before else []
-    table = Table(" Worker", "CPU", *_headings(columns), *rates)
+    busy = [">CPU %"] if before else [">CPU %\nin all"]
+    in_all = _headings(columns)
+    table = Table(" Worker", "On CPU", *busy, *in_all, *rates, optional=in_all[::-1] if before else [], least=6)
     earlier = {worker.number: worker for worker in before.workers} if before else {}
     for worker in now.workers:
         cells = [f" {worker.number}", "any" if worker.cpu < 0 else str(worker.cpu)]
+        cells.append(f"{cpu_of(worker, before, now):.1f}")
         cells += [count(getattr(worker, name)) for name, _ in columns]
         if before:
             was, seconds = earlier.get(worker.number, worker), now.time - before.time

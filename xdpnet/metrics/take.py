@@ -4,9 +4,11 @@ Called on the control thread, which alone may call the core; workers go on meanw
 counted in and not yet out.
 """
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from xdpnet import __version__, core
@@ -76,7 +78,15 @@ def take(
     ports = [_guest_port(source) for source in guests]
     ports += [_netdev_port(name, source) for name, source in netdevs.items()]
     given, learned = bridge.fdb_count()
-    ports = [replace(port, given=given[port.number], learned=learned[port.number]) for port in ports]
+    ports = [
+        replace(
+            port,
+            given=given[port.number],
+            learned=learned[port.number],
+            busy_cycles=core.Port(bridge, port.number).cycles(),
+        )
+        for port in ports
+    ]
     names = {port.number: port.name for port in ports}
     now = time.monotonic()
     return Snapshot(
@@ -165,9 +175,19 @@ def _worker(bridge: core.Bridge, number: int, stall: Stall | None, now: float) -
         cpu=stats.cpu,
         tid=stats.tid,
         **values(stats, Work),
+        cpu_s=_ran_s(stats.tid),
         stalled_s=now - stall.since if stall else 0.0,
         stalled_at=stall.where if stall else "",
     )
+
+
+def _ran_s(tid: int) -> float:
+    """Of one of our threads, by the kernel's books: proc(5), /proc/tid/stat; 0: it does not run."""
+    try:
+        fields = Path(f"/proc/self/task/{tid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _address(entry: core.FdbEntry, names: Mapping[int, str]) -> Address:
