@@ -253,6 +253,15 @@ struct xn_ip {
 	uint8_t ip[16];	 /* of version 4 the first four */
 };
 
+/* A frame of a guest's that was dropped for what it claims to be. */
+struct xn_offence {
+	uint8_t src[6];	 /* its source ... */
+	uint8_t dst[6];	 /* ... and destination */
+	uint16_t type;	 /* as it stands behind these */
+	struct xn_ip ip; /* that it speaks for; of version 0: none that the core understands, or looked for */
+	uint64_t age_ms;
+};
+
 enum { XN_ANY_VLAN = 0xffff };
 
 struct xn_fdb_entry {
@@ -349,6 +358,8 @@ int xn_guest_set_ips(struct xn_bridge *b, uint32_t port, const struct xn_ip *ips
 int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], uint32_t vlan);
 /* 1: since the last call a frame of the guest was dropped for its source address (XN_DROP_SPOOF), which is put into mac. */
 int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6]);
+/* The last one that was dropped as that, XN_DROP_SPOOF or XN_DROP_POLICY (-EINVAL: neither). 1; 0: there was none. */
+int xn_guest_offence(struct xn_bridge *b, uint32_t port, uint32_t drop, struct xn_offence *out);
 int xn_guest_faults(struct xn_bridge *b, uint32_t port, struct xn_guest_faults *out);
 /*
  * What may be lent has all its pages in the page tables, and to fill these may take seconds, which nobody else is to wait

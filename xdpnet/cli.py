@@ -1,4 +1,4 @@
-"""The command line: run, check, stats, demo; show, apply, guest, netdev of a running daemon.
+"""The command line: run, check, stats, fdb, ring, demo; show, apply, guest, netdev of a running daemon.
 
 Flags and file go through the same models (config.py). Called without a command, but with options, it runs: that is
 how "Backend program conventions" of QEMU's docs/interop/vhost-user.rst call a backend, with --socket-path=PATH or
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from xdpnet import __version__, core, limits
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="serve guests", description=_run.__doc__))
     _add_check(commands.add_parser("check", help="look at what this machine offers", description=_check.__doc__))
     _add_stats(commands.add_parser("stats", help="show the counters of a running daemon", description=_stats.__doc__))
+    _add_fdb(commands.add_parser("fdb", help="show the addresses that it knows", description=_fdb.__doc__))
+    _add_ring(commands.add_parser("ring", help="show a queue pair of a guest", description=_ring.__doc__))
     _add_show(commands.add_parser("show", help="print its configuration", description=_show.__doc__))
     _add_apply(commands.add_parser("apply", help="have it serve another configuration", description=_apply.__doc__))
     for kind, title in ("guest", "a guest"), ("netdev", "an interface"):
@@ -349,6 +352,45 @@ def _stats(options: argparse.Namespace) -> int:
         there = ", ".join(port.name for port in now.ports)
         raise ControlError(f"no port {', '.join(sorted(absent))}; there are: {there}")
     console.print(render(now, None, view))
+    return 0
+
+
+def _add_fdb(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--port", action="append", default=[], metavar="NAME", help="of this port alone; repeatable")
+    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    parser.set_defaults(command=_fdb)
+
+
+def _fdb(options: argparse.Namespace) -> int:
+    """Shows which addresses the running daemon knows, of which port, and since when they are silent."""
+    from xdpnet.metrics import detail
+
+    now = _snapshot(options.control)
+    if options.json:
+        print(json.dumps([asdict(address) for address in detail.addresses(now, options.port)], indent=2))
+    else:
+        _console().print(detail.fdb(now, options.port))
+    return 0
+
+
+def _add_ring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("guest", metavar="GUEST", help="its name")
+    parser.add_argument("pair", metavar="Q", type=int, help="the number of a queue pair, from 0 on")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    parser.set_defaults(command=_ring)
+
+
+def _ring(options: argparse.Namespace) -> int:
+    """Shows both rings of a queue pair: state, indices, and every counter with what it means."""
+    from xdpnet.metrics import detail
+
+    queue = detail.queue_of(_snapshot(options.control), options.guest, options.pair)
+    if options.json:
+        print(json.dumps(asdict(queue), indent=2))
+    else:
+        _console().print(detail.ring(queue))
     return 0
 
 

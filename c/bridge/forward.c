@@ -100,6 +100,7 @@ static struct ways classify(struct worker *w, const struct burst *burst, struct 
 		u16 vlan = view_vlan(v);
 
 		if (unlikely(is_link_local(v, dst)) && !from->wire) {
+			offence_note(&from->policy, v, NULL);
 			view_drop(v, XN_DROP_POLICY);
 			continue;
 		}
@@ -108,7 +109,7 @@ static struct ways classify(struct worker *w, const struct burst *burst, struct 
 			fault = learn(w, burst, src, dst, vlan);
 		if (unlikely(fault != GOOD)) {
 			if (fault == XN_DROP_SPOOF)
-				__atomic_store_n(&from->stray, STRAY | src, __ATOMIC_RELAXED);
+				offence_note(&from->spoof, v, NULL);
 			view_drop(v, fault);
 			last_dst = NO_MAC;
 			continue;

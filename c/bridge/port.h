@@ -5,6 +5,8 @@
 #ifndef XN_PORT_H
 #define XN_PORT_H
 
+#include "clock.h"
+#include "frame/packet.h"
 #include "frame/view.h"
 
 struct port;
@@ -44,6 +46,29 @@ struct port_verbs {
 /* What a port is to whoever made it: the bridge does not ask. */
 enum port_kind { PORT_GUEST, PORT_NETDEV };
 
+/* The last frame of a guest that was dropped for what it claimed, for whoever asks who that was; several workers may tell. */
+struct offence {
+	struct spinlock lock;
+	bool news; /* since it was last asked for the remedy */
+	u64 at;	   /* cycles; 0: there was none */
+	struct xn_offence last;
+};
+
+/* ip: that it claims as its own, beside the addresses of the frame; NULL: none. */
+static inline void offence_note(struct offence *o, const struct view *v, const struct xn_ip *ip)
+{
+	/* Somebody writes or reads: that one is the last as well. */
+	if (__atomic_exchange_n(&o->lock.held, 1, __ATOMIC_ACQUIRE))
+		return;
+	o->news = true;
+	o->at = cycles() | 1;
+	memcpy(o->last.dst, v->head, ETH_ALEN);
+	memcpy(o->last.src, v->head + ETH_ALEN, ETH_ALEN);
+	o->last.type = load_be16(v->head + 2 * ETH_ALEN);
+	o->last.ip = ip ? *ip : (struct xn_ip){0};
+	spin_unlock(&o->lock);
+}
+
 struct port {
 	const struct port_verbs *verbs;
 	struct xn_bridge *bridge;
@@ -56,13 +81,11 @@ struct port {
 	u32 macs_n; /* 0: learned */
 	u64 macs[XN_MAX_OWN_MACS];
 	/* Of a guest's, by what it has sent. */
-	u32 taught;    /* of the bridge's changes, the last that it has taught ... */
-	u64 taught_at; /* ... in cycles */
-	u64 stray;     /* STRAY | the source of a frame that was dropped for it; 0: none of late */
+	u32 taught;	       /* of the bridge's changes, the last that it has taught ... */
+	u64 taught_at;	       /* ... in cycles */
+	struct offence spoof;  /* XN_DROP_SPOOF */
+	struct offence policy; /* XN_DROP_POLICY */
 };
-
-/* No part of an address. */
-#define STRAY (1ull << 63)
 
 /* Whether the address was given to the port. */
 static inline bool port_owns(const struct port *p, u64 mac)

@@ -31,8 +31,14 @@ static bool is_own_ipv6(const struct guard *g, const struct view *v, const u8 *i
 	return !memcmp(own, ip, IPV6_LEN) || is_given(g, 6, ip);
 }
 
+static void claims(struct xn_ip *claimed, u8 version, const u8 *ip)
+{
+	claimed->version = version;
+	memcpy(claimed->ip, ip, version == 4 ? IPV4_LEN : IPV6_LEN);
+}
+
 /* Who asks for an address as nobody means to take it: whoever has it, or is about to, gives it up (RFC 5227, 2.1). */
-static bool arp_is_own(const struct guard *g, const struct view *v, const u8 *arp, u32 have)
+static bool arp_is_own(const struct guard *g, const struct view *v, const u8 *arp, u32 have, struct xn_ip *claimed)
 {
 	static const u8 ethernet_and_ipv4[6] = {0, ARPHRD_ETHER, ETH_P_IP >> 8, 0, ETH_ALEN, IPV4_LEN};
 
@@ -42,8 +48,8 @@ static bool arp_is_own(const struct guard *g, const struct view *v, const u8 *ar
 	u16 op = load_be16(arp + ARP_OP);
 	bool is_probe = op == ARPOP_REQUEST && !memcmp(arp + ARP_SENDER_IP, zeroes, IPV4_LEN);
 
-	return (op == ARPOP_REQUEST || op == ARPOP_REPLY) &&
-	       is_given(g, 4, arp + (is_probe ? ARP_TARGET_IP : ARP_SENDER_IP));
+	claims(claimed, 4, arp + (is_probe ? ARP_TARGET_IP : ARP_SENDER_IP));
+	return (op == ARPOP_REQUEST || op == ARPOP_REPLY) && is_given(g, 4, claimed->ip);
 }
 
 /* What a station may say that has no address yet (RFC 4862, 5.4.2; RFC 3590); a probe as in ARP. */
@@ -54,7 +60,7 @@ static bool icmp6_is_nobodys(u8 type)
 }
 
 static bool icmp6_is_own(const struct guard *g, const struct view *v, const u8 *p, u32 end, const struct packet *at,
-			 bool nobody)
+			 bool nobody, struct xn_ip *claimed)
 {
 	/* Where there is nothing, nobody takes it for anything. */
 	if (at->l4 == at->end)
@@ -68,7 +74,10 @@ static bool icmp6_is_own(const struct guard *g, const struct view *v, const u8 *
 		return false;
 	if (type != ND_ADVERTISEMENT && !(nobody && type == ND_SOLICITATION))
 		return true;
-	return at->l4 + (u32)(ND_TARGET + IPV6_LEN) <= end && is_own_ipv6(g, v, p + at->l4 + ND_TARGET);
+	if (at->l4 + (u32)(ND_TARGET + IPV6_LEN) > end)
+		return false;
+	claims(claimed, 6, p + at->l4 + ND_TARGET);
+	return is_own_ipv6(g, v, claimed->ip);
 }
 
 /* No guest is a server of DHCP, or its relay: clients look at the port that it is for, not at where it comes from. */
@@ -101,14 +110,15 @@ static bool is_hidden(const struct packet *at)
 				    at->protocol == IPPROTO_DSTOPTS || at->protocol == IPPROTO_FRAGMENT);
 }
 
-bool guard_allows(const struct guard *g, const struct view *v, const u8 *p, u32 have)
+bool guard_allows(const struct guard *g, const struct view *v, const u8 *p, u32 have, struct xn_ip *claimed)
 {
 	struct packet at;
 	bool parsed = packet_parse(p, have, v->len, &at);
 	const u8 *l3 = p + at.l3;
 
+	claimed->version = 0;
 	if (at.type == ETH_P_ARP)
-		return arp_is_own(g, v, l3, have - at.l3);
+		return arp_is_own(g, v, l3, have - at.l3, claimed);
 	/* IP may be in anything else: SNAP, MPLS, PPPoE, more tags or other ones than we look behind, what is yet to come. */
 	if (at.type != ETH_P_IP && at.type != ETH_P_IPV6)
 		return false;
@@ -120,6 +130,7 @@ bool guard_allows(const struct guard *g, const struct view *v, const u8 *p, u32 
 	bool nobody = !memcmp(source, zeroes, at.version == 4 ? IPV4_LEN : IPV6_LEN);
 	u32 end = min_u32(min_u32(have, at.end), PACKET_HEADERS);
 
+	claims(claimed, at.version, source);
 	if (nobody ? at.fragment : at.version == 4 ? !is_given(g, 4, source) : !is_own_ipv6(g, v, source))
 		return false;
 	/* What the first fragment says, the others cannot say otherwise. */
@@ -130,6 +141,6 @@ bool guard_allows(const struct guard *g, const struct view *v, const u8 *p, u32 
 	if (at.protocol == IPPROTO_UDP)
 		return udp_is_own(v, p, end, &at, nobody);
 	if (at.version == 6 && at.protocol == IPPROTO_ICMPV6)
-		return icmp6_is_own(g, v, p, end, &at, nobody);
+		return icmp6_is_own(g, v, p, end, &at, nobody, claimed);
 	return !nobody;
 }

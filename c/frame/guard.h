@@ -13,7 +13,10 @@ struct guard {
 	struct xn_ip ips[XN_MAX_IPS];
 };
 
-/* Of a frame whose first `have` bytes, all of its headers if it has any, are a snapshot at p that is sent in their place. */
-bool guard_allows(const struct guard *g, const struct view *v, const u8 *p, u32 have);
+/*
+ * Of a frame whose first `have` bytes, all of its headers if it has any, are a snapshot at p that is sent in their place.
+ * *claimed: the address that it speaks for; of version 0: none that we understand.
+ */
+bool guard_allows(const struct guard *g, const struct view *v, const u8 *p, u32 have, struct xn_ip *claimed);
 
 #endif

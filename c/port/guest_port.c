@@ -149,16 +149,46 @@ int xn_guest_remember(struct xn_bridge *b, uint32_t port, const uint8_t mac[6], 
 	}
 }
 
+/* A copy, and whether it had not been asked for before. */
+static bool take_offence(struct offence *o, struct offence *copy)
+{
+	spin_lock(&o->lock);
+	*copy = *o;
+	o->news = false;
+	spin_unlock(&o->lock);
+	return copy->news;
+}
+
 int xn_guest_stray(struct xn_bridge *b, uint32_t port, uint8_t mac[6])
+{
+	struct guest *g = guest_at(b, port);
+	struct offence o;
+
+	if (!g)
+		return -ENOENT;
+	bool news = take_offence(&g->port.spoof, &o);
+
+	memcpy(mac, o.last.src, ETH_ALEN);
+	return news;
+}
+
+int xn_guest_offence(struct xn_bridge *b, uint32_t port, uint32_t drop, struct xn_offence *out)
 {
 	struct guest *g = guest_at(b, port);
 
 	if (!g)
 		return -ENOENT;
-	u64 stray = __atomic_exchange_n(&g->port.stray, 0, __ATOMIC_RELAXED), value = htole64(stray);
+	if (drop != XN_DROP_SPOOF && drop != XN_DROP_POLICY)
+		return -EINVAL;
+	struct offence *o = drop == XN_DROP_SPOOF ? &g->port.spoof : &g->port.policy;
 
-	memcpy(mac, &value, ETH_ALEN);
-	return !!stray;
+	spin_lock(&o->lock);
+	u64 at = o->at, now = cycles();
+
+	*out = o->last;
+	spin_unlock(&o->lock);
+	out->age_ms = at && (s64)(now - at) > 0 ? (now - at) / clock_cycles_per_us() / 1000 : 0;
+	return !!at;
 }
 
 static u64 starved_us(const struct virtqueue *q, u64 now)

@@ -52,9 +52,13 @@ static void look_into(const struct virtqueue *q, struct view *v, const u8 *raw, 
 	view_snapshot(v);
 	if (vnet_asks(raw))
 		vnet_judge(v, &hdr, guest_of(q->port)->sends, headers, have);
+	struct xn_ip claimed;
+
 	if (guest_of(q->port)->guard.n && v->port != VIEW_DROPPED &&
-	    !guard_allows(&guest_of(q->port)->guard, v, headers, have))
+	    unlikely(!guard_allows(&guest_of(q->port)->guard, v, headers, have, &claimed))) {
+		offence_note(&q->port->policy, v, &claimed);
 		view_drop(v, XN_DROP_POLICY);
+	}
 }
 
 static __attribute__((noinline)) void open_any_chain(const struct virtqueue *q, struct view *v, u64 total, u8 *headers)

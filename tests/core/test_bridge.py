@@ -504,6 +504,33 @@ def test_what_the_workers_spend_on_a_port_is_in_its_account_and_the_next_port_ha
     assert again[number].cycles() == 0
 
 
+def test_of_what_a_guest_may_not_send_the_last_is_kept_with_its_age(
+    held_time: None, make_bridge: MakeBridge, guests: MakeGuest
+) -> None:
+    """Also once it was asked for, and beside other guests."""
+    bridge = make_bridge()
+    drivers = three(bridge, guests)
+    port = drivers[0].port
+    port.set_mac(mac(1), True)
+    assert port.offence("spoof") is None
+    send(drivers[0], frame(BROADCAST, mac(7)), frame(mac(3), mac(9)), frame(BROADCAST, mac(1)))
+    bridge.time_advance(3_000_000)
+    for _ in range(2):
+        last = port.offence("spoof")
+        assert last is not None
+        assert (last.source, last.destination, last.ip) == (mac(9), mac(3), None)
+        assert last.age_s == pytest.approx(3, abs=0.1)
+        port.stray()
+    assert port.offence("policy") is None
+    send(drivers[0], frame(reserved(14), mac(1)))
+    last = port.offence("policy")
+    assert last is not None
+    assert (last.source, last.destination, last.ip) == (mac(1), reserved(14), None)
+    assert [driver.port.offence("spoof") for driver in drivers[1:]] == [None, None]
+    with pytest.raises(OSError, match="Invalid argument"):
+        port.offence("no_buffer")
+
+
 @pytest.mark.parametrize("address", [ZERO, BROADCAST, MULTICAST], ids=bytes.hex)
 def test_a_port_cannot_have_a_group_address(bridge: core.Bridge, address: bytes) -> None:
     port = bridge.add_guest(1)

@@ -385,3 +385,25 @@ def test_16_addresses_can_be_given_and_no_more(pair: Pair) -> None:
         a.port.set_ips(many)
     with pytest.raises(OSError, match="No such file"):
         core.Guest(a.bridge, 77).set_ips(many[:1])
+
+
+@pytest.mark.parametrize(
+    ("sent", "ip"),
+    [
+        (arp(OTHER4), OTHER4),
+        (arp(NONE4, target=OTHER4), OTHER4),
+        (ipv4(OTHER4), OTHER4),
+        (ipv4(OTHER4, TAGS[2]), OTHER4),
+        (ipv4(OWN4, ports=(67, 2000)), OWN4),
+        (ipv6(OTHER6, bytes(8), UDP), OTHER6),
+        (frame(BROADCAST, mac(1)), b""),
+    ],
+    ids=["arp", "arp probe", "ipv4", "ipv4 tagged", "dhcp", "ipv6", "not IP"],
+)
+def test_whom_a_guest_spoke_for_when_it_was_stopped_is_kept(pair: Pair, sent: bytes, ip: bytes) -> None:
+    sends(pair, sent, False)
+    last = pair[0].port.offence("policy")
+    assert last is not None
+    assert (last.source, last.ip.packed if last.ip else b"") == (mac(1), ip)
+    sends(pair, ipv4(OWN4), True)
+    assert pair[0].port.offence("policy").source == mac(1)  # type: ignore[union-attr]

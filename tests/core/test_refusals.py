@@ -25,6 +25,7 @@ OF_GUESTS: dict[str, Call] = {
     "set ips": lambda bridge, port, _: core.Guest(bridge, port).set_ips([IPv4Address("10.0.0.1")]),
     "remember": lambda bridge, port, _: core.Guest(bridge, port).remember(mac(1), 0),
     "stray": lambda bridge, port, _: core.Guest(bridge, port).stray(),
+    "offence": lambda bridge, port, _: core.Guest(bridge, port).offence("spoof"),
     "faults": lambda bridge, port, _: core.Guest(bridge, port).faults(),
     "announce": lambda bridge, port, _: core.Guest(bridge, port).announce(mac(1)),
 }

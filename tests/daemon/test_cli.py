@@ -238,6 +238,41 @@ def test_stats_of_a_port_that_is_not_there_names_those_that_are(tmp_path: Path) 
     assert (none.returncode, none.stderr) == (1, "xdpnet: no port webb; there are: web, eth1\n")
 
 
+def test_fdb_shows_the_addresses_and_those_of_a_port(tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    with daemon(path):
+        every = xdpnet("fdb", "--control", path)
+        none = xdpnet("fdb", "--port", "eth1", "--control", path)
+        told = xdpnet("fdb", "--json", "--port", "web", "--control", path)
+    assert (every.returncode, every.stderr) == (0, "")
+    rows = [line.split() for line in every.stdout.splitlines() if "52:54" in line]
+    assert rows == [
+        ["52:54:00:00:00:01", "any", "web", "given", "-"],
+        ["52:54:00:00:00:09", "-", "web", "learned", "0", "min", "03", "s"],
+    ]
+    assert "52:54" not in none.stdout
+    assert [each["mac"] for each in json.loads(told.stdout)] == ["52:54:00:00:00:01", "52:54:00:00:00:09"]
+
+
+def test_ring_shows_both_rings_of_a_pair_and_names_the_guests_and_pairs_that_there_are(tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    with daemon(path):
+        shown = xdpnet("ring", "web", "0", "--control", path)
+        told = xdpnet("ring", "web", "0", "--json", "--control", path)
+        stranger = xdpnet("ring", "eth1", "0", "--control", path)
+        beyond = xdpnet("ring", "web", "1", "--control", path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    rows = {line.split()[0]: line.split()[1:3] for line in shown.stdout.splitlines() if line.strip()}
+    assert rows["state"] == ["up", "up"]
+    assert rows["available"] == ["1,010", "1,010"]
+    assert rows["packets"] == ["12,345,678", "1,000"]
+    assert rows["no_buffer"] == ["22", "-"]
+    assert "no_port" not in rows
+    assert json.loads(told.stdout)["tx"]["drops"]["spoof"] == 10
+    assert (stranger.returncode, stranger.stderr) == (1, "xdpnet: no guest eth1; there are: web\n")
+    assert (beyond.returncode, beyond.stderr) == (1, "xdpnet: guest web has no queue pair 1; it has 0 to 0\n")
+
+
 def test_the_command_line_knows_how_the_table_can_be_sorted() -> None:
     assert cli.SORTS == table.SORTS
 

@@ -29,7 +29,7 @@ from xdpnet.counters import XdpStatistics, declared
 from xdpnet.errors import SetupError
 from xdpnet.metrics import table, take
 from xdpnet.metrics.endpoint import CONNECTIONS, DEADLINE_S, PAGES, REQUEST_BYTES, REUSE, MetricsEndpoint, faults
-from xdpnet.metrics.snapshot import Port, Queue, Snapshot, total
+from xdpnet.metrics.snapshot import Offence, Port, Queue, Snapshot, total
 from xdpnet.states import NO_MEMORY
 
 
@@ -183,6 +183,31 @@ def test_the_state_of_a_guest_stands_in_the_table_with_its_remedy_and_is_a_metri
     assert 'xdpnet_guest_state{port="web",state="no_memory"} 1.0' in exposition(shown)
     assert 'xdpnet_guest_state{port="web",state="up"} 1.0' in exposition(snapshot())
     assert json.loads(shown.to_json())["ports"][0]["guest"]["state"]["words"] == "memory is not shared (share=on)"
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (
+            Offence("spoof", "52:54:00:00:00:09", "ff:ff:ff:ff:ff:ff", 0x806, "", 3.2),
+            "last spoof: from 52:54:00:00:00:09",
+        ),
+        (
+            Offence("policy", "52:54:00:00:00:01", "ff:ff:ff:ff:ff:ff", 0x806, "10.0.0.9", 3.2),
+            "last policy: as 10.0.0.9",
+        ),
+        (
+            Offence("policy", "52:54:00:00:00:01", "01:80:c2:00:00:0e", 0x88CC, "", 3.2),
+            "last policy: to 01:80:c2:00:00:0e, EtherType 0x88cc",
+        ),
+    ],
+)
+def test_of_what_a_guest_may_not_send_the_last_is_shown_and_is_no_label(last: Offence, words: str) -> None:
+    shown = snapshot(guest_port(offences=(last,)))
+    assert f"{words}, 0 min 03 s ago" in " ".join(page(shown).split())
+    assert Snapshot.from_json(json.loads(shown.to_json())) == shown
+    assert last.ip not in exposition(shown) or not last.ip
+    assert "52:54" not in exposition(shown)
 
 
 def test_frames_on_their_way_are_named() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 from xdpnet.core.binding import BROKEN_NAMES, DROP_NAMES, ZEROCOPY, ZeroCopy, check, ffi, fields_of, lib
 from xdpnet.core.records import (
     GuestFaults,
+    Offence,
     Region,
     RingConfig,
     RingState,
@@ -90,6 +91,16 @@ class Guest(Port):
         mac = ffi.new("uint8_t[6]")
         found = self._call(f"read what {self.label} may not send", lib.xn_guest_stray, mac)
         return bytes(mac) if found else None
+
+    def offence(self, drop: str) -> Offence | None:
+        """The last frame that was dropped as that, "spoof" or "policy"."""
+        out = ffi.new("struct xn_offence *")
+        what = f"read what {self.label} was not let send"
+        if not self._call(what, lib.xn_guest_offence, DROP_NAMES.index(drop), out):
+            return None
+        raw, version = bytes(out.ip.ip), out.ip.version
+        ip = IPv4Address(raw[:4]) if version == 4 else IPv6Address(raw) if version == 6 else None
+        return Offence(bytes(out.src), bytes(out.dst), out.type, ip, out.age_ms / 1e3)
 
     def faults(self) -> GuestFaults:
         """What keeps the guest from its frames; reads nothing of its memory."""

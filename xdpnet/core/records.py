@@ -1,6 +1,7 @@
 """What goes into the core and comes out of it; c/xdpnet.h says what each field means."""
 
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from xdpnet.core.binding import DROP_NAMES, check, ffi, fields_of, lib
@@ -113,6 +114,20 @@ class GuestFaults:
     broken_ring: int
     starved_ring: int
     starved_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Offence:
+    """The last frame of a guest that was dropped for what it claims to be; type: its EtherType.
+
+    ip: the address that it speaks for; None: none that the core understands, or looked for.
+    """
+
+    source: bytes
+    destination: bytes
+    type: int
+    ip: IPv4Address | IPv6Address | None
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Ring:
     used_event: int
     last_available: int
     waiting: int
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,27 @@ class Queue:
     xsk: Xsk | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Offence:
+    """The last frame of a guest that was dropped as `reason`: source, destination and EtherType.
+
+    ip: the address that it speaks for; empty: none that is known.
+    """
+
+    reason: str
+    source: str
+    destination: str
+    type: int
+    ip: str
+    age_s: float
+
+    def __str__(self) -> str:
+        """Whom it is about, in words."""
+        if self.reason == "spoof":
+            return f"from {self.source}"
+        return f"as {self.ip}" if self.ip else f"to {self.destination}, EtherType {self.type:#06x}"
+
+
 @dataclass(slots=True, kw_only=True)
 class Guest(VhostUser):
     """A vhost-user socket, its features as negotiated; a copy of what is counted of it.
@@ -80,6 +102,7 @@ class Guest(VhostUser):
     features: tuple[str, ...]
     mtu: int = 0
     state: State = UP
+    offences: tuple[Offence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

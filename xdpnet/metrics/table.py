@@ -194,6 +194,8 @@ def _port_line(port: Port) -> Text:
         text.append("  " + " ".join(_short_feature(name) for name in guest.features), style="dim")
         _append_counts(text, "vhost-user errors", guest.errors)
         _append_counts(text, "refused", guest.refused)
+        for last in guest.offences:
+            text.append(f"  last {last.reason}: {last}, {duration(last.age_s)} ago", style="yellow")
         _append_counts(text, "not learned", {"addresses": sum(queue.tx.unlearned for queue in port.queues)})
     if port.netdev:
         netdev = port.netdev
@@ -357,17 +359,17 @@ def _rings(now: Snapshot) -> Table:
                     continue
                 cells: list[str | Text] = [f" {port.name}", str(queue.number), name]
                 if ring.started or ring.broken:
-                    cells += [str(ring.size), _state(ring), str(ring.available), str(ring.used)]
+                    cells += [str(ring.size), ring_state(ring), str(ring.available), str(ring.used)]
                     cells += [str(ring.available_event), str(ring.used_event)]
                     cells += [count(traffic.waited) if name == "rx" else NOTHING, str(ring.worker)]
                 else:
-                    cells += [NOTHING, _state(ring), *[NOTHING] * 6]
+                    cells += [NOTHING, ring_state(ring), *[NOTHING] * 6]
                 table.add_row(*cells)
         table.add_section()
     return table
 
 
-def _state(ring: Ring) -> Text:
+def ring_state(ring: Ring) -> Text:
     if ring.broken:
         return Text(f"broken: {ring.broken}", style="bold red")
     if not ring.started:

@@ -6,7 +6,7 @@ counted in and not yet out.
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from xdpnet.metrics.snapshot import (
     Address,
     Guest,
     Netdev,
+    Offence,
     Port,
     Queue,
     Ring,
@@ -28,6 +29,7 @@ from xdpnet.metrics.snapshot import (
 from xdpnet.stalls import Stall
 
 STATIONS = 1024  # of the wire that are shown; the others are counted
+OFFENCES = ("spoof", "policy")  # drop reasons of which the core keeps the last frame's addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,15 @@ def _guest_port(source: GuestSource) -> Port:
         )
         for pair in range(source.pairs)
     )
-    return Port(source.name, source.port, queues, guest=source.guest)
+    guest = replace(source.guest, offences=tuple(_offences(source.port)))
+    return Port(source.name, source.port, queues, guest=guest)
+
+
+def _offences(port: core.Guest) -> Iterator[Offence]:
+    for reason in OFFENCES:
+        if (last := port.offence(reason)) is not None:
+            ip = str(last.ip) if last.ip is not None else ""
+            yield Offence(reason, last.source.hex(":"), last.destination.hex(":"), last.type, ip, last.age_s)
 
 
 def _netdev_port(name: str, source: NetdevSource) -> Port:
@@ -152,6 +162,7 @@ def _ring(state: core.RingState) -> Ring:
         used_event=state.used_event,
         last_available=state.last_avail,
         waiting=state.waiting,
+        packed=state.packed,
     )
 
 
