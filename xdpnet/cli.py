@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_stats(commands.add_parser("stats", help="show the counters of a running daemon", description=_stats.__doc__))
     _add_fdb(commands.add_parser("fdb", help="show the addresses that it knows", description=_fdb.__doc__))
     _add_ring(commands.add_parser("ring", help="show a queue pair of a guest", description=_ring.__doc__))
+    _add_log(commands.add_parser("log", help="show or set how much it says", description=_log.__doc__))
+    _add_bugreport(commands.add_parser("bugreport", help="gather what helps", description=_bugreport.__doc__))
     _add_show(commands.add_parser("show", help="print its configuration", description=_show.__doc__))
     _add_apply(commands.add_parser("apply", help="have it serve another configuration", description=_apply.__doc__))
     for kind, title in ("guest", "a guest"), ("netdev", "an interface"):
@@ -129,7 +131,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Serves guests until SIGTERM, from a file, from flags, or from both; SIGHUP has it read the file again."""
-    from xdpnet import daemon
+    from xdpnet import daemon, journal
 
     origin = _origin(options)
     config = origin.read()
@@ -137,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
         daemon.vet(config)
     if options.check:
         return 0
-    _set_up_logging(logging.DEBUG if options.verbose else logging.INFO)
+    journal.set_up(logging.DEBUG if options.verbose else logging.INFO)
     try:
         asyncio.run(daemon.run(config, origin))
     except OSError as error:  # of the core, whose text names verb and object
@@ -171,16 +173,6 @@ def _origin(options: argparse.Namespace) -> "Origin":
     # One such process for each guest: they cannot all have the default.
     defaults = {"control": ""} if options.socket_path or options.fd else {}
     return Origin(options.config, flags, faults, defaults)
-
-
-def _set_up_logging(level: int) -> None:
-    logging.raiseExceptions = False  # a closed stderr is no reason to stop serving
-    handler = logging.StreamHandler(sys.stderr)
-    if systemd.is_journal(2):
-        handler.setFormatter(systemd.JournalFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("xdpnet: %(levelname)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
 
 
 # ---- check ----
@@ -391,6 +383,41 @@ def _ring(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(queue), indent=2))
     else:
         _console().print(detail.ring(queue))
+    return 0
+
+
+# ---- log, bugreport ----
+
+
+def _add_log(parser: argparse.ArgumentParser) -> None:
+    from xdpnet.journal import LEVELS
+
+    parser.add_argument("level", nargs="?", choices=LEVELS, help="from now on, until it ends")
+    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    parser.set_defaults(command=_log)
+
+
+def _log(options: argparse.Namespace) -> int:
+    """Shows the level of the running daemon's log, or sets it: debug has the vhost-user conversation, too."""
+    from xdpnet.control.client import ask
+
+    print(ask(options.control, f"log {options.level}" if options.level else "log")["level"])
+    return 0
+
+
+def _add_bugreport(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", help="a .tar.gz (xdpnet-bugreport-TIME.tar.gz here)")
+    parser.add_argument("--config", metavar="FILE", default="/etc/xdpnet.toml", help="its file (/etc/xdpnet.toml)")
+    parser.add_argument("--log", metavar="FILE", help="its log, if it is not in the journal as xdpnet.service")
+    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    parser.set_defaults(command=_bugreport)
+
+
+def _bugreport(options: argparse.Namespace) -> int:
+    """Gathers in one archive what helps to find a fault, without secrets, and with nothing of guests' memory."""
+    from xdpnet import bugreport
+
+    print(bugreport.write(options.output, options.control, options.config, options.log))
     return 0
 
 

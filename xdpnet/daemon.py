@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xdpnet import cgroup, core, descriptors
+from xdpnet import cgroup, core, descriptors, journal
 from xdpnet.addresses import AddressBook
 from xdpnet.config import Config, GuestConfig, NetdevConfig, to_toml
 from xdpnet.control import systemd
@@ -167,7 +167,7 @@ class Daemon:
             # 8. The control socket and the metrics.
             if self.config.control:
                 commands = {"stats": lambda: self.snapshot().to_json(), "show": lambda: to_toml(self.changes.running)}
-                control = ControlServer(self.config.control, commands, self._orders.by_socket())
+                control = ControlServer(self.config.control, commands | journal.COMMANDS, self._orders.by_socket())
                 await control.start()
                 stack.push_async_callback(control.stop)
             stack.callback(self._set_metrics, None)

@@ -18,6 +18,7 @@ from tests.rig.snapshots import snapshot
 from xdpnet import __version__, cli, config, limits
 from xdpnet.control.server import ControlServer
 from xdpnet.control.systemd import JournalFormatter
+from xdpnet.journal import JOURNAL
 from xdpnet.metrics import table
 
 
@@ -185,6 +186,7 @@ def said_on_a_socket(*words: str, journal: bool) -> list[str]:
             return file.read().splitlines()
 
 
+@pytest.mark.skipif(os.path.exists(JOURNAL), reason="systemd's journal is here, and would take the lines itself")
 def test_the_journal_gets_each_line_with_its_priority_and_others_do_not() -> None:
     words = "--control", "/no/such/directory/c", "--guest", "web,socket=/no/such/directory/s"
     warning, error = said_on_a_socket(*words, journal=True)

@@ -22,7 +22,7 @@ from tests.rig.frontend import Frontend, RingMemory
 from tests.rig.waiting import PATIENCE_S, eventually, until_equal
 from xdpnet import sockets
 from xdpnet.errors import SetupError, SocketPathError
-from xdpnet.ration import LINES, RationedLog
+from xdpnet.ration import LINES_A_KIND, RationedLog
 from xdpnet.sockets import Access
 from xdpnet.virtq import server, standing
 from xdpnet.virtq.message import Request
@@ -207,7 +207,7 @@ def test_a_frontend_that_comes_and_goes_without_end_leaves_a_few_lines_and_a_cou
                 assert frontend.is_disconnected()
             until_equal(lambda: guest.counters.disconnects, count)
         assert backend.control.call(guest.standing.state).words == "refused: version 0, expected 1"
-    assert len(caplog.messages) == LINES
+    assert len(caplog.messages) == LINES_A_KIND
     assert caplog.messages[0] == "guest: the frontend is disconnected: version 0, expected 1"
 
 

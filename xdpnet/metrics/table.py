@@ -48,7 +48,7 @@ def render(now: Snapshot, before: Snapshot | None = None, view: View = View()) -
         if worker.stalled_at
     ]
     parts += [_ports(now, since), _workers(now, before)]
-    parts += [_port_line(port) for port in now.ports]
+    parts += [Text(""), *(_port_line(port) for port in now.ports)]
     parts.append(_traffic(now, before))
     if any(port.guest for port in now.ports):
         parts.append(_rings(now))
@@ -99,7 +99,7 @@ class Table:
         shown = self._fitting(widths, width)
         *most, last = shown
         room = width - 1 - sum(widths[at] + len(GAP) for at in most)
-        widths[last] = min(widths[last], max(room, len(headings[last][-1])))
+        widths[last] = min(widths[last], max(room, *(len(line) for line in headings[last])))
         total = sum(widths[at] for at in shown) + len(GAP) * len(most)
         bold = ([Text(cell, style="bold") for cell in line] for line in zip(*headings, strict=True))
         head: list[Line] = [[], *(self._line(console, cells, widths, shown) for cells in bold)]
@@ -380,7 +380,7 @@ def ring_state(ring: Ring) -> Text:
 def _sockets(now: Snapshot) -> Table:
     columns = _columns(XdpStatistics)
     frames = (">Frames\nfree", ">Frames\nfill", ">Frames\ntx")
-    table = Table(" Interface", ">Q", "Socket", *_headings(columns), *frames, optional=[frames[1]], least=6)
+    table = Table(" Interface", ">Q", "Socket", *_headings(columns), *frames, optional=[frames[1], frames[0]], least=6)
     for port in now.ports:
         for queue in port.queues:
             if queue.xsk is None:

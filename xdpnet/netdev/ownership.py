@@ -24,7 +24,7 @@ class Addresses:
     def __init__(self, name: str) -> None:
         self.stacked = False  # something may have come onto the interface whose address a guest has
         self._name = name
-        self._log = RationedLog(log, name)  # for what guests can provoke
+        self._log = RationedLog(log, name, about="interface")  # for what guests can provoke
         self._port: core.Netdev | None = None
         self._program: loader.Program | None = None
         self._group: GroupSocket | None = None

@@ -69,7 +69,7 @@ class Netdev:
         self.name = ifname  # as configured, maybe an alternative one
         self.ifname = ifname  # its own, now
         self._index = 0  # of the interface that we have had: it stays ours when it is renamed
-        self._log = RationedLog(log, ifname)  # for what guests can provoke
+        self._log = RationedLog(log, ifname, about="interface")  # for what guests can provoke
         self._port: core.Netdev | None = None
         self.room = 0  # sockets that there may be, whatever becomes of the interface
         self.queues = 0  # of the interface, from the first, those that have a socket while attached

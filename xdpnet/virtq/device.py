@@ -55,7 +55,7 @@ class GuestDevice:
         guest_offloads: bool = True,
     ) -> None:
         self.name = name
-        self.log = RationedLog(log, name)  # for all that its frontends, or the guest, can provoke
+        self.log = RationedLog(log, name, about="guest")  # for all that its frontends, or the guest, can provoke
         self.closer = Closer()  # of all that its frontends send
         self.port = port
         self.pairs = pairs

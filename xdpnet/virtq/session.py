@@ -7,6 +7,7 @@ every descriptor that no handler took over, whatever happens.
 Reference: QEMU docs/interop/vhost-user.rst, "Front-end message types".
 """
 
+import logging
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -41,6 +42,8 @@ from xdpnet.virtq.message import (
 from xdpnet.virtq.virtqueue import Virtqueue
 
 SUCCESS, FAILURE = U64(0), U64(1)
+
+log = logging.getLogger(__name__)  # of the conversation, which nobody sees who has not asked for it
 
 P = TypeVar("P")
 
@@ -103,7 +106,10 @@ class Session:
             self.device.log.warning("%s refused: %s", message.name, error)
             self.refused = f"{message.name}: {error}"
             answer = FAILURE
-        return None if answer is None else reply(message.header.request, answer)
+        if answer is None:
+            return None
+        log.debug("guest %s: %s is answered %s", self.device.name, message.name, answer)
+        return reply(message.header.request, answer)
 
     def close(self) -> None:
         """The connection is over: the device forgets this frontend."""
@@ -121,7 +127,9 @@ class Session:
             raise ProtocolError("features", f"{message.name} without {rule.feature.name}")
         if len(self._fds) not in rule.fds:
             raise ProtocolError("fds", f"{message.name} with {len(self._fds)} descriptors")
-        return rule.handler(self, rule.payload(message.payload))
+        payload = rule.payload(message.payload)
+        log.debug("guest %s: %s %s, descriptors %d", self.device.name, message.name, payload, len(self._fds))
+        return rule.handler(self, payload)
 
     def _has(self, feature: ProtocolFeature) -> bool:
         return bool(self.protocol_features >> feature & 1)
