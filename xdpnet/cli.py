@@ -350,7 +350,7 @@ def _stats(options: argparse.Namespace) -> int:
 def _add_fdb(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--port", action="append", default=[], metavar="NAME", help="of this port alone; repeatable")
-    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    _add_control(parser)
     parser.set_defaults(command=_fdb)
 
 
@@ -370,7 +370,7 @@ def _add_ring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("guest", metavar="GUEST", help="its name")
     parser.add_argument("pair", metavar="Q", type=int, help="the number of a queue pair, from 0 on")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    _add_control(parser)
     parser.set_defaults(command=_ring)
 
 
@@ -393,7 +393,7 @@ def _add_log(parser: argparse.ArgumentParser) -> None:
     from xdpnet.journal import LEVELS
 
     parser.add_argument("level", nargs="?", choices=LEVELS, help="from now on, until it ends")
-    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    _add_control(parser)
     parser.set_defaults(command=_log)
 
 
@@ -409,7 +409,7 @@ def _add_bugreport(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="a .tar.gz (xdpnet-bugreport-TIME.tar.gz here)")
     parser.add_argument("--config", metavar="FILE", default="/etc/xdpnet.toml", help="its file (/etc/xdpnet.toml)")
     parser.add_argument("--log", metavar="FILE", help="its log, if it is not in the journal as xdpnet.service")
-    parser.add_argument("--control", metavar="PATH", default=limits.CONTROL, help=f"its socket ({limits.CONTROL})")
+    _add_control(parser)
     parser.set_defaults(command=_bugreport)
 
 
