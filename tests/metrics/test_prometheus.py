@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import needs
-from tests.rig.waiting import until
+from tests.rig.waiting import PATIENCE_S, until
 from xdpnet.demo import await_listener, process, topology
 from xdpnet.demo.backend import Backend
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 METRICS_PORT, SERVER_PORT = 9101, 9102
 CONFIG = """
-global: {{scrape_interval: 1s}}
+global: {{scrape_interval: {every}s}}
 scrape_configs:
   - job_name: xdpnet
     static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
@@ -80,7 +80,7 @@ def test_55_as_many_guests_as_there_can_be_are_scraped_whole_and_stats_answers(
         assert sum(line.startswith("xdpnet_queue_packets_total{") for line in page) == MANY * PAIRS * 2
         table = net.host.run(sys.executable, "-m", "xdpnet", "stats", "--control", str(daemon.control))
         assert all(f"g{number}" in table for number in range(MANY))
-        with prometheus(net, tmp_path, METRICS_PORT + 2):
+        with prometheus(net, tmp_path, METRICS_PORT + 2, every=10):
             await_result(net, 'up{job="xdpnet"} == 1')
             (_, series), *_ = await_result(net, "count(xdpnet_queue_packets_total)")
             assert int(series) == MANY * PAIRS * 2
@@ -105,10 +105,10 @@ def test_prometheus_scrapes_every_queue_and_sees_its_counters(
 
 
 @contextmanager
-def prometheus(net: topology.Topology, directory: Path, metrics_port: int) -> Iterator[None]:
-    """A server that scrapes this port of the host's."""
+def prometheus(net: topology.Topology, directory: Path, metrics_port: int, every: int = 1) -> Iterator[None]:
+    """A server that scrapes this port of the host's; a scrape may take as long as there is between two, in seconds."""
     config = directory / "prometheus.yml"
-    config.write_text(CONFIG.format(port=metrics_port))
+    config.write_text(CONFIG.format(port=metrics_port, every=every))
     server = net.host.spawn(
         [
             "prometheus",
@@ -135,7 +135,7 @@ def ready(net: topology.Topology) -> bool:
     return True
 
 
-def await_result(net: topology.Topology, query: str, patience: float = 30.0) -> list[tuple[dict[str, str], str]]:
+def await_result(net: topology.Topology, query: str, patience: float = PATIENCE_S) -> list[tuple[dict[str, str], str]]:
     """The first answer that is not empty: labels (but for the instance and the name) and value of each series."""
     deadline = time.monotonic() + patience
     while True:
