@@ -85,7 +85,8 @@ def test_every_page_that_was_written_is_in_the_log(
 ) -> None:
     """Of both of two guests that talk. The log is started, fetched and cleared while they do, and so the rings stop."""
     dice = random.Random(1000 * workers + 10 * pairs + features.bit_count())
-    bridge = make_bridge(workers=workers, spin_us=20)
+    # The log is fetched while the device is awake and while it sleeps.
+    bridge = make_bridge(workers=workers, spin_us=5000 if pairs == 1 else 20)
     options = {"features": features | SENDS | TAKES, "pairs": pairs, "num": ENTRIES, "spans": LARGE}
     both = [guests(bridge, memory=SparseMemory, **options) for _ in range(2)]
     for number, driver in enumerate(both):
