@@ -89,19 +89,11 @@ struct virtqueue {
 	int kick_fd;
 	int call_fd;
 	int err_fd;
-	/* Whose frontend has asked for a dirty log. */
-	const struct dirty_log *log; /* NULL: nothing is logged */
-	bool logs_frames;	     /* what is written into buffers is */
-	bool logs_used; /* what is written into the ring is: of the device's part, which is the used ring ... */
-	u64 log_used;	/* ... as if it lay here */
-	u64 log_desc;	/* packed: where the descriptors lie; guest physical addresses, like that */
-	int log_fd;	/* to be signalled when there is something in the log; -1: none */
 	struct port *port;
 	struct mem_alarms *alarms; /* of the memory that it lies in */
 	struct events *events;
 	const struct lending *lending;
 	u32 index; /* 2p: receive ring of pair p, 2p + 1: transmit */
-	struct xn_ring_config config;
 
 	/* Written by the owner. */
 	struct spinlock lock XN_ALIGNED;
@@ -132,6 +124,15 @@ struct virtqueue {
 	u32 loans_tail;
 	u64 loans_since; /* cycles, when the oldest became the oldest */
 	bool waits;	 /* its worker looks for the end of loans */
+
+	/* Written by the control thread too, and not read for a frame. */
+	struct xn_ring_config config; /* what it was started with */
+	const struct dirty_log *log;  /* NULL: nothing is logged */
+	bool logs_frames;	      /* what is written into buffers is */
+	bool logs_used; /* what is written into the ring is: of the device's part, which is the used ring ... */
+	u64 log_used;	/* ... as if it lay here */
+	u64 log_desc;	/* packed: where the descriptors lie; guest physical addresses, like that */
+	int log_fd;	/* to be signalled when there is something in the log; -1: none */
 
 	/* Receive: cycles, when a frame found no buffer, and how many the ring had taken then; 0: it has had some since. */
 	u64 starved;
