@@ -42,7 +42,9 @@ void guest_settle_log(struct guest *g)
 
 	for (u32 i = 0; i < 2 * g->pairs; i++) {
 		struct virtqueue *q = &g->rings[i];
-		const struct virtqueue before = *q;
+		const struct dirty_log *log = q->log;
+		const u64 log_used = q->log_used;
+		const bool logged = q->logs_used;
 
 		q->logs_frames = g->log && q->started && logs_frames(g->features);
 		q->logs_used = g->log && q->started && q->config.logs;
@@ -55,7 +57,7 @@ void guest_settle_log(struct guest *g)
 			continue;
 		if (q->is_packed)
 			(void)mem_guest(q->mem, (const u8 *)q->packed.desc, &q->log_desc);
-		if (!before.logs_used || before.log != q->log || before.log_used != q->log_used)
+		if (!logged || log != q->log || log_used != q->log_used)
 			vring_log_all(q);
 	}
 }

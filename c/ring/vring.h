@@ -10,7 +10,8 @@
  * wrote latches the ring broken: it reads as empty until it is started anew.
  *
  * `packed` and `logged` are constants wherever these verbs are used: the layout, and whether writes are marked in the dirty
- * log, are chosen once per ring, by which poll or deliver function the ring has. virtio 1.3, sections 2.7 (split), 2.8 (packed) and 5.1.6 (net).
+ * log, are chosen once per ring, by which poll or deliver function the ring has. virtio 1.3, sections 2.7 (split), 2.8
+ * (packed) and 5.1.6 (net).
  */
 #ifndef XN_VRING_H
 #define XN_VRING_H
